@@ -1,0 +1,32 @@
+"""I-JEPA pretraining on packed token sets.
+
+The public names below are imported on first use, so that ``import ijepa_fast`` (and with it every command's
+``--help``) does not wait for torch.
+"""
+
+from importlib import import_module
+
+__version__ = "0.1.0"
+
+_MODULE_OF = {
+    "IJEPA": "jepa",
+    "MaskConfig": "masks",
+    "MaskSampler": "masks",
+    "Masks": "masks",
+    "Predictor": "vit",
+    "Ragged": "ragged",
+    "VisionTransformer": "vit",
+}
+__all__ = ["__version__", *_MODULE_OF]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f".{_MODULE_OF[name]}", __name__), name)
+    globals()[name] = value  # the next access does not come here
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
