@@ -1,0 +1,274 @@
+"""The operators of the package, registered with torch: the only file that knows ``torch.library``.
+
+Each op stands with its shape rule (fake) and its autograd formula. What an op computes is defined in
+``reference.py``, which every device without a kernel of ours runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ijepa_fast import reference
+
+
+@torch.library.custom_op("ijepa_fast::gather_patches", mutates_args=())
+def gather_patches(
+    images: Tensor, indices: Tensor, patch_size: int, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype
+) -> Tensor:
+    return reference.gather_patches(images, indices, patch_size, list(mean), list(std), dtype)
+
+
+@gather_patches.register_fake
+def _(images, indices, patch_size, mean, std, dtype):
+    width = reference.padded_patch_width(images.shape[1], patch_size)
+    return images.new_empty(indices.shape[0], width, dtype=dtype)
+
+
+@torch.library.custom_op("ijepa_fast::gather_add", mutates_args=())
+def gather_add(x: Tensor, table: Tensor, indices: Tensor, gather: bool) -> Tensor:
+    return reference.gather_add(x, table, indices, gather)
+
+
+@gather_add.register_fake
+def _(x, table, indices, gather):
+    return x.new_empty(indices.shape[0], x.shape[1])
+
+
+@torch.library.custom_op("ijepa_fast::gather_add_backward", mutates_args=())
+def gather_add_backward(
+    grad: Tensor, indices: Tensor, num_rows: int, num_positions: int, gather: bool, need_table: bool
+) -> tuple[Tensor, Tensor]:
+    return reference.gather_add_backward(grad, indices, num_rows, num_positions, gather, need_table)
+
+
+@gather_add_backward.register_fake
+def _(grad, indices, num_rows, num_positions, gather, need_table):
+    table_shape = (num_positions, grad.shape[1]) if need_table else (0,)
+    wide = reference.accumulation_dtype(grad.dtype)
+    return grad.new_empty(num_rows, grad.shape[1]), grad.new_empty(table_shape, dtype=wide)
+
+
+def _gather_add_setup(ctx, inputs, output):
+    x, table, indices, gather = inputs
+    ctx.save_for_backward(indices)
+    ctx.num_rows, ctx.num_positions, ctx.table_dtype, ctx.gather = x.shape[0], table.shape[0], table.dtype, gather
+
+
+def _gather_add_grad(ctx, grad):
+    (indices,) = ctx.saved_tensors
+    need_table = ctx.needs_input_grad[1]
+    grad_x, grad_table = gather_add_backward(
+        grad.contiguous(), indices, ctx.num_rows, ctx.num_positions, ctx.gather, need_table
+    )
+    return grad_x, grad_table.to(ctx.table_dtype) if need_table else None, None, None
+
+
+gather_add.register_autograd(_gather_add_grad, setup_context=_gather_add_setup)
+
+
+@torch.library.custom_op("ijepa_fast::predictor_tokens", mutates_args=())
+def predictor_tokens(
+    context: Tensor, mask_token: Tensor, positions: Tensor, indices: Tensor, sources: Tensor, copies: Tensor
+) -> Tensor:
+    return reference.predictor_tokens(context, mask_token, positions, indices, sources, copies)
+
+
+@predictor_tokens.register_fake
+def _(context, mask_token, positions, indices, sources, copies):
+    return context.new_empty(indices.shape[0], context.shape[1])
+
+
+@torch.library.custom_op("ijepa_fast::predictor_tokens_backward", mutates_args=())
+def predictor_tokens_backward(grad: Tensor, indices: Tensor, sources: Tensor, copies: Tensor) -> tuple[Tensor, Tensor]:
+    return reference.predictor_tokens_backward(grad, indices, sources, copies)
+
+
+@predictor_tokens_backward.register_fake
+def _(grad, indices, sources, copies):
+    wide = reference.accumulation_dtype(grad.dtype)
+    return grad.new_empty(copies.shape[0], grad.shape[1]), grad.new_empty(grad.shape[1], dtype=wide)
+
+
+def _predictor_tokens_setup(ctx, inputs, output):
+    _, mask_token, _, indices, sources, copies = inputs
+    ctx.save_for_backward(indices, sources, copies)
+    ctx.token_dtype = mask_token.dtype
+
+
+def _predictor_tokens_grad(ctx, grad):
+    grad_context, grad_token = predictor_tokens_backward(grad.contiguous(), *ctx.saved_tensors)
+    return grad_context, grad_token.to(ctx.token_dtype), None, None, None, None
+
+
+predictor_tokens.register_autograd(_predictor_tokens_grad, setup_context=_predictor_tokens_setup)
+
+
+@torch.library.custom_op("ijepa_fast::target_loss", mutates_args=())
+def target_loss(
+    prediction: Tensor, target: Tensor, rows: Tensor, cu_seqlens: Tensor, kind: str, normalize: bool, eps: float
+) -> Tensor:
+    if kind not in reference.LOSS_KINDS:
+        raise ValueError(f"loss must be one of {', '.join(reference.LOSS_KINDS)}, got {kind!r}")
+    return reference.target_loss(prediction, target, rows, cu_seqlens, kind, normalize, eps)
+
+
+@target_loss.register_fake
+def _(prediction, target, rows, cu_seqlens, kind, normalize, eps):
+    return prediction.new_empty((), dtype=reference.accumulation_dtype(prediction.dtype))
+
+
+@torch.library.custom_op("ijepa_fast::target_loss_backward", mutates_args=())
+def target_loss_backward(
+    grad: Tensor,
+    prediction: Tensor,
+    target: Tensor,
+    rows: Tensor,
+    cu_seqlens: Tensor,
+    kind: str,
+    normalize: bool,
+    eps: float,
+) -> Tensor:
+    return reference.target_loss_backward(grad, prediction, target, rows, cu_seqlens, kind, normalize, eps)
+
+
+@target_loss_backward.register_fake
+def _(grad, prediction, target, rows, cu_seqlens, kind, normalize, eps):
+    return torch.empty_like(prediction)
+
+
+def _target_loss_setup(ctx, inputs, output):
+    prediction, target, rows, cu_seqlens, *ctx.options = inputs
+    ctx.save_for_backward(prediction, target, rows, cu_seqlens)
+
+
+def _target_loss_grad(ctx, grad):
+    return target_loss_backward(grad, *ctx.saved_tensors, *ctx.options), None, None, None, None, None, None
+
+
+target_loss.register_autograd(_target_loss_grad, setup_context=_target_loss_setup)
+
+
+@torch.library.custom_op("ijepa_fast::varlen_attention", mutates_args=())
+def varlen_attention(
+    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int
+) -> tuple[Tensor, Tensor]:
+    return reference.varlen_attention(q, k, v, cu_q, cu_k, max_q, max_k)
+
+
+@varlen_attention.register_fake
+def _(q, k, v, cu_q, cu_k, max_q, max_k):
+    lse = q.new_empty(q.shape[0], q.shape[1], dtype=reference.accumulation_dtype(q.dtype))
+    return q.new_empty(q.shape), lse
+
+
+@torch.library.custom_op("ijepa_fast::varlen_attention_backward", mutates_args=())
+def varlen_attention_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_q: Tensor,
+    cu_k: Tensor,
+    max_q: int,
+    max_k: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return reference.varlen_attention_backward(grad, q, k, v, out, lse, cu_q, cu_k, max_q, max_k)
+
+
+@varlen_attention_backward.register_fake
+def _(grad, q, k, v, out, lse, cu_q, cu_k, max_q, max_k):
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _varlen_attention_setup(ctx, inputs, output):
+    q, k, v, cu_q, cu_k, *ctx.bounds = inputs
+    out, lse = output
+    ctx.mark_non_differentiable(lse)
+    ctx.save_for_backward(q, k, v, out, lse, cu_q, cu_k)
+
+
+def _varlen_attention_grad(ctx, grad, _grad_lse):
+    grads = varlen_attention_backward(grad.contiguous(), *ctx.saved_tensors, *ctx.bounds)
+    return *grads, None, None, None, None
+
+
+varlen_attention.register_autograd(_varlen_attention_grad, setup_context=_varlen_attention_setup)
+
+
+@torch.library.custom_op("ijepa_fast::grad_norm", mutates_args=())
+def grad_norm(grads: Sequence[Tensor]) -> Tensor:
+    return reference.grad_norm(list(grads))
+
+
+@grad_norm.register_fake
+def _(grads):
+    return grads[0].new_empty((), dtype=torch.float32)
+
+
+@torch.library.custom_op("ijepa_fast::ema_", mutates_args=("targets",))
+def ema_(targets: Sequence[Tensor], sources: Sequence[Tensor], momentum: Tensor) -> None:
+    reference.ema_(list(targets), list(sources), momentum)
+
+
+@ema_.register_fake
+def _(targets, sources, momentum):
+    return None
+
+
+@torch.library.custom_op(
+    "ijepa_fast::adamw_ema_", mutates_args=("params", "exp_avgs", "exp_avg_sqs", "copies", "emas", "ema_copies")
+)
+def adamw_ema_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    copies: Sequence[Tensor],
+    emas: Sequence[Tensor],
+    ema_copies: Sequence[Tensor],
+    copy_index: Sequence[int],
+    ema_index: Sequence[int],
+    ema_copy_index: Sequence[int],
+    group_index: Sequence[int],
+    lr: Tensor,
+    weight_decay: Tensor,
+    momentum: Tensor,
+    update: Tensor,
+    grad_scale: Tensor,
+    skip: Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+) -> None:
+    reference.adamw_ema_(
+        params,
+        grads,
+        exp_avgs,
+        exp_avg_sqs,
+        copies,
+        emas,
+        ema_copies,
+        copy_index,
+        ema_index,
+        ema_copy_index,
+        group_index,
+        lr,
+        weight_decay,
+        momentum,
+        update,
+        grad_scale,
+        skip,
+        beta1,
+        beta2,
+        eps,
+    )
+
+
+@adamw_ema_.register_fake
+def _(*args):
+    return None

@@ -1,0 +1,359 @@
+"""Plain torch definition of every op. Kernels are tested against these, and CPU tensors run them.
+
+Legend: B images, C channels, p patch size, N patches per image, T packed rows, S sequences, M target blocks per
+image, D width, H heads, Dh head dim, K = C * p * p rounded up to a multiple of 16.
+
+Rows whose index is -1 are padding (see ``ragged.Ragged``); every op writes zeros there. Sums are accumulated in
+fp32 (fp64 for fp64 inputs).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+LOSS_KINDS = ("smooth_l1", "l2", "l1")
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def padded_patch_width(channels: int, patch_size: int) -> int:
+    """K: values of one patch rounded up to a multiple of 16, so that bf16 rows start on 32-byte boundaries."""
+    return -(-channels * patch_size * patch_size // 16) * 16
+
+
+def gather_patches(
+    images: Tensor, indices: Tensor, patch_size: int, mean: list[float], std: list[float], dtype: torch.dtype
+) -> Tensor:
+    """Normalised pixels of the wanted patches, one patch a row.
+
+    Args:
+        images: uint8 or floating [B, C, h, w], h and w divisible by ``patch_size``. uint8 is divided by 255 first.
+        indices: int32 [T], ``image * N + patch`` with patches in row-major order; -1 for padding.
+        patch_size: p, pixels.
+        mean, std: per channel, in units of [0, 1] images; both empty to leave the values as they are.
+        dtype: of the result.
+
+    Returns:
+        [T, K]; columns in (channel, row, column) order, as a convolution's weight flattens; zeros behind C * p * p.
+    """
+    batch, channels, height, width = images.shape
+    grid_h, grid_w = height // patch_size, width // patch_size
+    rows = indices.clamp(min=0).long()
+    image, patch = rows // (grid_h * grid_w), rows % (grid_h * grid_w)
+    grid = images.view(batch, channels, grid_h, patch_size, grid_w, patch_size)
+    x = grid[image, :, patch // grid_w, :, patch % grid_w].to(accumulation_dtype(images.dtype))
+    if images.dtype == torch.uint8:
+        x = x / 255
+    if mean:
+        shape = (1, channels, 1, 1)
+        x = (x - x.new_tensor(mean).view(shape)) / x.new_tensor(std).view(shape)
+    x = x * (indices >= 0).view(-1, 1, 1, 1)
+    x = x.flatten(1).to(dtype)
+    return F.pad(x, (0, padded_patch_width(channels, patch_size) - x.shape[1]))
+
+
+def gather_add(x: Tensor, table: Tensor, indices: Tensor, gather: bool) -> Tensor:
+    """Rows of ``x`` plus the position of their patch.
+
+    ``out[t] = x[indices[t] if gather else t] + table[indices[t] % N]``
+
+    Args:
+        x: [R, D]; without ``gather`` R = T.
+        table: [N, D] positions.
+        indices: int32 [T]; -1 for padding.
+
+    Returns:
+        [T, D] in the dtype of ``x``.
+    """
+    rows = indices.clamp(min=0).long()
+    values = x.index_select(0, rows) if gather else x
+    out = values + table.index_select(0, rows % table.shape[0]).to(x.dtype)
+    return out.masked_fill((indices < 0)[:, None], 0)
+
+
+def gather_add_backward(
+    grad: Tensor, indices: Tensor, num_rows: int, num_positions: int, gather: bool, need_table: bool
+) -> tuple[Tensor, Tensor]:
+    """Gradients of ``gather_add`` into ``x`` [num_rows, D] and, if wanted, ``table`` [N, D] (fp32, else empty)."""
+    grad = grad.masked_fill((indices < 0)[:, None], 0)
+    rows = indices.clamp(min=0).long()
+    wide = grad.to(accumulation_dtype(grad.dtype))
+    grad_table = wide.new_zeros(0)
+    if need_table:
+        grad_table = wide.new_zeros(num_positions, grad.shape[1]).index_add_(0, rows % num_positions, wide)
+    if not gather:
+        return grad, grad_table
+    grad_x = wide.new_zeros(num_rows, grad.shape[1]).index_add_(0, rows, wide)
+    return grad_x.to(grad.dtype), grad_table
+
+
+def predictor_tokens(
+    context: Tensor, mask_token: Tensor, positions: Tensor, indices: Tensor, sources: Tensor, copies: Tensor
+) -> Tensor:
+    """Input rows of the predictor: projected context or the mask token, plus the position of the patch.
+
+    ``out[t] = (context[sources[t]] if sources[t] >= 0 else mask_token) + positions[indices[t] % N]``
+
+    Args:
+        context: [Tc, D] projected context rows.
+        mask_token: [D].
+        positions: [N, D] frozen table.
+        indices: int32 [Tp] token index of every predictor row; -1 for padding.
+        sources: int32 [Tp] context row each predictor row copies; -1 for a mask token (or padding).
+        copies: int32 [Tc, M] predictor rows that copy a context row; -1 where there is none. Read by the backward.
+
+    Returns:
+        [Tp, D] in the dtype of ``context``.
+    """
+    from_context = context.index_select(0, sources.clamp(min=0).long())
+    values = torch.where((sources >= 0)[:, None], from_context, mask_token.to(context.dtype))
+    table = positions.index_select(0, indices.clamp(min=0).long() % positions.shape[0]).to(context.dtype)
+    return (values + table).masked_fill((indices < 0)[:, None], 0)
+
+
+def predictor_tokens_backward(grad: Tensor, indices: Tensor, sources: Tensor, copies: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients into ``context`` [Tc, D] (sum of the M copies in order) and ``mask_token`` [D] (fp32)."""
+    wide = grad.to(accumulation_dtype(grad.dtype))
+    grad_context = wide.new_zeros(copies.shape[0], grad.shape[1])
+    for copy in copies.T:
+        taken = wide.index_select(0, copy.clamp(min=0).long())
+        grad_context += taken.masked_fill((copy < 0)[:, None], 0)
+    is_mask_token = (sources < 0) & (indices >= 0)
+    grad_token = wide.masked_fill(~is_mask_token[:, None], 0).sum(0)
+    return grad_context.to(grad.dtype), grad_token
+
+
+def _loss_rows(prediction: Tensor, target: Tensor, rows: Tensor, cu_seqlens: Tensor, normalize: bool, eps: float):
+    """Difference to the (normalised) target rows [T, D] and each row's weight [T], both wide."""
+    wide = accumulation_dtype(prediction.dtype)
+    wanted = target.index_select(0, rows.clamp(min=0).long()).to(wide)
+    if normalize:
+        wanted = F.layer_norm(wanted, wanted.shape[-1:], eps=eps)
+    difference = (prediction.to(wide) - wanted).masked_fill((rows < 0)[:, None], 0)
+    lengths = cu_seqlens.diff()
+    t = torch.arange(rows.shape[0], device=rows.device, dtype=torch.int32)
+    sequence = torch.searchsorted(cu_seqlens[1:].contiguous(), t, right=True).clamp(max=max(lengths.shape[0] - 1, 0))
+    length = lengths.index_select(0, sequence).clamp(min=1)
+    weight = 1 / (length.to(wide) * lengths.shape[0] * prediction.shape[-1])
+    return difference, weight.masked_fill(rows < 0, 0)
+
+
+def target_loss(
+    prediction: Tensor, target: Tensor, rows: Tensor, cu_seqlens: Tensor, kind: str, normalize: bool, eps: float
+) -> Tensor:
+    """Distance of the predictions to the target encoder's (layer-normalised) features.
+
+    Mean over features, then over a block's rows, then over all S blocks: the official mean when blocks have equal
+    sizes (arXiv 2301.08243, section 3, averages over blocks).
+
+    Args:
+        prediction: [T, D], one row per target token, packed by ``cu_seqlens``.
+        target: [R, D] target features.
+        rows: int32 [T], the row of ``target`` each prediction is compared with; -1 for padding.
+        cu_seqlens: int32 [S + 1], the target blocks. An empty block counts in S and adds nothing.
+        kind: "smooth_l1" (beta 1), "l2" (squared difference) or "l1".
+        normalize: layer-normalise the target rows over D, without affine parameters.
+        eps: of that layer-norm; the official code uses 1e-5.
+
+    Returns:
+        fp32 scalar (fp64 for fp64 predictions).
+    """
+    difference, weight = _loss_rows(prediction, target, rows, cu_seqlens, normalize, eps)
+    distance = difference.abs()
+    if kind == "smooth_l1":
+        values = torch.where(distance < 1, 0.5 * distance * distance, distance - 0.5)
+    elif kind == "l2":
+        values = distance * distance
+    else:
+        values = distance
+    return (values.sum(-1) * weight).sum()
+
+
+def target_loss_backward(
+    grad: Tensor,
+    prediction: Tensor,
+    target: Tensor,
+    rows: Tensor,
+    cu_seqlens: Tensor,
+    kind: str,
+    normalize: bool,
+    eps: float,
+) -> Tensor:
+    """Gradient of ``target_loss`` into ``prediction`` [T, D]; the target gets none (it has a stop-gradient)."""
+    difference, weight = _loss_rows(prediction, target, rows, cu_seqlens, normalize, eps)
+    if kind == "smooth_l1":
+        slope = difference.clamp(-1, 1)
+    elif kind == "l2":
+        slope = 2 * difference
+    else:
+        slope = difference.sign()
+    return (slope * (weight * grad)[:, None]).to(prediction.dtype)
+
+
+def pad_sequences(x: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> tuple[Tensor, Tensor]:
+    """[T, ...] packed -> [S, max_seqlen, ...] with zeros behind each sequence, and bool [S, max_seqlen] validity."""
+    position = torch.arange(max_seqlen, device=x.device)
+    valid = position < cu_seqlens.diff()[:, None]
+    rows = (cu_seqlens[:-1, None] + position).clamp(max=max(x.shape[0] - 1, 0))
+    padded = x[rows.long()] if x.shape[0] else x.new_zeros(*rows.shape, *x.shape[1:])
+    return padded.masked_fill(~valid.view(*valid.shape, *[1] * (x.dim() - 1)), 0), valid
+
+
+def pack_sequences(x: Tensor, valid: Tensor, cu_seqlens: Tensor, num_rows: int) -> Tensor:
+    """Inverse of ``pad_sequences``: [S, max, ...] -> [num_rows, ...], zeros on padding rows."""
+    rows = cu_seqlens[:-1, None] + torch.arange(x.shape[1], device=x.device)
+    rows = torch.where(valid, rows, num_rows).flatten().long()
+    return x.new_zeros(num_rows + 1, *x.shape[2:]).index_copy_(0, rows, x.flatten(0, 1))[:num_rows]
+
+
+def _scores(q: Tensor, k: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, wide: torch.dtype):
+    q_SQHD, valid_q = pad_sequences(q.to(wide), cu_q, max_q)
+    k_SKHD, valid_k = pad_sequences(k.to(wide), cu_k, max_k)
+    scores_SHQK = torch.einsum("sqhd,skhd->shqk", q_SQHD, k_SKHD) * q.shape[-1] ** -0.5
+    return scores_SHQK.masked_fill(~valid_k[:, None, None, :], float("-inf")), q_SQHD, k_SKHD, valid_q, valid_k
+
+
+def varlen_attention(
+    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int
+) -> tuple[Tensor, Tensor]:
+    """Softmax attention within each packed sequence: ``softmax(q k^T / sqrt(Dh)) v``.
+
+    Args:
+        q: [Tq, H, Dh]; k, v: [Tk, H, Dh]. Sequence s of q attends to sequence s of k and v.
+        cu_q, cu_k: int32 [S + 1]; zero-length sequences and padding rows are allowed.
+        max_q, max_k: upper bounds of the lengths.
+
+    Returns:
+        out [Tq, H, Dh] in the dtype of q, and the log-sum-exp of the scaled scores [Tq, H] (fp32, natural log; 0 on
+        padding rows, -inf where a query has no key, whose output is 0).
+    """
+    wide = accumulation_dtype(q.dtype)
+    scores, _, _, valid_q, _ = _scores(q, k, cu_q, cu_k, max_q, max_k, wide)
+    v_SKHD, _ = pad_sequences(v.to(wide), cu_k, max_k)
+    lse_SHQ = scores.logsumexp(-1)
+    weights = (scores - lse_SHQ.masked_fill(lse_SHQ.isinf(), 0)[..., None]).exp()
+    out = torch.einsum("shqk,skhd->sqhd", weights, v_SKHD).to(q.dtype)
+    out_THD = pack_sequences(out, valid_q, cu_q, q.shape[0])
+    return out_THD, pack_sequences(lse_SHQ.transpose(1, 2), valid_q, cu_q, q.shape[0])
+
+
+def varlen_attention_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_q: Tensor,
+    cu_k: Tensor,
+    max_q: int,
+    max_k: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of ``varlen_attention`` into q, k and v (no gradient flows through the log-sum-exp)."""
+    wide = accumulation_dtype(q.dtype)
+    scores, q_SQHD, k_SKHD, valid_q, valid_k = _scores(q, k, cu_q, cu_k, max_q, max_k, wide)
+    v_SKHD, _ = pad_sequences(v.to(wide), cu_k, max_k)
+    grad_SQHD, _ = pad_sequences(grad.to(wide), cu_q, max_q)
+    out_SQHD, _ = pad_sequences(out.to(wide), cu_q, max_q)
+    lse_SQH, _ = pad_sequences(lse.to(wide), cu_q, max_q)
+    lse_SHQ = lse_SQH.transpose(1, 2)
+    weights = (scores - lse_SHQ.masked_fill(lse_SHQ.isinf(), 0)[..., None]).exp()
+    delta_SHQ = (grad_SQHD * out_SQHD).sum(-1).transpose(1, 2)
+    grad_scores = weights * (torch.einsum("sqhd,skhd->shqk", grad_SQHD, v_SKHD) - delta_SHQ[..., None])
+    grad_scores = grad_scores * q.shape[-1] ** -0.5
+    grad_q = torch.einsum("shqk,skhd->sqhd", grad_scores, k_SKHD).to(q.dtype)
+    grad_k = torch.einsum("shqk,sqhd->skhd", grad_scores, q_SQHD).to(k.dtype)
+    grad_v = torch.einsum("shqk,sqhd->skhd", weights, grad_SQHD).to(v.dtype)
+    return (
+        pack_sequences(grad_q, valid_q, cu_q, q.shape[0]),
+        pack_sequences(grad_k, valid_k, cu_k, k.shape[0]),
+        pack_sequences(grad_v, valid_k, cu_k, v.shape[0]),
+    )
+
+
+def grad_norm(grads: list[Tensor]) -> Tensor:
+    """fp32 scalar: L2 norm over all gradients together, accumulated in fp32."""
+    norms = torch.stack([torch.linalg.vector_norm(g, dtype=accumulation_dtype(g.dtype)).float() for g in grads])
+    return torch.linalg.vector_norm(norms)
+
+
+def ema_(targets: list[Tensor], sources: list[Tensor], momentum: Tensor) -> None:
+    """``target = momentum * target + (1 - momentum) * source``, as ``target + (1 - momentum) * (source - target)``.
+
+    Args:
+        targets, sources: tensors of equal shapes, pairwise; the targets are updated in place.
+        momentum: fp32 scalar tensor in [0, 1].
+    """
+    torch._foreach_lerp_(targets, [s.to(t.dtype) for s, t in zip(sources, targets, strict=True)], 1 - float(momentum))
+
+
+def adamw_ema_(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    copies: list[Tensor],
+    emas: list[Tensor],
+    ema_copies: list[Tensor],
+    copy_index: list[int],
+    ema_index: list[int],
+    ema_copy_index: list[int],
+    group_index: list[int],
+    lr: Tensor,
+    weight_decay: Tensor,
+    momentum: Tensor,
+    update: Tensor,
+    grad_scale: Tensor,
+    skip: Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+) -> None:
+    """One AdamW step (arXiv 1711.05101, as torch.optim.AdamW), then the EMA of the updated parameters. In place.
+
+    Args:
+        params: P fp32 (or fp64) tensors, the values AdamW steps: the masters.
+        grads: P gradients in any floating dtype.
+        exp_avgs, exp_avg_sqs: P moments, like ``params``.
+        copies: low-precision parameters that receive the rounded masters.
+        emas: fp32 averages; ema_copies: their rounded copies.
+        copy_index, ema_index, ema_copy_index: P entries each; where master i's copy, EMA and EMA copy stand in those
+            lists, or -1 if it has none.
+        group_index: P entries; the parameter group of each tensor.
+        lr, weight_decay: fp32 [G], per group.
+        momentum: fp32 scalar, of the EMA.
+        update: fp32 scalar, the number of this update counted from 1 (bias correction).
+        grad_scale: fp32 scalar that multiplies every gradient (clip coefficient over loss scale).
+        skip: fp32 scalar; anything but 0 leaves all tensors untouched.
+    """
+    if float(skip) != 0:
+        return
+    scale, ema_weight, count = float(grad_scale), 1 - float(momentum), float(update)
+    correction1, correction2 = 1 - beta1**count, (1 - beta2**count) ** 0.5
+    for group in sorted(set(group_index)):
+        members = [i for i, g in enumerate(group_index) if g == group]
+        rate, decay = float(lr[group]), float(weight_decay[group])
+        p = [params[i] for i in members]
+        g = torch._foreach_mul([grads[i].to(params[i].dtype) for i in members], scale)
+        m, v = [exp_avgs[i] for i in members], [exp_avg_sqs[i] for i in members]
+        torch._foreach_mul_(p, 1 - rate * decay)
+        torch._foreach_lerp_(m, g, 1 - beta1)
+        torch._foreach_mul_(v, beta2)
+        torch._foreach_addcmul_(v, g, g, 1 - beta2)
+        denominator = torch._foreach_sqrt(v)
+        torch._foreach_div_(denominator, correction2)
+        torch._foreach_add_(denominator, eps)
+        torch._foreach_addcdiv_(p, m, denominator, -rate / correction1)
+    for i, param in enumerate(params):
+        if copy_index[i] >= 0:
+            copies[copy_index[i]].copy_(param)
+    averaged = [i for i in range(len(params)) if ema_index[i] >= 0]
+    if averaged:
+        torch._foreach_lerp_([emas[ema_index[i]] for i in averaged], [params[i] for i in averaged], ema_weight)
+    for i in averaged:
+        if ema_copy_index[i] >= 0:
+            ema_copies[ema_copy_index[i]].copy_(emas[ema_index[i]])
