@@ -1,0 +1,46 @@
+# Every target does its own set-up (tools/environment.py): an active virtualenv or conda environment that has
+# torch >= 2.10 is used in place, otherwise .venv is made with the versions in constraints.txt.
+#   PYTHON=    the Python (3.10 or later) that makes .venv, whatever is active; python3 where it is not given
+#   PIP_ARGS=  further arguments for pip, such as an index
+#   ARGS=      further arguments for the command that the target runs
+
+ifdef PYTHON
+in_environment = "$(PYTHON)" tools/environment.py --own-venv
+else
+in_environment = python3 tools/environment.py
+endif
+export PIP_ARGS
+
+.NOTPARALLEL:
+.PHONY: help setup demo test test-all lint bench clean
+
+help:
+	@echo "make demo      train I-JEPA on the embedded images; pictures and figures in runs/demo"
+	@echo "make test      the tests that take minutes (test-all: every test that needs no GPU)"
+	@echo "make lint      ruff: style and format"
+	@echo "make bench     the tests, then the microbenchmarks"
+	@echo "make setup     the set-up alone, which every target does by itself"
+	@echo "make clean     remove .venv and what tools left in the checkout (runs/ stays)"
+
+setup:
+	@$(in_environment) --extras train,test,dev
+
+demo:
+	@$(in_environment) --extras train -- -m ijepa_fast pretrain --config demo $(ARGS)
+
+test:
+	@$(in_environment) --extras train,test -- -m pytest -m "not slow and not gpu" $(ARGS)
+
+test-all:
+	@$(in_environment) --extras train,test -- -m pytest -m "not gpu" --durations=15 $(ARGS)
+
+lint:
+	@$(in_environment) --extras dev -- -m ruff check .
+	@$(in_environment) --extras dev -- -m ruff format --check .
+
+bench: test
+	@$(in_environment) --extras train,test -- -m pytest benchmarks --benchmark-only $(ARGS)
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
+	find ijepa_fast kernels tests benchmarks tools -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
