@@ -25,6 +25,8 @@ class Ragged:
         cu_seqlens: int32 [S + 1]. Prefix sums of the sequence lengths; sequence s is rows
             ``cu_seqlens[s]:cu_seqlens[s + 1]``. ``cu_seqlens[-1] <= T``.
         max_seqlen: upper bound of the sequence lengths, known to the host (never read back from the device).
+        uniform: the host's promise that every sequence has exactly ``max_seqlen`` tokens and no row is padding, so
+            that dense code may take ``[S, max_seqlen]`` for granted.
 
     T may exceed ``cu_seqlens[-1]``, so that shapes can be rounded up. The rows beyond it are padding: every op of
     this package writes zeros there, forward and backward.
@@ -33,6 +35,7 @@ class Ragged:
     indices: Tensor
     cu_seqlens: Tensor
     max_seqlen: int
+    uniform: bool = False
 
     def __post_init__(self) -> None:
         for name, tensor in (("indices", self.indices), ("cu_seqlens", self.cu_seqlens)):
@@ -40,6 +43,10 @@ class Ragged:
                 raise ValueError(f"Ragged.{name} must be int32 and 1-D, got {tensor.dtype} {tuple(tensor.shape)}")
         if self.cu_seqlens.shape[0] < 1:
             raise ValueError("Ragged.cu_seqlens must hold at least the leading 0")
+        if self.uniform and self.num_rows != self.num_sequences * self.max_seqlen:
+            raise ValueError(
+                f"{self.num_sequences} uniform sequences of {self.max_seqlen} tokens cannot fill {self.num_rows} rows"
+            )
 
     @property
     def num_rows(self) -> int:
@@ -75,6 +82,7 @@ class Ragged:
             self.indices.to(device, non_blocking=non_blocking),
             self.cu_seqlens.to(device, non_blocking=non_blocking),
             self.max_seqlen,
+            self.uniform,
         )
 
     def padded(self, num_rows: int) -> Ragged:
@@ -82,9 +90,8 @@ class Ragged:
         extra = num_rows - self.num_rows
         if extra < 0:
             raise ValueError(f"cannot pad {self.num_rows} rows to {num_rows}")
-        return Ragged(
-            torch.nn.functional.pad(self.indices, (0, extra), value=PADDING), self.cu_seqlens, self.max_seqlen
-        )
+        indices = torch.nn.functional.pad(self.indices, (0, extra), value=PADDING)
+        return Ragged(indices, self.cu_seqlens, self.max_seqlen, self.uniform and not extra)
 
     def every(self, step: int) -> Ragged:
         """The same rows seen as S / step sequences, each the join of ``step`` neighbours.
@@ -93,7 +100,7 @@ class Ragged:
         """
         if step < 1 or self.num_sequences % step:
             raise ValueError(f"{self.num_sequences} sequences cannot be joined in runs of {step}")
-        return Ragged(self.indices, self.cu_seqlens[::step].contiguous(), self.max_seqlen * step)
+        return Ragged(self.indices, self.cu_seqlens[::step].contiguous(), self.max_seqlen * step, self.uniform)
 
     @staticmethod
     def full(num_sequences: int, length: int, device: torch.device | str = "cpu") -> Ragged:
@@ -101,7 +108,7 @@ class Ragged:
         total = num_sequences * length
         indices = torch.arange(total, dtype=torch.int32, device=device)
         cu_seqlens = torch.arange(num_sequences + 1, dtype=torch.int32, device=device) * length
-        return Ragged(indices, cu_seqlens, length)
+        return Ragged(indices, cu_seqlens, length, uniform=True)
 
     @staticmethod
     def from_masks(masks: Sequence[Tensor], num_patches: int) -> Ragged:
@@ -124,7 +131,8 @@ class Ragged:
             rows.append((mask + first).flatten().to(torch.int32))
             lengths += [mask.shape[1]] * batch
         cu_seqlens = torch.tensor(lengths, dtype=torch.int32).cumsum(0, dtype=torch.int32).to(masks[0].device)
-        return Ragged(torch.cat(rows), cu_seqlens, max(lengths))
+        uniform = len(set(lengths[1:])) == 1
+        return Ragged(torch.cat(rows), cu_seqlens, max(lengths), uniform)
 
     @staticmethod
     def from_lists(sequences: Sequence[Sequence[int]], device: torch.device | str = "cpu") -> Ragged:

@@ -1,0 +1,124 @@
+"""Where every row of the predictor's input comes from, computed on the device from the masks.
+
+Legend: B images, C context blocks and M target blocks per image, Tc, Tt, Tp packed rows of context, targets and
+predictor.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ijepa_fast.ragged import PADDING, Ragged
+
+
+@dataclass(frozen=True)
+class PredictorLayout:
+    """The predictor's sequences: number ``(b * C + c) * M + m`` is context block c of image b, then its target block m.
+
+    Attributes:
+        tokens: the predictor's input; ``indices`` are token indices (image * N + patch) in context and target part.
+        sources: int32 [Tp]; the context row each row copies, -1 for mask tokens and padding.
+        copies: int32 [Tc, M]; the predictor rows that copy a context row, -1 for padding.
+        predicted: the rows to predict, one sequence per predictor sequence; ``indices`` are rows of the predictor.
+        target_rows: int32 [rows of ``predicted``]; the row of the packed targets each one is compared with, -1 for
+            padding.
+        target_tokens: the same rows as token indices, for targets held as [B * N, D].
+    """
+
+    tokens: Ragged
+    sources: Tensor
+    copies: Tensor
+    predicted: Ragged
+    target_rows: Tensor
+    target_tokens: Tensor
+
+
+def _rows_of(cu_seqlens: Tensor, num_rows: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each of ``num_rows`` packed rows: its sequence (0 on padding), its place in it, and whether it is padding."""
+    row = torch.arange(num_rows, device=cu_seqlens.device, dtype=torch.int32)
+    sequence = torch.searchsorted(cu_seqlens[1:].contiguous(), row, right=True)
+    padding = row >= cu_seqlens[-1]
+    sequence = sequence.masked_fill(padding, 0)
+    return sequence, row - cu_seqlens[sequence], padding
+
+
+def _prefix_sums(lengths: Tensor) -> Tensor:
+    return torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
+
+
+def _int32(values: Tensor, padding: Tensor) -> Tensor:
+    return values.masked_fill(padding, PADDING).to(torch.int32)
+
+
+def predictor_layout(
+    context: Ragged, targets: Ragged, num_contexts: int, num_targets: int, num_rows: int | None = None
+) -> PredictorLayout:
+    """Join every context block of an image with every target block of it.
+
+    Args:
+        context: B * C sequences, image-major; targets: B * M sequences, image-major.
+        num_contexts: C; num_targets: M.
+        num_rows: Tp; by default what full inputs without padding need, ``M * Tc + C * Tt``.
+
+    Raises:
+        ValueError: the sequence counts do not belong to one number of images.
+    """
+    images, rest = divmod(context.num_sequences, num_contexts)
+    if rest or targets.num_sequences != images * num_targets:
+        raise ValueError(
+            f"{context.num_sequences} context and {targets.num_sequences} target sequences do not fit "
+            f"{num_contexts} context and {num_targets} target blocks per image"
+        )
+    if num_rows is None:
+        num_rows = num_targets * context.num_rows + num_contexts * targets.num_rows
+    device = context.device
+    shape = (images, num_contexts, num_targets)
+    context_of = torch.arange(images * num_contexts, device=device).view(images, num_contexts, 1).expand(shape)
+    target_of = torch.arange(images * num_targets, device=device).view(images, 1, num_targets).expand(shape)
+    context_of, target_of = context_of.flatten(), target_of.flatten()
+    context_length, target_length = context.lengths[context_of], targets.lengths[target_of]
+    cu_seqlens = _prefix_sums(context_length + target_length)
+
+    sequence, place, padding = _rows_of(cu_seqlens, num_rows)
+    is_target = place >= context_length[sequence]
+    source = context.cu_seqlens[context_of[sequence]] + place
+    target = targets.cu_seqlens[target_of[sequence]] + place - context_length[sequence]
+    last_context, last_target = max(context.num_rows - 1, 0), max(targets.num_rows - 1, 0)
+    indices = torch.where(
+        is_target, _at(targets.indices, target, last_target), _at(context.indices, source, last_context)
+    )
+    tokens = Ragged(
+        _int32(indices, padding),
+        cu_seqlens,
+        context.max_seqlen + targets.max_seqlen,
+        context.uniform
+        and targets.uniform
+        and num_rows == num_targets * context.num_rows + num_contexts * targets.num_rows,
+    )
+
+    context_sequence, context_place, context_padding = _rows_of(context.cu_seqlens, context.num_rows)
+    first = context_sequence[:, None] * num_targets + torch.arange(num_targets, device=device)
+    copies = _int32(cu_seqlens[first] + context_place[:, None], context_padding[:, None])
+
+    cu_predicted = _prefix_sums(target_length)
+    sequence, place, predicted_padding = _rows_of(cu_predicted, num_contexts * targets.num_rows)
+    predicted = _int32(cu_seqlens[sequence] + context_length[sequence] + place, predicted_padding)
+    target_row = targets.cu_seqlens[target_of[sequence]] + place
+    return PredictorLayout(
+        tokens,
+        _int32(source, padding | is_target),
+        copies,
+        Ragged(predicted, cu_predicted, targets.max_seqlen, targets.uniform),
+        _int32(target_row, predicted_padding),
+        _int32(_at(targets.indices, target_row, last_target), predicted_padding),
+    )
+
+
+def _at(values: Tensor, rows: Tensor, last: int) -> Tensor:
+    """``values[rows]`` with rows of the other kind (out of range here, and unused) brought into range."""
+    if values.shape[0] == 0:
+        return torch.full_like(rows, PADDING, dtype=values.dtype)
+    return values[rows.clamp(0, last).long()]
