@@ -326,17 +326,17 @@ def adamw_ema_(
         group_index: P entries; the parameter group of each tensor.
         lr, weight_decay: fp32 [G], per group.
         momentum: fp32 scalar, of the EMA.
-        update: fp32 scalar, the number of this update counted from 1 (bias correction).
+        update: fp32 [G], the number of this update of each group counted from 1 (bias correction).
         grad_scale: fp32 scalar that multiplies every gradient (clip coefficient over loss scale).
         skip: fp32 scalar; anything but 0 leaves all tensors untouched.
     """
     if float(skip) != 0:
         return
-    scale, ema_weight, count = float(grad_scale), 1 - float(momentum), float(update)
-    correction1, correction2 = 1 - beta1**count, (1 - beta2**count) ** 0.5
+    scale, ema_weight = float(grad_scale), 1 - float(momentum)
     for group in sorted(set(group_index)):
         members = [i for i, g in enumerate(group_index) if g == group]
-        rate, decay = float(lr[group]), float(weight_decay[group])
+        rate, decay, count = float(lr[group]), float(weight_decay[group]), float(update[group])
+        correction1, correction2 = 1 - beta1**count, (1 - beta2**count) ** 0.5
         p = [params[i] for i in members]
         g = torch._foreach_mul([grads[i].to(params[i].dtype) for i in members], scale)
         m, v = [exp_avgs[i] for i in members], [exp_avg_sqs[i] for i in members]
