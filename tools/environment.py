@@ -157,7 +157,7 @@ def ensure_set_up(environment: dict, extras: set[str], in_place: bool) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--extras", default="train", help="extras of setup.py, with commas between")
-    parser.add_argument("--own-venv", action="store_true", help="use .venv, made by this very Python, whatever is active")
+    parser.add_argument("--own-venv", action="store_true", help="use .venv, made by this Python, whatever is active")
     parser.add_argument("arguments", nargs="*", help="what the environment's Python is run with")
     options = parser.parse_args()
 
