@@ -1,0 +1,152 @@
+"""Checkpoints: one safetensors file each, with everything that is not a tensor as JSON in its header.
+
+A file appears under its name only when it is whole: it is written under a temporary name, flushed to the disk and
+renamed. Nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+FORMAT = "ijepa_fast-1"
+_KEY = "ijepa_fast"
+_NAME = re.compile(r"step_(\d{9})\.safetensors")
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint is missing, damaged, or not one of ours."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Contents of one file.
+
+    Attributes:
+        step: steps done; the next one to run.
+        tensors: dotted name -> tensor, on the CPU.
+        extra: everything else, as JSON holds it.
+    """
+
+    step: int
+    tensors: dict[str, Tensor]
+    extra: dict
+
+
+def path_of(folder: Path, step: int) -> Path:
+    return folder / f"step_{step:09d}.safetensors"
+
+
+def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
+    """Write a checkpoint and remove all but the newest ``keep``. Returns its path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    final = path_of(folder, checkpoint.step)
+    temporary = final.with_suffix(".partial")
+    header = {_KEY: json.dumps({"format": FORMAT, "step": checkpoint.step, "extra": checkpoint.extra})}
+    save_file({name: t.detach().contiguous() for name, t in checkpoint.tensors.items()}, temporary, metadata=header)
+    _flush(temporary)
+    os.replace(temporary, final)
+    _flush(folder)
+    for old in list_steps(folder)[:-keep]:
+        path_of(folder, old).unlink()
+    for leftover in folder.glob("*.partial"):
+        leftover.unlink()
+    return final
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def list_steps(folder: Path) -> list[int]:
+    """Steps of the checkpoints in a folder, ascending; empty if the folder is not there."""
+    if not folder.is_dir():
+        return []
+    return sorted(int(m[1]) for entry in folder.iterdir() if (m := _NAME.fullmatch(entry.name)))
+
+
+def find(path: Path) -> Path:
+    """The checkpoint file that ``path`` means: itself, or the newest in a run's or a checkpoint folder.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    if path.is_file():
+        return path
+    for folder in (path / "checkpoints", path):
+        if steps := list_steps(folder):
+            return path_of(folder, steps[-1])
+    raise CheckpointError(f"no checkpoint at {path}" + ("" if path.exists() else ": it does not exist"))
+
+
+def load(path: Path) -> Checkpoint:
+    """Read one checkpoint file.
+
+    Raises:
+        CheckpointError: the file is missing, truncated, or was not written by this package; the message says which.
+    """
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            header = (file.metadata() or {}).get(_KEY)
+            if header is None:
+                raise CheckpointError(f"{path} is a safetensors file, but not a checkpoint of ijepa_fast")
+            about = json.loads(header)
+            if about.get("format") != FORMAT:
+                raise CheckpointError(f"{path} has format {about.get('format')!r}; this version reads {FORMAT!r}")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+    except FileNotFoundError:
+        raise CheckpointError(f"no checkpoint at {path}") from None
+    except (SafetensorError, json.JSONDecodeError, OSError) as error:
+        raise CheckpointError(f"{path} is damaged or not a safetensors file: {error}") from error
+    return Checkpoint(about["step"], tensors, about["extra"])
+
+
+def select(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Entries whose name starts with ``prefix.``, without it."""
+    return {name[len(prefix) + 1 :]: t for name, t in tensors.items() if name.startswith(prefix + ".")}
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, names: dict[Tensor, str]) -> dict[str, Tensor]:
+    """``optimizer.<parameter name>.<state name>`` -> tensor."""
+    return {
+        f"optimizer.{names[parameter]}.{key}": value
+        for parameter, state in optimizer.state.items()
+        for key, value in state.items()
+    }
+
+
+def load_optimizer_tensors(
+    optimizer: torch.optim.Optimizer, names: dict[Tensor, str], tensors: dict[str, Tensor]
+) -> None:
+    """Inverse of ``optimizer_tensors``.
+
+    Raises:
+        CheckpointError: a parameter has no state in the file, or one of another shape.
+    """
+    groups = optimizer.state_dict()["param_groups"]
+    state = {}
+    for group, numbered in zip(optimizer.param_groups, groups, strict=True):
+        for parameter, number in zip(group["params"], numbered["params"], strict=True):
+            found = select(tensors, f"optimizer.{names[parameter]}")
+            if not found:
+                raise CheckpointError(f"the checkpoint has no optimizer state for {names[parameter]}")
+            for key, value in found.items():
+                if value.dim() and value.shape != parameter.shape:
+                    raise CheckpointError(
+                        f"optimizer state {key} of {names[parameter]} is {tuple(value.shape)}, "
+                        f"the parameter {tuple(parameter.shape)}"
+                    )
+            state[number] = found
+    optimizer.load_state_dict({"state": state, "param_groups": groups})

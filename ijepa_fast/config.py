@@ -1,0 +1,326 @@
+"""Every setting of a run, as plain dataclasses; YAML files, command-line flags and help are made from them."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Literal
+
+from ijepa_fast.jepa import IJEPA, Objective
+from ijepa_fast.masks import MaskConfig
+from ijepa_fast.schedules import Schedules
+from ijepa_fast.vit import IMAGENET_MEAN, IMAGENET_STD, Predictor, VisionTransformer
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Encoder and predictor.
+
+    Args:
+        img_size: side of the training crops in pixels.
+        patch_size: side of a patch in pixels; divides img_size.
+        embed_dim: width of the encoder, a multiple of 4.
+        depth: blocks of the encoder.
+        num_heads: attention heads of encoder and predictor; divides both widths.
+        mlp_ratio: hidden width of the MLPs over the width.
+        predictor_embed_dim: width of the predictor, a multiple of 4.
+        predictor_depth: blocks of the predictor.
+        init: flat (std 0.02 at all depths, as the published models were trained) or depth_scaled.
+        attention: variable-length attention backend, see `ijepa-fast doctor`.
+        activation_checkpointing: recompute blocks in the backward pass to save memory.
+        mean: per channel, of images in [0, 1].
+        std: per channel, of images in [0, 1].
+    """
+
+    img_size: int = 224
+    patch_size: int = 16
+    embed_dim: int = 768
+    depth: int = 12
+    num_heads: int = 12
+    mlp_ratio: float = 4.0
+    predictor_embed_dim: int = 384
+    predictor_depth: int = 6
+    init: Literal["flat", "depth_scaled"] = "flat"
+    attention: str = "auto"
+    activation_checkpointing: bool = False
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
+
+    def build(self, objective: Objective) -> IJEPA:
+        """The networks, with fresh weights from torch's global generator."""
+        shared = {
+            "num_heads": self.num_heads,
+            "mlp_ratio": self.mlp_ratio,
+            "init": self.init,
+            "attention": self.attention,
+            "activation_checkpointing": self.activation_checkpointing,
+        }
+        encoder = VisionTransformer(
+            self.img_size,
+            self.patch_size,
+            embed_dim=self.embed_dim,
+            depth=self.depth,
+            mean=self.mean,
+            std=self.std,
+            **shared,
+        )
+        predictor = Predictor(
+            encoder.grid,
+            self.embed_dim,
+            predictor_embed_dim=self.predictor_embed_dim,
+            depth=self.predictor_depth,
+            **shared,
+        )
+        return IJEPA(encoder, predictor, objective)
+
+
+@dataclass(frozen=True)
+class LoaderConfig:
+    """From image files to uint8 crops.
+
+    Args:
+        crop_scale: smallest and largest share of the image's area that a crop covers.
+        crop_ratio: smallest and largest width over height of a crop.
+        flip: probability of a horizontal flip. The official recipe has none.
+        workers: decoding processes per rank; 0 decodes in the training process.
+        max_bad_share: share of undecodable images above which the run ends with an error.
+    """
+
+    crop_scale: tuple[float, float] = (0.3, 1.0)
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    flip: float = 0.0
+    workers: int = 0
+    max_bad_share: float = 0.05
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW, its schedules and the EMA; the defaults are the official recipe.
+
+    Args:
+        start_lr: learning rate at the start of the warm-up.
+        lr: learning rate after the warm-up.
+        final_lr: learning rate at the end of the schedule.
+        warmup_epochs: length of the linear warm-up; fractions are allowed.
+        weight_decay: at the start; biases and norms are not decayed.
+        final_weight_decay: at the end of the schedule.
+        weight_decay_shape: cosine (official code) or linear (paper).
+        momentum: of the EMA of the target encoder, at the start.
+        final_momentum: of the EMA, at the end of the schedule.
+        momentum_shape: linear (official) or cosine.
+        schedule_stretch: length of the schedules over that of the run (the official ipe_scale, 1.25 there with 1.0
+            as the plain choice).
+        betas: of Adam.
+        eps: of Adam.
+        max_grad_norm: clip the total gradient norm to this; null for no clipping.
+        layer_decay: learning rate multiplier from one encoder layer to the one below.
+    """
+
+    start_lr: float = 2e-4
+    lr: float = 1e-3
+    final_lr: float = 1e-6
+    warmup_epochs: float = 40.0
+    weight_decay: float = 0.04
+    final_weight_decay: float = 0.4
+    weight_decay_shape: Literal["cosine", "linear"] = "cosine"
+    momentum: float = 0.996
+    final_momentum: float = 1.0
+    momentum_shape: Literal["linear", "cosine"] = "linear"
+    schedule_stretch: float = 1.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    max_grad_norm: float | None = None
+    layer_decay: float = 1.0
+
+    def schedules(self, total_steps: int, steps_per_epoch: int) -> Schedules:
+        if not self.schedule_stretch >= 1:
+            raise ValueError(f"optim.schedule_stretch must be at least 1, got {self.schedule_stretch}")
+        return Schedules(
+            total_steps=int(total_steps * self.schedule_stretch),
+            warmup_steps=round(self.warmup_epochs * steps_per_epoch),
+            start_lr=self.start_lr,
+            lr=self.lr,
+            final_lr=self.final_lr,
+            weight_decay=self.weight_decay,
+            final_weight_decay=self.final_weight_decay,
+            momentum=self.momentum,
+            final_momentum=self.final_momentum,
+            weight_decay_shape=self.weight_decay_shape,
+            momentum_shape=self.momentum_shape,
+        )
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The loop.
+
+    Args:
+        batch_size: images per step on all ranks together.
+        epochs: passes over the data; ignored if steps is given.
+        steps: length of the run in steps instead of epochs.
+        accumulate: micro-batches per step and rank; saves memory.
+        precision: fp32, bf16 (bf16 weights with fp32 masters) or fp16 (the same, with loss scaling).
+        device: auto (a GPU if there is one), cpu or cuda.
+        log_every: steps between log lines, the only moments the host waits for the device.
+        save_every: steps between checkpoints; one is always written at the end.
+        keep: newest checkpoints that are kept.
+        deterministic: refuse operations without a fixed summation order.
+    """
+
+    batch_size: int = 2048
+    epochs: float = 300.0
+    steps: int | None = None
+    accumulate: int = 1
+    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    log_every: int = 50
+    save_every: int = 1000
+    keep: int = 2
+    deterministic: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "accumulate", "log_every", "save_every", "keep"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"train.{name} must be at least 1, got {getattr(self, name)}")
+        if self.steps is not None and self.steps < 1:
+            raise ValueError(f"train.steps must be at least 1, got {self.steps}")
+        if self.steps is None and not self.epochs > 0:
+            raise ValueError(f"train.epochs must be positive, got {self.epochs}")
+
+    def total_steps(self, steps_per_epoch: int) -> int:
+        return self.steps if self.steps is not None else max(1, round(self.epochs * steps_per_epoch))
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """Judging frozen features. Everything here needs labels and is left out without them.
+
+    Args:
+        data: labelled images to test on; by default the test or val folder beside the training images.
+        before_and_after: k-NN and linear probe of the untrained and of the trained target encoder.
+        train_images: at most so many training images are used to fit k-NN and probe.
+        test_images: at most so many images are tested.
+        layers: features of the last block, or of the last four concatenated.
+        bank: training features kept for the online k-NN; 0 turns it off.
+        pictures: draw masks, curves and PCA maps at the end.
+    """
+
+    data: str | None = None
+    before_and_after: bool = True
+    train_images: int = 10_000
+    test_images: int = 10_000
+    layers: Literal["last", "last4"] = "last"
+    bank: int = 20_000
+    pictures: bool = True
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One pretraining run.
+
+    Args:
+        data: folder of images (with or without class folders; train/ and val/ or test/ inside are understood), or
+            "rendered" for the embedded labelled set.
+        output: folder of the run: config, metrics, checkpoints, pictures.
+        seed: of weights, data order, crops and masks.
+        resume: auto continues the run in the output folder if there is one; never refuses a folder that holds one;
+            require refuses one that does not.
+        overwrite: with resume never: delete the run that is in the output folder.
+        model: encoder and predictor.
+        masks: context and target blocks.
+        objective: the loss.
+        loader: images to crops.
+        optim: AdamW, schedules, EMA.
+        train: the loop.
+        evaluation: k-NN, probe, pictures.
+    """
+
+    data: str = "rendered"
+    output: str = "runs/default"
+    seed: int = 0
+    resume: Literal["auto", "never", "require"] = "auto"
+    overwrite: bool = False
+    model: ModelConfig = field(default_factory=ModelConfig)
+    masks: MaskConfig = field(default_factory=MaskConfig)
+    objective: Objective = field(default_factory=Objective)
+    loader: LoaderConfig = field(default_factory=LoaderConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+
+CHANGEABLE = {
+    "output",
+    "resume",
+    "overwrite",
+    "model.attention",
+    "model.activation_checkpointing",
+    "loader.workers",
+    "loader.max_bad_share",
+    "train.accumulate",
+    "train.device",
+    "train.log_every",
+    "train.save_every",
+    "train.keep",
+    "train.deterministic",
+    "evaluation",
+}
+"""Settings (or whole sections) that a resumed run may change: but for rounding, it ends with the same weights."""
+
+
+def flatten(config: object, prefix: str = "") -> dict[str, object]:
+    """Dotted name -> value of every setting."""
+    flat = {}
+    for f in fields(config):
+        value = getattr(config, f.name)
+        if is_dataclass(value):
+            flat |= flatten(value, f"{prefix}{f.name}.")
+        else:
+            flat[prefix + f.name] = list(value) if isinstance(value, tuple) else value
+    return flat
+
+
+def changes(old: dict[str, object], new: dict[str, object]) -> tuple[dict[str, tuple], dict[str, tuple]]:
+    """Settings that differ between two flat configs, as name -> (old, new): those a resume may change, and the rest."""
+    allowed, refused = {}, {}
+    for name in sorted(old.keys() | new.keys()):
+        before, after = old.get(name), new.get(name)
+        if before != after:
+            section = name.partition(".")[0]
+            (allowed if name in CHANGEABLE or section in CHANGEABLE else refused)[name] = (before, after)
+    return allowed, refused
+
+
+def as_dict(config: RunConfig) -> dict:
+    """Nested plain dict, tuples as lists: what YAML and JSON hold."""
+
+    def plain(value):
+        if isinstance(value, dict):
+            return {k: plain(v) for k, v in value.items()}
+        return [plain(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+    return plain(asdict(config))
+
+
+def recipes() -> dict[str, Path]:
+    """Name -> file of every recipe shipped with the package; ablations are named ``ablations/...``."""
+    root = Path(str(resources.files("ijepa_fast") / "recipes"))
+    return {path.relative_to(root).with_suffix("").as_posix(): path for path in sorted(root.rglob("*.yaml"))}
+
+
+def find_recipe(name: str) -> Path:
+    """The file that ``--config NAME`` means: an existing file, or a shipped recipe.
+
+    Raises:
+        ValueError: neither, with the nearest recipe names.
+    """
+    shipped = recipes()
+    if name in shipped:
+        return shipped[name]
+    if Path(name).is_file():
+        return Path(name)
+    near = difflib.get_close_matches(name, shipped, n=3, cutoff=0.4)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"recipes: {', '.join(shipped)}"
+    raise ValueError(f"{name!r} is neither a file nor a recipe; {hint}")

@@ -1,0 +1,110 @@
+"""Ranks: one process per device, started by torchrun (or anything that sets its environment variables)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among the others.
+
+    Attributes:
+        rank, world_size: this process and how many there are; 0 of 1 without torchrun.
+        device: of this process.
+    """
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes files and logs."""
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        if self.world_size > 1:
+            dist.barrier(group=_HOST_GROUP.get("group"))
+
+    def any(self, flag: bool) -> bool:
+        """Whether any rank's flag is set; every rank must ask. Runs between hosts and does not wait for the GPU."""
+        if self.world_size == 1:
+            return flag
+        value = torch.tensor([int(flag)])
+        dist.all_reduce(value, op=dist.ReduceOp.MAX, group=_HOST_GROUP.get("group"))
+        return bool(value)
+
+    def from_main(self, value):
+        """Rank 0's value (anything picklable, sent between our own processes) on every rank."""
+        if self.world_size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=_HOST_GROUP.get("group"))
+        return box[0]
+
+
+_HOST_GROUP: dict[str, dist.ProcessGroup | None] = {}
+
+
+def pick_device(name: str, local_rank: int) -> torch.device:
+    """ "auto", "cpu" or "cuda" -> device of this process. Raises ValueError for a GPU that is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cpu":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ValueError("train.device is cuda, but this torch sees no GPU (ijepa-fast doctor says more)")
+    if local_rank >= torch.cuda.device_count():
+        raise ValueError(f"local rank {local_rank} has no GPU of its own: {torch.cuda.device_count()} are visible")
+    return torch.device("cuda", local_rank)
+
+
+@contextmanager
+def ranks(device: str = "auto", timeout: timedelta = timedelta(minutes=10)) -> Iterator[Ranks]:
+    """Join the process group that torchrun's environment describes, and leave it at the end.
+
+    Without these variables the process is alone. With only some of them, or with a rendezvous that fails, every rank
+    gets an error: nobody trains alone by accident.
+
+    Raises:
+        ValueError: incomplete environment, or a device that is not there.
+    """
+    given = [name for name in _VARIABLES if name in os.environ]
+    if not {"RANK", "WORLD_SIZE"} & set(given):
+        yield Ranks(0, 1, _set_device(pick_device(device, 0)))
+        return
+    missing = sorted(set(_VARIABLES) - set(given))
+    if missing:
+        raise ValueError(f"distributed launch is missing {', '.join(missing)}; start with torchrun (found {given})")
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    chosen = _set_device(pick_device(device, int(os.environ["LOCAL_RANK"])))
+    on_gpu = chosen.type == "cuda"
+    dist.init_process_group(
+        "nccl" if on_gpu else "gloo",
+        rank=rank,
+        world_size=world_size,
+        timeout=timeout,
+        device_id=chosen if on_gpu else None,
+    )
+    _HOST_GROUP["group"] = dist.new_group(backend="gloo", timeout=timeout) if on_gpu else None
+    try:
+        yield Ranks(rank, world_size, chosen)
+    finally:
+        dist.destroy_process_group()
+        _HOST_GROUP.clear()
+
+
+def _set_device(device: torch.device) -> torch.device:
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
