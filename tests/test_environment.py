@@ -119,6 +119,10 @@ def test_a_failed_installation_ends_with_its_reason_and_leaves_no_stamp(environm
     monkeypatch.setattr(environment.subprocess, "run", lambda *a, **k: subprocess.CompletedProcess(a, 1))
     with pytest.raises(SystemExit, match="PIP_ARGS"):
         environment.ensure_set_up(found(tmp_path, torch="2.11.0"), {"train"}, in_place=True)
+    monkeypatch.setattr(environment.subprocess, "run", lambda *a, **k: subprocess.CompletedProcess(a, 0))
+    monkeypatch.setattr(environment, "probe", lambda python: found(tmp_path, torch="2.11.0"))
+    with pytest.raises(SystemExit, match="ijepa-fast are not in"):
+        environment.ensure_set_up(found(tmp_path, torch="2.11.0"), {"train"}, in_place=True)
     assert not (tmp_path / environment.STAMP).exists()
 
 

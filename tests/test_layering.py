@@ -29,7 +29,8 @@ STANDS_ON = {
     "vit": "attention layout",
     "jepa": "vit masks",
     "optim": "ops",
-    "step": "jepa optim",
+    "schedules": "",
+    "step": "jepa optim schedules",
     # Around it: a run, its data, and what is shown of it.
     "distributed": "",
     "data": "philox distributed",

@@ -150,6 +150,8 @@ def ensure_set_up(environment: dict, extras: set[str], in_place: bool) -> None:
         return
     install(environment, extras | have, in_place)
     packages = probe(Path(environment["executable"]))["packages"]
+    if not {"torch", "ijepa-fast"} <= set(packages):
+        sys.exit(f"setup: pip reported success, but torch and ijepa-fast are not in {environment['prefix']}")
     wanted.update(torch=packages["torch"], package=packages["ijepa-fast"], extras=sorted(extras | have))
     stamp.write_text(json.dumps(wanted) + "\n")
 
