@@ -304,6 +304,30 @@ def as_dict(config: RunConfig) -> dict:
     return plain(asdict(config))
 
 
+def from_dict(values: dict, kind: type = RunConfig, where: str = "") -> RunConfig:
+    """Inverse of ``as_dict``.
+
+    Raises:
+        ValueError: an unknown setting, with the nearest name, or a value that its section refuses.
+    """
+    known = {f.name: f for f in fields(kind)}
+    for name in values:
+        if name not in known:
+            raise ValueError(f"unknown setting {where}{name}{_nearest(name, list(known))}")
+    arguments = {}
+    for name, value in values.items():
+        default = known[name].default_factory
+        if isinstance(value, dict) and is_dataclass(default):
+            value = from_dict(value, default, f"{where}{name}.")
+        arguments[name] = tuple(value) if isinstance(value, list) else value
+    return kind(**arguments)
+
+
+def _nearest(name: str, names: list[str]) -> str:
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
 def recipes() -> dict[str, Path]:
     """Name -> file of every recipe shipped with the package; ablations are named ``ablations/...``."""
     root = Path(str(resources.files("ijepa_fast") / "recipes"))

@@ -1,0 +1,196 @@
+"""The command ``ijepa-fast``."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import logging
+import re
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+EXIT_ERROR = 1
+EXIT_USAGE = 2
+EXIT_STOPPED = 75
+"""EX_TEMPFAIL of sysexits.h: the run was stopped by a signal, saved itself, and can be started again."""
+
+USAGE = """usage: ijepa-fast COMMAND [options]
+
+commands:
+  pretrain   train an encoder with I-JEPA
+  probe      linear-probe accuracy of a checkpoint
+  knn        k-NN accuracy of a checkpoint
+  masks      draw the masks of a configuration
+  doctor     what is installed, and what is missing why
+
+`ijepa-fast COMMAND --help` describes the options of a command."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command; the exit status is 0, 1 for errors, 2 for wrong usage, 75 for a stopped run."""
+    argv = sys.argv[1:] if argv is None else argv
+    commands = {"pretrain": _pretrain, "probe": _probe, "knn": _knn, "masks": _masks, "doctor": _doctor}
+    if not argv or argv[0] in ("-h", "--help"):
+        print(USAGE)
+        return 0 if argv else EXIT_USAGE
+    if argv[0] == "--version":
+        from ijepa_fast import __version__
+
+        print(__version__)
+        return 0
+    if argv[0] not in commands:
+        near = difflib.get_close_matches(argv[0], commands, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        print(f"ijepa-fast: no command {argv[0]!r}{hint}\n\n{USAGE}", file=sys.stderr)
+        return EXIT_USAGE
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    try:
+        return commands[argv[0]](argv[1:])
+    except ImportError as error:
+        print(f"ijepa-fast {argv[0]}: {error}; install the extra: pip install 'ijepa_fast[train]'", file=sys.stderr)
+        return EXIT_ERROR
+    except (ValueError, OSError, RuntimeError) as error:
+        print(f"ijepa-fast {argv[0]}: error: {error}", file=sys.stderr)
+        return EXIT_ERROR
+
+
+def _parser(command: str, description: str):
+    from jsonargparse import ArgumentParser
+
+    return ArgumentParser(prog=f"ijepa-fast {command}", description=description, exit_on_error=False)
+
+
+def _parse(parser, argv: list[str], names: list[str]):
+    """Parse; on failure raise ValueError with the nearest setting to an unknown one."""
+    from jsonargparse import ArgumentError
+
+    try:
+        return parser.parse_args(argv)
+    except ArgumentError as error:
+        message = str(error)
+        unknown = re.search(r"(?:Unrecognized arguments: --|Key '|[Nn]o action for key \"|Option ')([\w.]+)", message)
+        near = difflib.get_close_matches(unknown[1], names, n=1, cutoff=0.5) if unknown else []
+        raise ValueError(message + (f"\ndid you mean {near[0]}?" if near else "")) from None
+
+
+def _run_parser(command: str, description: str):
+    from jsonargparse import ActionConfigFile
+
+    from ijepa_fast.config import RunConfig
+
+    parser = _parser(command, description)
+    parser.add_argument("--config", action=ActionConfigFile, help="YAML file, or the name of a shipped recipe.")
+    parser.add_class_arguments(RunConfig)
+    return parser
+
+
+def _run_config(parser, argv: list[str]):
+    """(RunConfig, namespace as parsed) from flags and --config FILE or RECIPE."""
+    from ijepa_fast.config import RunConfig, find_recipe, flatten
+
+    named = []
+    for i, argument in enumerate(argv):
+        if i and argv[i - 1] == "--config":
+            argument = str(find_recipe(argument))
+        elif argument.startswith("--config="):
+            argument = f"--config={find_recipe(argument.partition('=')[2])}"
+        named.append(argument)
+    parsed = _parse(parser, named, list(flatten(RunConfig())))
+    values = parser.instantiate_classes(parsed)
+    return RunConfig(**{f.name: values[f.name] for f in fields(RunConfig)}), parsed
+
+
+def _pretrain(argv: list[str]) -> int:
+    parser = _run_parser("pretrain", "Train an encoder with I-JEPA.")
+    config, parsed = _run_config(parser, argv)
+    from ijepa_fast.train import Stopped, pretrain
+
+    try:
+        summary = pretrain(config, lambda _: parser.dump(parsed, skip_none=False))
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        return EXIT_STOPPED
+    if summary:
+        print(_table(summary, config.output))
+    return 0
+
+
+def _table(summary: dict, output: str) -> str:
+    """What a run ends with, for people."""
+    lines = []
+    if "after" in summary:
+        rows = [
+            ("raw pixels", summary["pixels"]),
+            ("colour histogram", summary["colours"]),
+            ("untrained encoder", summary["before"]),
+            ("trained encoder", summary["after"]),
+        ]
+        lines += ["", f"{'features of held-out images':<28}{'k-NN':>8}{'probe':>8}{'rank':>8}", "-" * 52]
+        for name, figures in rows:
+            rank = f"{figures['rank']:.1f}" if "rank" in figures else ""
+            lines.append(f"{name:<28}{figures['knn']:>8.1%}{figures['probe']:>8.1%}{rank:>8}")
+        lines.append("")
+    bad = f", {len(summary['bad_files'])} undecodable images" if summary["bad_files"] else ""
+    lines.append(f"{summary['steps']} steps in {summary['seconds']:.0f} s{bad}; everything is in {output}/")
+    return "\n".join(lines)
+
+
+def _evaluation_parser(command: str, description: str):
+    parser = _parser(command, description)
+    parser.add_argument("checkpoint", type=Path, help="Checkpoint file, or the folder of a run (its newest).")
+    parser.add_argument("--data", type=str | None, default=None, help="Labelled images; those of the run by default.")
+    parser.add_argument("--encoder", choices=("target", "context"), default="target", help="Which encoder to judge.")
+    parser.add_argument("--layers", choices=("last", "last4"), default="last", help="Last block, or last four.")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="Where to compute.")
+    return parser
+
+
+def _evaluate(parser, argv: list[str], figure: str) -> int:
+    parsed = _parse(parser, argv, ["data", "encoder", "layers", "device"])
+    from dataclasses import replace
+
+    from ijepa_fast.data.datasets import open_sources
+    from ijepa_fast.distributed import pick_device
+    from ijepa_fast.judge import judge
+    from ijepa_fast.train import load_trained
+
+    model, config, step = load_trained(parsed.checkpoint)
+    config = replace(config, evaluation=replace(config.evaluation, layers=parsed.layers))
+    sources = open_sources(parsed.data or config.data, None if parsed.data else config.evaluation.data)
+    if sources.test is None:
+        raise ValueError(f"{parsed.data or config.data} has no labelled test images (folders train/ and val/ or test/)")
+    encoder = model.target_encoder if parsed.encoder == "target" else model.context_encoder
+    figures = judge(encoder.to(pick_device(parsed.device, 0)), sources, config)
+    print(json.dumps({"checkpoint": str(parsed.checkpoint), "step": step, "encoder": parsed.encoder,
+                      "layers": parsed.layers, figure: figures[figure], "rank": figures["rank"]}))  # fmt: skip
+    return 0
+
+
+def _probe(argv: list[str]) -> int:
+    return _evaluate(_evaluation_parser("probe", "Linear-probe accuracy of a checkpoint."), argv, "probe")
+
+
+def _knn(argv: list[str]) -> int:
+    return _evaluate(_evaluation_parser("knn", "k-NN accuracy of a checkpoint."), argv, "knn")
+
+
+def _masks(argv: list[str]) -> int:
+    parser = _run_parser("masks", "Draw the masks of a configuration over some of its images.")
+    parser.add_argument("--out", type=Path, default=Path("masks.png"), help="PNG file to write.")
+    parser.add_argument("--count", type=int, default=8, help="Number of images.")
+    config, parsed = _run_config(parser, argv)
+    from ijepa_fast.data.datasets import open_sources
+    from ijepa_fast.judge import draw_masks
+
+    draw_masks(config, open_sources(config.data).train, parsed.out, parsed.count)
+    print(parsed.out)
+    return 0
+
+
+def _doctor(argv: list[str]) -> int:
+    _parse(_parser("doctor", "Print versions, GPU, and which optional parts are in use or missing, and why."), argv, [])
+    from ijepa_fast import doctor
+
+    print(doctor.text(doctor.report()))
+    return 0

@@ -1,0 +1,372 @@
+"""The training loop: from a configuration to a folder with a trained encoder, its figures and its pictures."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from ijepa_fast import checkpoint as checkpoints
+from ijepa_fast.checkpoint import Checkpoint, CheckpointError
+from ijepa_fast.config import RunConfig, as_dict, changes, flatten, from_dict
+from ijepa_fast.data import TrainLoader
+from ijepa_fast.data.datasets import Sources, open_sources
+from ijepa_fast.distributed import Ranks, ranks
+from ijepa_fast.evaluate import HealthBuffer, OnlineKNN
+from ijepa_fast.jepa import IJEPA
+from ijepa_fast.judge import draw_pictures, judge
+from ijepa_fast.logs import RunLog, write_json, write_text
+from ijepa_fast.masks import MaskSampler
+from ijepa_fast.optim import FusedAdamW, parameter_groups
+from ijepa_fast.step import PRECISION_DTYPES, TrainStep
+from ijepa_fast.vit import cast_weights
+
+log = logging.getLogger(__name__)
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+
+class Stopped(Exception):
+    """SIGTERM or SIGUSR1 ended the run early; a checkpoint was written and the run can be continued."""
+
+
+class NotFinite(RuntimeError):
+    """The loss became infinite or NaN."""
+
+
+def pretrain(config: RunConfig, to_yaml: Callable[[RunConfig], str] | None = None) -> dict:
+    """Run ``config``, or continue it from the newest checkpoint of its output folder.
+
+    Args:
+        config: everything about the run.
+        to_yaml: how config.yaml is written; JSON (which is YAML too) without it.
+
+    Returns:
+        What ``summary.json`` holds: steps, seconds, bad files, and with labelled data "before" and "after" with
+        "knn", "probe" and "rank", and "pixels".
+
+    Raises:
+        ValueError: settings that contradict each other or the data, before anything is written.
+        CheckpointError: the output folder holds another run, or a damaged checkpoint.
+        Stopped: by a signal, after saving.
+        NotFinite: the loss was not finite; the checkpoints on disk are from before.
+    """
+    with ranks(config.train.device) as me:
+        sources = open_sources(config.data, config.evaluation.data)
+        return _run(config, me, sources, to_yaml or (lambda c: json.dumps(as_dict(c), indent=2)))
+
+
+def load_trained(path: Path) -> tuple[IJEPA, RunConfig, int]:
+    """The networks of a checkpoint (or of a run folder's newest), their configuration, and the steps done.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged.
+    """
+    state = checkpoints.load(checkpoints.find(Path(path)))
+    config = from_dict(state.extra["config"])
+    model = config.model.build(config.objective)
+    model.load_state_dict(checkpoints.select(state.tensors, "model"))
+    return model, config, state.step
+
+
+def _run(config: RunConfig, me: Ranks, sources: Sources, to_yaml: Callable[[RunConfig], str]) -> dict:
+    folder, train = Path(config.output), config.train
+    started = time.monotonic()
+    if train.deterministic:
+        torch.use_deterministic_algorithms(True)
+    torch.manual_seed(config.seed)
+    model = config.model.build(config.objective)
+    sampler = MaskSampler(config.masks, model.context_encoder.grid)
+    _check_batches(config, me)
+    loader_settings = {
+        "image_size": config.model.img_size,
+        "global_batch": train.batch_size,
+        "seed": config.seed,
+        "rank": me.rank,
+        "world_size": me.world_size,
+        "workers": config.loader.workers,
+        "scale": config.loader.crop_scale,
+        "ratio": config.loader.crop_ratio,
+        "flip": config.loader.flip,
+        "max_bad_share": config.loader.max_bad_share,
+        "pin_memory": me.device.type == "cuda",
+    }
+    steps_per_epoch = TrainLoader(sources.train, **loader_settings).steps_per_epoch
+    total_steps = train.total_steps(steps_per_epoch)
+    schedules = config.optim.schedules(total_steps, steps_per_epoch)
+
+    found = me.from_main(_claim_folder(config, sources) if me.is_main else None)
+    model.to(me.device)
+    cast_weights(model, PRECISION_DTYPES[train.precision])
+    if me.is_main:
+        write_text(folder / "config.yaml", to_yaml(config))
+        if config.evaluation.before_and_after and sources.test is not None and not (folder / "before.json").exists():
+            write_json(folder / "before.json", judge(model.target_encoder, sources, config, baselines=True))
+    optimizer = FusedAdamW(
+        parameter_groups(model, config.optim.layer_decay),
+        lr=config.optim.lr,
+        betas=config.optim.betas,
+        eps=config.optim.eps,
+        max_grad_norm=config.optim.max_grad_norm,
+    )
+    scaler = torch.amp.GradScaler(me.device.type) if train.precision == "fp16" else None
+    health = HealthBuffer(config.model.embed_dim, device=me.device)
+    start_step = 0
+    if found is not None:
+        start_step = _restore(checkpoints.load(Path(found)), model, optimizer, scaler, health)
+        log.info("continuing %s at step %d of %d", folder, start_step, total_steps)
+    wrapped = None
+    if me.world_size > 1:
+        devices = [me.device] if me.device.type == "cuda" else None
+        wrapped = DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)
+    step_once = TrainStep(
+        model,
+        optimizer,
+        sampler,
+        schedules,
+        seed=config.seed,
+        wrapped=wrapped,
+        accumulate=train.accumulate,
+        scaler=scaler,
+    )
+    knn = None
+    if sources.train.labels is not None and config.evaluation.bank:
+        bank = min(config.evaluation.bank, len(sources.train))
+        knn = OnlineKNN(config.model.embed_dim, capacity=bank, device=me.device)
+
+    def save(step: int) -> None:
+        _raise_if_bad(step_once)
+        if me.is_main:
+            state = _state(step, config, sources, model, optimizer, scaler, health)
+            checkpoints.save(folder / "checkpoints", state, train.keep)
+
+    per_rank = train.batch_size // me.world_size
+    loader = TrainLoader(sources.train, **loader_settings, start_step=start_step, num_steps=total_steps - start_step)
+    run_log = RunLog(folder, total_steps, start_step, folder.name) if me.is_main else None
+    meter = _Meter(me, train.batch_size)
+    stop = _StopFlag()
+    try:
+        batches = iter(loader)
+        for step in range(start_step, total_steps):
+            with meter.waiting():
+                batch = next(batches)
+            result = step_once(batch.images.to(me.device, non_blocking=True), step, me.rank * per_rank)
+            health.push(result.pooled)
+            if knn is not None:
+                knn.push(result.pooled, batch.labels, batch.indices)
+            meter.add(result, per_rank)
+            done = step + 1
+            if run_log is not None:
+                run_log.advance()
+            if done % train.log_every == 0 or done == total_steps:
+                _raise_if_bad(step_once)
+                metrics = {"step": done, "epoch": done / steps_per_epoch, **meter.read()}
+                if run_log is not None:
+                    metrics |= {
+                        "lr": schedules.lr_at(step),
+                        "weight_decay": schedules.weight_decay_at(step),
+                        "momentum": schedules.momentum_at(step),
+                        "skipped": int(optimizer.skipped),
+                        **health.report(),
+                        "knn": knn.accuracy() if knn is not None else None,
+                        "bad_files": len(loader.bad),
+                    }
+                    run_log.write(metrics)
+            stopped = me.any(stop.is_set)
+            if stopped or done == total_steps or done % train.save_every == 0:
+                save(done)
+            if stopped and done < total_steps:
+                raise Stopped(f"stopped by a signal after step {done} of {total_steps}; run again to continue")
+    finally:
+        stop.restore()
+        if run_log is not None:
+            run_log.close()
+    summary = {}
+    if me.is_main:
+        summary = _finish(config, model, sources, total_steps, time.monotonic() - started, loader.bad)
+    me.barrier()
+    return summary
+
+
+def _check_batches(config: RunConfig, me: Ranks) -> None:
+    train, group = config.train, config.masks.group_size
+    share = me.world_size * train.accumulate
+    if train.batch_size % share:
+        raise ValueError(
+            f"train.batch_size {train.batch_size} cannot be split into {me.world_size} ranks x "
+            f"{train.accumulate} micro-batches"
+        )
+    if config.masks.context == "batch_min" and (train.batch_size // share) % group:
+        raise ValueError(
+            f"masks.group_size {group} does not divide the {train.batch_size // share} images of a micro-batch "
+            f"({train.batch_size} over {me.world_size} ranks x {train.accumulate} micro-batches)"
+        )
+    if config.objective.regularised and train.accumulate > 1:
+        log.warning("the variance-covariance term is taken over each of the %d micro-batches", train.accumulate)
+
+
+def _claim_folder(config: RunConfig, sources: Sources) -> str | None:
+    """Make sure the output folder is ours to write; the checkpoint to continue from, if there is one."""
+    folder = Path(config.output)
+    steps = checkpoints.list_steps(folder / "checkpoints")
+    if config.resume == "never" and (folder / "config.yaml").exists():
+        if not config.overwrite:
+            raise CheckpointError(
+                f"{folder} already holds a run; continue it (resume auto), give another output, or set overwrite true"
+            )
+        shutil.rmtree(folder)
+        steps = []
+    if not steps:
+        if config.resume == "require":
+            raise CheckpointError(f"resume is 'require', but {folder} holds no checkpoint")
+        folder.mkdir(parents=True, exist_ok=True)
+        return None
+    newest = checkpoints.path_of(folder / "checkpoints", steps[-1])
+    extra = checkpoints.load(newest).extra
+    allowed, refused = changes(extra["settings"], flatten(config))
+    if refused:
+        listed = ", ".join(f"{name} ({old!r} -> {new!r})" for name, (old, new) in refused.items())
+        raise CheckpointError(f"{folder} holds a run with other settings: {listed}; give another output folder")
+    if extra["data"] != sources.train.fingerprint:
+        raise CheckpointError(f"{folder} holds a run on other images than {config.data} has now")
+    for name, (old, new) in allowed.items():
+        if name not in ("resume", "overwrite"):
+            log.info("continuing with %s changed from %r to %r", name, old, new)
+    return str(newest)
+
+
+def _names(model: IJEPA) -> dict[Tensor, str]:
+    return {parameter: name for name, parameter in model.named_parameters()}
+
+
+def _state(step, config, sources, model, optimizer, scaler, health) -> Checkpoint:
+    tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
+    tensors |= checkpoints.optimizer_tensors(optimizer, _names(model))
+    tensors |= {"health.features": health.features(), "optimizer_skipped": optimizer.skipped}
+    extra = {
+        "settings": flatten(config),
+        "config": as_dict(config),
+        "data": sources.train.fingerprint,
+        "scaler": scaler.state_dict() if scaler is not None else None,
+    }
+    return Checkpoint(step, tensors, extra)
+
+
+def _restore(state: Checkpoint, model, optimizer, scaler, health) -> int:
+    try:
+        model.load_state_dict(checkpoints.select(state.tensors, "model"))
+    except RuntimeError as error:
+        raise CheckpointError(f"the checkpoint's weights do not fit the model: {error}") from error
+    checkpoints.load_optimizer_tensors(optimizer, _names(model), state.tensors)
+    optimizer.skipped.copy_(state.tensors["optimizer_skipped"])
+    if scaler is not None:
+        scaler.load_state_dict(state.extra["scaler"])
+    if len(state.tensors["health.features"]):
+        health.push(state.tensors["health.features"].to(optimizer.skipped.device))
+    return state.step
+
+
+def _raise_if_bad(step_once: TrainStep) -> None:
+    first = int(step_once.first_bad_step)
+    if first >= 0:
+        raise NotFinite(
+            f"the loss of step {first} is not finite; nothing was updated from there on and the last checkpoint is "
+            "from before. Lower optim.lr, set optim.max_grad_norm, or use train.precision fp32"
+        )
+
+
+def _finish(config: RunConfig, model: IJEPA, sources: Sources, steps: int, seconds: float, bad: dict) -> dict:
+    folder = Path(config.output)
+    path = folder / "summary.json"
+    if path.exists() and json.loads(path.read_text()).get("steps") == steps:
+        return json.loads(path.read_text())
+    summary = {"steps": steps, "bad_files": bad}
+    if (folder / "before.json").exists():
+        before = json.loads((folder / "before.json").read_text())
+        after = judge(model.target_encoder, sources, config)
+        baselines = {name: before.pop(name) for name in ("pixels", "colours")}
+        summary |= {"before": before, "after": after, **baselines}
+    summary["seconds"] = round(seconds, 1)
+    if config.evaluation.pictures:
+        draw_pictures(config, model.target_encoder, sources, folder)
+    write_json(path, summary)
+    return summary
+
+
+class _Meter:
+    """Sums over a log interval, on the device; read only at its end."""
+
+    def __init__(self, me: Ranks, global_batch: int):
+        self.me, self.global_batch = me, global_batch
+        self._clear()
+
+    def _clear(self) -> None:
+        self.started, self.waited, self.steps = time.perf_counter(), 0.0, 0
+        self.sums: Tensor | None = None
+        self.context = self.targets = self.images = 0
+
+    def waiting(self) -> _Meter:
+        return self
+
+    def __enter__(self) -> None:
+        self._from = time.perf_counter()
+
+    def __exit__(self, *_) -> None:
+        self.waited += time.perf_counter() - self._from
+
+    def add(self, result, images: int) -> None:
+        values = torch.stack([*(value.float() for value in result.losses), result.grad_norm])
+        self.sums = values if self.sums is None else self.sums + values
+        self.context, self.targets = self.context + result.tokens[0], self.targets + result.tokens[1]
+        self.steps, self.images = self.steps + 1, self.images + images
+
+    def read(self) -> dict[str, float]:
+        """Means over the interval and over ranks (every rank must call it), then start anew."""
+        sums = self.sums / self.steps
+        if self.me.world_size > 1:
+            torch.distributed.all_reduce(sums)
+            sums /= self.me.world_size
+        total, prediction, variance, covariance, grad_norm = sums.tolist()
+        seconds = time.perf_counter() - self.started
+        metrics = {
+            "loss": total,
+            "loss_prediction": prediction,
+            "loss_variance": variance,
+            "loss_covariance": covariance,
+            "grad_norm": grad_norm,
+            "images_per_second": self.steps * self.global_batch / seconds,
+            "data_wait_share": self.waited / seconds,
+            "context_tokens_per_image": self.context / self.images,
+            "target_tokens_per_image": self.targets / self.images,
+        }
+        self._clear()
+        return metrics
+
+
+class _StopFlag:
+    """Set by SIGTERM or SIGUSR1."""
+
+    def __init__(self):
+        self.is_set = False
+        self._previous = {}
+        for number in STOP_SIGNALS:
+            try:
+                self._previous[number] = signal.signal(number, self._set)
+            except ValueError:
+                # Only the main thread may handle signals; in another one the caller decides.
+                break
+
+    def _set(self, *_) -> None:
+        self.is_set = True
+
+    def restore(self) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
