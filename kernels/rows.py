@@ -1,0 +1,85 @@
+"""What the kernels that work row by row share: tiles, accumulators, argument checks and the sum of partial rows.
+
+Legend: T rows, D width, P partial rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ijepa_fast.kernels.specs import configuration
+
+FLOATING = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+class Tile(NamedTuple):
+    """What one program works on."""
+
+    rows: int
+    columns: int
+    num_warps: int
+
+
+TileTable = Mapping[tuple[str, int], Sequence[tuple[int, Tile]]]
+
+
+def column_block(width: int) -> int:
+    """Columns per program: of 256, 128 and 64 the one that covers the width with the fewest idle lanes."""
+    return min((256, 128, 64), key=lambda block: triton.cdiv(width, block) * block)
+
+
+def tile_for(table: TileTable, dtype: torch.dtype, width: int) -> Tile:
+    """The row of a table whose buckets are ``column_block``; fp64 (for tests) takes the rows of fp32."""
+    return configuration(table, min(dtype.itemsize, 4), column_block(width))
+
+
+@triton.constexpr_function
+def accumulator(pointer):
+    """Type in which values behind a pointer are computed with: fp32, or fp64 for fp64."""
+    return tl.float64 if pointer.dtype.element_ty == tl.float64 else tl.float32
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def check(op: str, floating: Mapping[str, Tensor], indices: Mapping[str, Tensor]) -> None:
+    """Raises ValueError for a dtype that kernels do not take, or tensors on different devices."""
+    for name, tensor in floating.items():
+        if tensor.dtype not in FLOATING:
+            raise ValueError(f"{op}: {name} must be bfloat16, float16, float32 or float64, got {tensor.dtype}")
+    for name, tensor in indices.items():
+        if tensor.dtype != torch.int32:
+            raise ValueError(f"{op}: {name} must be int32, got {tensor.dtype}")
+    devices = {name: tensor.device for name, tensor in {**floating, **indices}.items()}
+    if len(set(devices.values())) > 1:
+        raise ValueError(
+            f"{op}: all tensors must be on one device, got "
+            + ", ".join(f"{name} on {d}" for name, d in devices.items())
+        )
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def sum_rows_kernel(partials, out, num_rows, D: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr):
+    d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    total = tl.zeros([BLOCK_P, BLOCK_D], accumulator(partials))
+    for first in range(0, num_rows, BLOCK_P):
+        p = first + tl.arange(0, BLOCK_P)
+        mask = (p < num_rows)[:, None] & (d < D)[None, :]
+        total += tl.load(partials + p[:, None] * D + d[None, :], mask=mask, other=0)
+    tl.store(out + d, tl.sum(total, axis=0), mask=d < D)
+
+
+def sum_rows(partials: Tensor) -> Tensor:
+    """[P, D] -> [D], in an order that depends on P and D alone: the second stage of sums over rows."""
+    out = partials.new_empty(partials.shape[1])
+    if out.numel():
+        grid = (triton.cdiv(partials.shape[1], 32),)
+        sum_rows_kernel[grid](partials, out, partials.shape[0], partials.shape[1], BLOCK_P=64, BLOCK_D=32, num_warps=4)
+    return out

@@ -1,0 +1,114 @@
+"""How kernels are tested without a GPU: Triton's interpreter against fp64 references, with derived tolerances.
+
+The interpreter's bf16 is wrong (dot, sum and rounding), so kernels are interpreted in fp64, fp32 and fp16 only; the
+tests marked `gpu` add bf16.
+"""
+
+import mmap
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+from torch import Tensor
+
+INTERPRETED_DTYPES = (torch.float64, torch.float32, torch.float16)
+
+interpreted = settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
+"""For hypothesis: a kernel takes the interpreter milliseconds per program."""
+
+
+def cast(arguments, dtype: torch.dtype) -> list:
+    """The arguments with every floating tensor (and dtype) among them turned into ``dtype``."""
+
+    def turn(value):
+        if isinstance(value, torch.dtype):
+            return dtype
+        return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+    return [turn(value) for value in arguments]
+
+
+def _largest(x: Tensor) -> float:
+    return float(x.double().abs().max()) if x.numel() else 0.0
+
+
+def assert_close_to_reference(launch, reference, arguments, dtype: torch.dtype) -> None:
+    """A kernel is at most twice as far from the fp64 reference as the reference is in the kernel's own dtype.
+
+    Where torch happens to make no error, half a unit in the last place of the largest value stands in its place. Of
+    fp64 kernels the error is that of fp32, scaled by the ratio of the two machine epsilons. NaN is never close, so
+    that memory nobody wrote shows (conftest.py poisons it).
+    """
+    inputs = cast(arguments, dtype)
+    single = dtype if dtype != torch.float64 else torch.float32
+    exact_inputs = cast(inputs, torch.float64)
+    actual, exact = launch(*inputs), reference(*exact_inputs)
+    same_dtype, exact_of_same = reference(*cast(inputs, single)), reference(*cast(cast(inputs, single), torch.float64))
+    if isinstance(actual, Tensor):
+        actual, exact, same_dtype, exact_of_same = (actual,), (exact,), (same_dtype,), (exact_of_same,)
+    assert len(actual) == len(exact)
+    for got, want, same, exact_same in zip(actual, exact, same_dtype, exact_of_same, strict=True):
+        assert got.shape == want.shape
+        assert got.dtype == (same.dtype if dtype == single else torch.float64)
+        eps = torch.finfo(same.dtype).eps
+        error = max(_largest(same.double() - exact_same), eps / 2 * _largest(exact_same))
+        allowed = 2 * error * torch.finfo(got.dtype).eps / eps
+        distance = _largest(got.double() - want) if not got.isnan().any() else float("nan")
+        assert distance <= allowed, f"{distance:.3g} from the fp64 reference, {allowed:.3g} allowed"
+
+
+class LastProgram:
+    """Stands for a kernel and runs only the last program of its grid."""
+
+    def __init__(self, kernel, monkeypatch: pytest.MonkeyPatch):
+        self.kernel, self.monkeypatch = kernel, monkeypatch
+
+    def __getitem__(self, grid):
+        from triton.runtime import interpreter
+
+        (programs,) = grid
+        builder = interpreter.interpreter_builder
+        program_id = type(builder).create_get_program_id
+
+        def shifted(axis):
+            handle = program_id(builder, axis)
+            handle.data = handle.data + (programs - 1)
+            return handle
+
+        def launch(*args, **kwargs):
+            with self.monkeypatch.context() as patch:
+                patch.setattr(builder, "create_get_program_id", shifted)
+                # CPU tensors are changed in place; copying them back would touch every page of a huge one.
+                patch.setattr(interpreter.GridExecutor, "_restore_args_dev", lambda *_: None)
+                self.kernel[(1,)](*args, **kwargs)
+
+        return launch
+
+
+def huge(rows: int, width: int, dtype: torch.dtype) -> Tensor:
+    """Zeros [rows, width] that take address space but no memory until they are written.
+
+    As much address space lies before it, so that an offset that wrapped to a negative number reads zeros there and the
+    test fails, rather than the process.
+    """
+    size = rows * width * dtype.itemsize
+    no_reserve = 0x4000  # MAP_NORESERVE on Linux; named in mmap since Python 3.13 only
+    pages = mmap.mmap(-1, 2 * size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_reserve)
+    return torch.frombuffer(pages, dtype=dtype, count=rows * width, offset=size).view(rows, width)
+
+
+def rows_beyond_int32(width: int) -> int:
+    """Rows of a matrix of that width whose last elements lie beyond 2 ** 31."""
+    return 2**31 // width + 2
+
+
+def allocate_huge_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Matrices that launchers allocate take no memory until they are written."""
+    new_empty = Tensor.new_empty
+
+    def new(self, *size, **options):
+        if len(size) == 2:
+            return huge(*size, options.get("dtype", self.dtype))
+        return new_empty(self, *size, **options)
+
+    monkeypatch.setattr(Tensor, "new_empty", new)
