@@ -1,17 +1,28 @@
 """The operators of the package, registered with torch: the only file that knows ``torch.library``.
 
 Each op stands with its shape rule (fake) and its autograd formula. What an op computes is defined in
-``reference.py``, which every device without a kernel of ours runs.
+``reference.py``, which every device without a kernel of ours runs; CUDA tensors take the kernels.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib import import_module
 
 import torch
 from torch import Tensor
 
 from ijepa_fast import reference
+
+
+def _cuda_kernel(op: torch.library.CustomOpDef, module: str, function: str) -> None:
+    """CUDA tensors take ``ijepa_fast.kernels.<module>.<function>``, whose file (and Triton) is loaded at first use."""
+
+    @op.register_kernel("cuda")
+    def launch(*args):
+        first = args[0] if isinstance(args[0], Tensor) else args[0][0]
+        with torch.cuda.device(first.device):  # Triton launches on the current device
+            return getattr(import_module(f"ijepa_fast.kernels.{module}"), function)(*args)
 
 
 @torch.library.custom_op("ijepa_fast::gather_patches", mutates_args=())
@@ -67,6 +78,8 @@ def _gather_add_grad(ctx, grad):
 
 
 gather_add.register_autograd(_gather_add_grad, setup_context=_gather_add_setup)
+_cuda_kernel(gather_add, "gather_add", "gather_add")
+_cuda_kernel(gather_add_backward, "gather_add", "gather_add_backward")
 
 
 @torch.library.custom_op("ijepa_fast::predictor_tokens", mutates_args=())
