@@ -110,8 +110,7 @@ class OptimConfig:
         momentum: of the EMA of the target encoder, at the start.
         final_momentum: of the EMA, at the end of the schedule.
         momentum_shape: linear (official) or cosine.
-        schedule_stretch: length of the schedules over that of the run (the official ipe_scale, 1.25 there with 1.0
-            as the plain choice).
+        schedule_stretch: length of the schedules over that of the run (the official ipe_scale).
         betas: of Adam.
         eps: of Adam.
         max_grad_norm: clip the total gradient norm to this; null for no clipping.
@@ -222,7 +221,7 @@ class RunConfig:
 
     Args:
         data: folder of images (with or without class folders; train/ and val/ or test/ inside are understood), or
-            "rendered" for the embedded labelled set.
+            "rendered" for the embedded labelled set. Has no default.
         output: folder of the run: config, metrics, checkpoints, pictures.
         seed: of weights, data order, crops and masks.
         resume: auto continues the run in the output folder if there is one; never refuses a folder that holds one;
@@ -237,7 +236,7 @@ class RunConfig:
         evaluation: k-NN, probe, pictures.
     """
 
-    data: str = "rendered"
+    data: str | None = None
     output: str = "runs/default"
     seed: int = 0
     resume: Literal["auto", "never", "require"] = "auto"

@@ -20,7 +20,7 @@ class Sources(NamedTuple):
     test: Source | None
 
 
-def open_sources(data: str, evaluation_data: str | None = None) -> Sources:
+def open_sources(data: str | None, evaluation_data: str | None = None) -> Sources:
     """The training and test images of a run.
 
     Args:
@@ -28,8 +28,11 @@ def open_sources(data: str, evaluation_data: str | None = None) -> Sources:
         evaluation_data: folder of labelled test images, instead of the one found beside the training images.
 
     Raises:
-        ValueError, OSError: as ``ImageFolder``; or the test images have classes that the training images lack.
+        ValueError, OSError: no data is given; as ``ImageFolder``; or the test images have classes that the training
+            images lack.
     """
+    if data is None:
+        raise ValueError('no images are given: set data to a folder of images (--data PATH), or to "rendered"')
     if data == RENDERED:
         from ijepa_fast.data.rendered import RenderedTextures
 
