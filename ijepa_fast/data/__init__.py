@@ -1,0 +1,7 @@
+"""Image sources and loaders; needs Pillow (the extra `train`)."""
+
+from ijepa_fast.data.folder import ImageFolder, find_split
+from ijepa_fast.data.loader import BadFilesError, Batch, EvalLoader, TrainLoader
+from ijepa_fast.data.source import Source
+
+__all__ = ["BadFilesError", "Batch", "EvalLoader", "ImageFolder", "Source", "TrainLoader", "find_split"]

@@ -1,0 +1,162 @@
+"""From a file to RGB or grey 8-bit pixels, for everything Pillow reads.
+
+What becomes of unusual images: CMYK, YCbCr and palettes are converted to RGB; transparent ones are laid on white, as
+a viewer shows them; 16-bit grey is scaled to 8 bits (not clipped); of animations and multi-page files the first frame
+is used; colour profiles are ignored. Floating-point images and 32-bit ones beyond the 16-bit range are refused, for
+their scale is unknown. Pillow's limit on pixels (`PIL.Image.MAX_IMAGE_PIXELS`) is an error, not a warning.
+"""
+
+import warnings
+from functools import cache
+
+import numpy as np
+from PIL import ExifTags, Image
+from PIL.JpegImagePlugin import JpegImageFile
+
+# EPS starts Ghostscript on the file, WMF needs Windows; the others are containers that Pillow names but cannot decode.
+_UNREADABLE_FORMATS = frozenset({"EPS", "WMF", "BUFR", "GRIB", "HDF5", "MPEG", "IPTC"})
+
+# EXIF orientation -> the turn that makes stored pixels upright (EXIF 2.32, tag 0x0112).
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+@cache
+def readable_formats() -> tuple[str, ...]:
+    """Names of the image formats that are read, the usual ones first."""
+    Image.init()
+    usual = ("JPEG", "PNG", "WEBP")
+    others = sorted(set(Image.OPEN) - _UNREADABLE_FORMATS - set(usual))
+    return tuple(name for name in usual if name in Image.OPEN) + tuple(others)
+
+
+@cache
+def image_extensions() -> frozenset[str]:
+    """File name extensions of the readable formats, in lower case and with the dot."""
+    formats = set(readable_formats())
+    return frozenset(extension for extension, name in Image.registered_extensions().items() if name in formats)
+
+
+def open_image(file) -> Image.Image:
+    """Open a path or binary file without decoding it.
+
+    Raises:
+        Exception: whatever Pillow raises for a file that is no image, and Image.DecompressionBombWarning or
+            Image.DecompressionBombError for one with more pixels than Image.MAX_IMAGE_PIXELS.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        return Image.open(file, formats=readable_formats())
+
+
+class StoredImage:
+    """An image before its orientation tag is applied, and before a JPEG is decoded.
+
+    Boxes are (left, top, right, bottom) in pixels of the upright image, the one a viewer shows.
+    """
+
+    def __init__(self, image: Image.Image):
+        # Only a JPEG's size and orientation can be trusted before decoding (a PNG may carry its EXIF block at the
+        # end, an icon may change size), and only a JPEG gains from waiting: it can be decoded at reduced scale.
+        if not isinstance(image, JpegImageFile):
+            image.load()
+        self._image = image
+        self._orientation = _orientation(image)
+        if min(image.size) < 1:
+            raise ValueError(f"image without pixels: {image.width}x{image.height}")
+
+    @property
+    def _sideways(self) -> bool:
+        return self._orientation >= 5
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height of the upright image."""
+        width, height = self._image.size
+        return (height, width) if self._sideways else (width, height)
+
+    def resample(self, box, size: tuple[int, int], reduced_decode: bool) -> Image.Image:
+        """The RGB image of `size` (width, height) that shows `box`: antialiased bicubic.
+
+        With `reduced_decode` a JPEG is decoded at 1/2, 1/4 or 1/8 of its scale (libjpeg's smaller inverse DCT) as
+        long as the box still has at least `size` pixels. Pixels then differ by some 1.5 grey levels on average, as
+        much as bicubic and Lanczos do. Decodes the file, hence to be called once.
+        """
+        image = self._image
+        box = self._stored_box(box)
+        if self._sideways:
+            size = size[::-1]
+        if reduced_decode:
+            box = _decode_reduced(image, box, size)
+        image.load()
+        resized = _flatten(image).resize(size, Image.Resampling.BICUBIC, box=box).convert("RGB")
+        turn = _TURNS.get(self._orientation)
+        return resized if turn is None else resized.transpose(turn)
+
+    def _stored_box(self, box):
+        left, top, right, bottom = box
+        if self._sideways:
+            left, top, right, bottom = top, left, bottom, right
+        width, height = self._image.size
+        if self._orientation in (2, 3, 7, 8):
+            left, right = width - right, width - left
+        if self._orientation in (3, 4, 6, 7):
+            top, bottom = height - bottom, height - top
+        return left, top, right, bottom
+
+
+def _orientation(image: Image.Image) -> int:
+    """The EXIF orientation, 1 to 8; 1 (upright) where there is none or the EXIF block cannot be read."""
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # a broken EXIF block raises almost anything, and says nothing about the pixels
+        return 1
+    return orientation if orientation in _TURNS else 1
+
+
+def _decode_reduced(image: Image.Image, box, size: tuple[int, int]):
+    """Tell an undecoded JPEG to decode at the smallest scale that suffices; returns the box at that scale."""
+    left, top, right, bottom = box
+    room = min((right - left) / size[0], (bottom - top) / size[1])
+    reduction = next((factor for factor in (8, 4, 2) if factor <= room), 1)
+    if reduction == 1:
+        return box
+    # Pillow picks the largest of 1, 2, 4, 8 that keeps the size asked for; this size makes that `reduction`.
+    width, height = image.size
+    drafted = image.draft(image.mode, (width // reduction, height // reduction))
+    if drafted is None:  # not a JPEG, or decoded already
+        return box
+    # Not the ratio of image sizes: an incomplete last column or row of the reduced image counts as a whole one.
+    _, (_, _, reduced_width, _) = drafted
+    return tuple(edge * reduced_width / width for edge in box)
+
+
+def _flatten(image: Image.Image) -> Image.Image:
+    """The decoded image in mode L or RGB, as the module says."""
+    if image.mode.startswith("I"):
+        return _sixteen_to_eight_bits(image)
+    if image.mode == "F":
+        raise ValueError("a floating-point image has no agreed range: convert it to 8 or 16 bits")
+    if image.has_transparency_data:
+        if image.mode == "La":
+            image = image.convert("LA")
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
+    if image.mode == "1":
+        return image.convert("L")
+    return image if image.mode in ("L", "RGB") else image.convert("RGB")
+
+
+def _sixteen_to_eight_bits(image: Image.Image) -> Image.Image:
+    """Grey 16-bit values (modes I;16 and I) scaled by 255/65535 and rounded, mode L."""
+    values = np.asarray(image).astype(np.int64)
+    if values.min() < 0 or values.max() > 65535:
+        raise ValueError(f"32-bit grey image with values {values.min()} to {values.max()}: only 0 to 65535 is scaled")
+    return Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8))

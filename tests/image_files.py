@@ -1,0 +1,54 @@
+"""Images for tests, made on the spot."""
+
+import io
+
+import numpy as np
+from PIL import Image
+
+
+def smooth_image(width=160, height=120, seed=0) -> Image.Image:
+    """An RGB image without sharp edges, different in every corner, so that turns and shifts show."""
+    rng = np.random.default_rng(seed)
+    x = np.linspace(0, 1, width)[None, :, None]
+    y = np.linspace(0, 1, height)[:, None, None]
+    phase = rng.uniform(0, 2 * np.pi, 3)
+    values = 60 + 90 * x + 60 * y**2 + 25 * np.sin(9 * x + 5 * y + phase)
+    return Image.fromarray(values.clip(0, 255).astype(np.uint8))
+
+
+def coordinate_image(width, height) -> Image.Image:
+    """Red is the column, green the row: at most 256 pixels each way."""
+    columns, rows = np.meshgrid(np.arange(width), np.arange(height))
+    return Image.fromarray(np.stack([columns, rows, 0 * rows], axis=-1).astype(np.uint8))
+
+
+def encoded(image, file_format="PNG", **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, file_format, **options)
+    return buffer.getvalue()
+
+
+def write_folder(root, count, size=(48, 40), classes=("ant", "bee"), file_format="PNG", extension=".png"):
+    """`count` small images spread over class folders (or none), distinct by content."""
+    for number in range(count):
+        folder = root / classes[number % len(classes)] if classes else root
+        folder.mkdir(parents=True, exist_ok=True)
+        data = encoded(smooth_image(*size, seed=number), file_format)
+        (folder / f"{number:03d}{extension}").write_bytes(data)
+    return root
+
+
+def bad_files() -> dict[str, bytes]:
+    """Name -> content of files that look like images by name and cannot be decoded."""
+    jpeg = encoded(smooth_image(), "JPEG")
+    png = encoded(smooth_image())
+    return {
+        "empty.jpg": b"",
+        "text.jpeg": b"this is not an image\n",
+        "truncated.jpg": jpeg[: len(jpeg) // 2],
+        "truncated.png": png[: len(png) // 2],
+        "header_only.JPG": jpeg[:20],
+        "page.png": b"<html><body>404</body></html>",
+        "ghost.jpg": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n",
+        "float.tiff": encoded(Image.new("F", (20, 20), 0.5), "TIFF"),
+    }
