@@ -1,6 +1,7 @@
 """Blocks on a patch grid: their sizes from random words, the patches they cover, and packing.
 
-Integer arithmetic only, where a choice depends on it; the formulas stand in mask_sampling.py.
+Integer arithmetic only, where a choice depends on it; the formulas stand in mask_sampling.py. Two counts are float32
+matmuls of zeros and ones, whose sums are exact whatever the order and whether or not the hardware rounds the inputs.
 Legend: B images, H x W patch grid, N = H * W, M target blocks, A attempts, S blocks per image, T rows.
 """
 
@@ -74,7 +75,7 @@ class SizeRule:
         return _at_most(height, self.max_height), _at_most(width, self.max_width)
 
     def draw(self, words):
-        """Height and width from the words of one call."""
+        """Height and width from the words of one call: ints from ints, tensors from tensors."""
         return self.sides(self.area(words[0]), self.aspect_ratio(words[0] if self.shared else words[1]))
 
     def area_range(self) -> tuple[int, int]:
@@ -143,15 +144,19 @@ def _covers(first: Tensor, length: Tensor, size: int) -> Tensor:
     return (place >= first[..., None]) & (place < (first + length)[..., None])
 
 
-def place(words, height: Tensor, width: Tensor, extent: tuple[int, int]) -> Blocks:
-    """Blocks of the given sizes at uniform places within the extent (H', W')."""
+def place(words, height, width, extent: tuple[int, int]) -> Blocks:
+    """Blocks at uniform places within the extent (H', W'); sizes are ints, or tensors that broadcast to the words."""
     top = below(words[0], extent[0] + 1 - height)
     left = below(words[1], extent[1] + 1 - width)
-    return Blocks(top, left, *torch.broadcast_tensors(height, width, top)[:2])
+    return Blocks(top, left, _filled(height, top), _filled(width, top))
+
+
+def _filled(value, like: Tensor) -> Tensor:
+    return torch.full_like(like, value) if isinstance(value, int) else value.expand_as(like)
 
 
 def uncovered(blocks_BM: Blocks, grid: tuple[int, int]) -> Tensor:
-    """bool [B, H, W]: patches in no block. Counting covers by a matmul is exact in any precision for so few blocks."""
+    """bool [B, H, W]: patches in no block."""
     rows_BHM = blocks_BM.rows(grid[0]).float().transpose(1, 2)
     return torch.bmm(rows_BHM, blocks_BM.columns(grid[1]).float()) == 0
 

@@ -118,10 +118,9 @@ class Counter(NamedTuple):
     step: int | Tensor
     images_B: Tensor
 
-    def words(self, stream: Stream, draws: Tensor, index: Tensor | None = None) -> tuple[Tensor, ...]:
-        """Four int64 tensors [B, *draws.shape]; [1, *draws.shape] for an index of one element."""
-        index = self.images_B if index is None else index
-        index = index.view(-1, *[1] * draws.dim())
+    def words(self, stream: Stream, draws: Tensor) -> tuple[Tensor, ...]:
+        """Four int64 tensors [B, *draws.shape]."""
+        index = self.images_B.view(-1, *[1] * draws.dim())
         return random_words(self.seed, stream, self.step, index, draws)
 
     def numbers(self, count: int, first: int = 0) -> Tensor:
@@ -146,6 +145,11 @@ class Drawn(NamedTuple):
 
 def draw(plan: Plan, counter: Counter) -> Drawn:
     """Context and targets of the counter's images, as the module's docstring defines them."""
+    with torch.autocast(counter.images_B.device.type, enabled=False):  # float matmuls count patches: see mask_geometry
+        return _draw(plan, counter)
+
+
+def _draw(plan: Plan, counter: Counter) -> Drawn:
     if plan.strategy == "rasterized":
         targets, context_BCN = _quadrants(plan, counter)
     elif plan.strategy == "random":
@@ -167,10 +171,11 @@ def draw(plan: Plan, counter: Counter) -> Drawn:
     return Drawn(context_BCN, lengths_BC, targets, target_lengths_BM)
 
 
-def _size_words(plan: Plan, counter: Counter, stream: Stream, num_blocks: int) -> tuple[Tensor, ...]:
-    """The words of the size calls, [1 or B, 1 or num_blocks]."""
-    draws = counter.numbers(num_blocks if plan.size_per == "block" else 1)
-    return counter.words(stream, draws, counter.numbers(1) if plan.size_per == "step" else None)
+def _size_words(plan: Plan, counter: Counter, stream: Stream, num_blocks: int):
+    """The words of the size calls: [B, 1 or num_blocks], or one of each for the step (ints if seed and step are)."""
+    if plan.size_per == "step":
+        return random_words(counter.seed, stream, counter.step, 0, 0)
+    return counter.words(stream, counter.numbers(num_blocks if plan.size_per == "block" else 1))
 
 
 def _place_targets(plan: Plan, counter: Counter) -> Blocks:
@@ -181,15 +186,14 @@ def _place_targets(plan: Plan, counter: Counter) -> Blocks:
 
 def _place_contexts(plan: Plan, counter: Counter, targets_BM: Blocks) -> Tensor:
     """bool [B, C, N]: what each context block sees from its first acceptable place, or from the best."""
-    height_BC, width_BC = plan.context_rule.draw(
-        _size_words(plan, counter, Stream.MASK_CONTEXT_SIZE, plan.num_contexts)
-    )
+    sides = plan.context_rule.draw(_size_words(plan, counter, Stream.MASK_CONTEXT_SIZE, plan.num_contexts))
+    height, width = (side[..., None] if isinstance(side, Tensor) else side for side in sides)
     score_BC = context_BCN = None
     for level, first, number in plan.attempt_stages():
         attempts_A = counter.numbers(number, first)
         draws_CA = (counter.numbers(plan.num_contexts)[:, None] << BLOCK_SHIFT) | attempts_A
         words_BCA = counter.words(Stream.MASK_CONTEXT_POSITION, draws_CA)
-        blocks_BCA = place(words_BCA, height_BC[..., None], width_BC[..., None], plan.extent)
+        blocks_BCA = place(words_BCA, height, width, plan.extent)
         visible_BHW = _visible(plan, targets_BM, level)
         blocks_BC = _best_attempt(blocks_BCA, visible_BHW, plan.needed)
         new_context_BCN = (blocks_BC.mask(plan.grid) & visible_BHW[:, None]).flatten(2)
@@ -231,8 +235,10 @@ def _scattered(plan: Plan, counter: Counter) -> tuple[Tensor, Tensor]:
     if smallest == largest:
         targets_BMN = _select_smallest(keys_BMN, smallest)
     else:
-        areas = plan.target_rule.area(_size_words(plan, counter, Stream.MASK_SIZE, plan.num_targets)[0])
-        targets_BMN = _select_smallest(keys_BMN, areas.expand(keys_BMN.shape[:2]))
+        counts = plan.target_rule.area(_size_words(plan, counter, Stream.MASK_SIZE, plan.num_targets)[0])
+        if isinstance(counts, Tensor):
+            counts = counts.expand(keys_BMN.shape[:2])
+        targets_BMN = _select_smallest(keys_BMN, counts)
     return targets_BMN, ~targets_BMN.any(dim=1, keepdim=True)
 
 
