@@ -97,7 +97,7 @@ def _run_config(parser, argv: list[str]):
             argument = f"--config={find_recipe(argument.partition('=')[2])}"
         named.append(argument)
     parsed = _parse(parser, named, list(flatten(RunConfig())))
-    values = parser.instantiate_classes(parsed)
+    values = parser.instantiate(parsed)
     return RunConfig(**{f.name: values[f.name] for f in fields(RunConfig)}), parsed
 
 

@@ -198,9 +198,11 @@ def pad_sequences(x: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> tuple[Tenso
     """[T, ...] packed -> [S, max_seqlen, ...] with zeros behind each sequence, and bool [S, max_seqlen] validity."""
     position = torch.arange(max_seqlen, device=x.device)
     valid = position < cu_seqlens.diff()[:, None]
-    rows = (cu_seqlens[:-1, None] + position).clamp(max=max(x.shape[0] - 1, 0))
-    padded = x[rows.long()] if x.shape[0] else x.new_zeros(*rows.shape, *x.shape[1:])
-    return padded.masked_fill(~valid.view(*valid.shape, *[1] * (x.dim() - 1)), 0), valid
+    if x.shape[0] == 0:
+        return x.new_zeros(*valid.shape, *x.shape[1:]), valid
+    rows = (cu_seqlens[:-1, None] + position).clamp(max=x.shape[0] - 1)
+    padded = x.index_select(0, rows.flatten()).unflatten(0, valid.shape)
+    return padded.masked_fill_(~valid.view(*valid.shape, *[1] * (x.dim() - 1)), 0), valid
 
 
 def pack_sequences(x: Tensor, valid: Tensor, cu_seqlens: Tensor, num_rows: int) -> Tensor:

@@ -1,0 +1,99 @@
+"""Configurations: every shipped recipe builds, names are checked, changes on resume are told apart."""
+
+from dataclasses import replace
+
+import jsonargparse
+import pytest
+import yaml
+
+from ijepa_fast.config import (
+    CHANGEABLE,
+    EvaluationConfig,
+    RunConfig,
+    as_dict,
+    changes,
+    find_recipe,
+    flatten,
+    from_dict,
+    recipes,
+)
+from ijepa_fast.masks import MaskConfig
+
+OFFICIAL = {"vith14_in1k": 128, "vith16_448_in1k": 16, "vith14_in22k": 32, "vitg16_in22k": 16}
+
+
+def read(name) -> RunConfig:
+    return from_dict(yaml.safe_load(find_recipe(name).read_text()))
+
+
+@pytest.mark.parametrize("name", recipes())
+def test_every_recipe_is_a_configuration(name):
+    config = read(name)
+    assert config.model.img_size % config.model.patch_size == 0
+    side = config.model.img_size // config.model.patch_size
+    from ijepa_fast.masks import MaskSampler
+
+    MaskSampler(config.masks, (side, side))
+
+
+@pytest.mark.parametrize(("name", "group"), OFFICIAL.items())
+def test_official_recipes_have_the_official_masks_and_exact_siblings(name, group):
+    config, sibling = read(name), read(name + "_exact")
+    assert config.masks == MaskConfig.official(group)
+    assert sibling.masks == MaskConfig()
+    assert replace(sibling, masks=config.masks, output=config.output) == config
+    assert "NOT VALIDATED" in find_recipe(name + "_exact").read_text()
+    assert (config.optim.lr, config.optim.start_lr, config.optim.final_lr) == (1e-3, 2e-4, 1e-6)
+    assert (config.train.batch_size, config.optim.max_grad_norm) == (2048, None)
+
+
+def test_dict_round_trip_and_unknown_names():
+    config = read("vith14_in1k")
+    assert from_dict(as_dict(config)) == config
+    with pytest.raises(ValueError, match="unknown setting optim.learning_rate"):
+        from_dict({"optim": {"learning_rate": 1}})
+    with pytest.raises(ValueError, match="unknown setting model.embed_dims; did you mean embed_dim?"):
+        from_dict({"model": {"embed_dims": 1}})
+
+
+def test_jsonargparse_reads_the_same_configuration():
+    parser = jsonargparse.ArgumentParser(exit_on_error=False)
+    parser.add_argument("--config", action="config")
+    parser.add_class_arguments(RunConfig)
+    parsed = parser.parse_args(["--config", str(find_recipe("vitb16_in1k")), "--optim.lr", "0.002"])
+    values = parser.instantiate(parsed)
+    expected = read("vitb16_in1k")
+    assert values.model == expected.model and values.masks == expected.masks
+    assert values.optim == replace(expected.optim, lr=0.002)
+
+
+def test_unknown_recipe_names_the_nearest():
+    with pytest.raises(ValueError, match="neither a file nor a recipe; did you mean vitb16_in1k"):
+        find_recipe("vitb16_in1")
+
+
+def test_changes_are_told_apart():
+    old = RunConfig(data="a")
+    new = replace(
+        old, seed=1, loader=replace(old.loader, workers=4), evaluation=EvaluationConfig(bank=5), output="elsewhere"
+    )
+    allowed, refused = changes(flatten(old), flatten(new))
+    assert set(allowed) == {"loader.workers", "evaluation.bank", "output"}
+    assert refused == {"seed": (0, 1)}
+    names = set(flatten(old))
+    assert all(name in names or any(n.startswith(name + ".") for n in names) for name in CHANGEABLE)
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"train": {"batch_size": 0}}, "train.batch_size must be at least 1, got 0"),
+        ({"train": {"epochs": 0}}, "train.epochs must be positive, got 0"),
+        ({"objective": {"loss": "huber"}}, "objective.loss must be .* got 'huber'"),
+        ({"objective": {"target_eps": 0}}, "objective.target_eps must be positive, got 0"),
+        ({"masks": {"context": "batch_min"}}, "needs group_size"),
+    ],
+)
+def test_bad_values_are_refused_at_construction(section, message):
+    with pytest.raises(ValueError, match=message):
+        from_dict(section)

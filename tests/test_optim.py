@@ -1,0 +1,251 @@
+"""FusedAdamW against torch.optim.AdamW and a separate EMA, in every precision, and as an ordinary optimizer."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from ijepa_fast.optim import EMA, FusedAdamW, parameter_groups
+from tests.tiny import tiny_model
+
+STEPS = 6
+
+
+def network(dtype=torch.float64):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(5, 7), nn.GELU(), nn.Linear(7, 3)).to(dtype)
+
+
+def give_gradients(module, step, scale=1.0):
+    generator = torch.Generator().manual_seed(step)
+    for parameter in module.parameters():
+        gradient = torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * scale
+        parameter.grad = gradient.to(parameter.dtype)
+
+
+def same(first, second, **tolerance):
+    for a, b in zip(first.parameters(), second.parameters(), strict=True):
+        torch.testing.assert_close(a, b, **tolerance)
+
+
+def test_equals_torch_adamw_and_an_ema_afterwards():
+    ours, theirs = network(), network()
+    ours_average, theirs_average = network(), network()
+    optimizer = FusedAdamW(ours.parameters(), ema=ours_average.parameters(), lr=0.01, weight_decay=0.1, momentum=0.9)
+    expected = torch.optim.AdamW(theirs.parameters(), lr=0.01, weight_decay=0.1)
+    for step in range(STEPS):
+        for group in (optimizer.param_groups[0], expected.param_groups[0]):
+            group["lr"] = 0.01 / (step + 1)
+        give_gradients(ours, step)
+        give_gradients(theirs, step)
+        optimizer.step()
+        expected.step()
+        with torch.no_grad():
+            for average, parameter in zip(theirs_average.parameters(), theirs.parameters(), strict=True):
+                average.mul_(0.9).add_(parameter, alpha=0.1)
+    # The learning rate reaches the op as an fp32 tensor.
+    same(ours, theirs, rtol=1e-7, atol=1e-9)
+    same(ours_average, theirs_average, rtol=1e-7, atol=1e-9)
+
+
+def test_clipping_equals_torch():
+    ours, theirs = network(), network()
+    optimizer = FusedAdamW(ours.parameters(), lr=0.01, weight_decay=0.0, max_grad_norm=0.5)
+    expected = torch.optim.AdamW(theirs.parameters(), lr=0.01, weight_decay=0.0)
+    for step in range(STEPS):
+        give_gradients(ours, step)
+        give_gradients(theirs, step)
+        norm = nn.utils.clip_grad_norm_(theirs.parameters(), 0.5)
+        optimizer.step()
+        expected.step()
+        assert float(optimizer.grad_norm) == pytest.approx(float(norm), rel=1e-6)
+    same(ours, theirs, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_parameters_are_rounded_masters(dtype):
+    low, average = network(dtype), network(dtype)
+    wide = network(dtype).float()
+    wide_average = copy.deepcopy(wide)
+    optimizer = FusedAdamW(low.parameters(), ema=average.parameters(), lr=1e-4, momentum=0.99)
+    expected = FusedAdamW(wide.parameters(), ema=wide_average.parameters(), lr=1e-4, momentum=0.99)
+    for step in range(STEPS):
+        give_gradients(low, step)
+        for a, b in zip(wide.parameters(), low.parameters(), strict=True):
+            a.grad = b.grad.float()
+        optimizer.step()
+        expected.step()
+    for parameter, reference in zip(low.parameters(), wide.parameters(), strict=True):
+        assert optimizer.state[parameter]["master"].dtype == torch.float32
+        torch.testing.assert_close(optimizer.state[parameter]["master"], reference.detach(), rtol=0, atol=0)
+        torch.testing.assert_close(parameter, reference.to(dtype), rtol=0, atol=0)
+    for twin, reference in zip(average.parameters(), wide_average.parameters(), strict=True):
+        torch.testing.assert_close(twin, reference.to(dtype), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_non_finite_gradients_change_nothing_and_are_counted(bad):
+    module, average = network(), network()
+    optimizer = FusedAdamW(module.parameters(), ema=average.parameters(), lr=0.1, momentum=0.5)
+    give_gradients(module, 0)
+    optimizer.step()
+    before = copy.deepcopy((module, average, optimizer.state_dict()["state"]))
+    give_gradients(module, 1)
+    module[0].weight.grad[2, 3] = bad
+    optimizer.step()
+    same(module, before[0], rtol=0, atol=0)
+    same(average, before[1], rtol=0, atol=0)
+    for key, state in optimizer.state_dict()["state"].items():
+        for name, value in state.items():
+            torch.testing.assert_close(value, before[2][key][name], rtol=0, atol=0)
+    assert int(optimizer.skipped) == 1
+
+
+def test_blocked_steps_change_nothing():
+    module = network()
+    before = copy.deepcopy(module)
+    optimizer = FusedAdamW(module.parameters(), lr=0.1)
+    optimizer.blocked = torch.ones(())
+    give_gradients(module, 0)
+    optimizer.step()
+    same(module, before, rtol=0, atol=0)
+    assert int(optimizer.skipped) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_state_dict_continues_to_the_bit(dtype):
+    straight, resumed = network(dtype), network(dtype)
+    optimizer = FusedAdamW(straight.parameters(), lr=0.01)
+    for step in range(3):
+        give_gradients(straight, step)
+        optimizer.step()
+    resumed.load_state_dict(straight.state_dict())
+    other = FusedAdamW(resumed.parameters(), lr=0.01)
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for step in range(3, STEPS):
+        for module, taken in ((straight, optimizer), (resumed, other)):
+            give_gradients(module, step)
+            taken.step()
+    same(straight, resumed, rtol=0, atol=0)
+
+
+def test_added_groups_have_their_own_bias_correction():
+    first, late = network(), network()
+    optimizer = FusedAdamW(first.parameters(), lr=0.01, weight_decay=0.0)
+    give_gradients(first, 0)
+    optimizer.step()
+    optimizer.add_param_group({"params": list(late.parameters()), "lr": 0.02})
+    give_gradients(late, 1)
+    before = copy.deepcopy(late)
+    optimizer.step()
+    # Adam's first step has length lr in every coordinate, whatever the gradient.
+    for parameter, old in zip(late.parameters(), before.parameters(), strict=True):
+        torch.testing.assert_close((parameter - old).abs(), torch.full_like(old, 0.02), rtol=1e-5, atol=0)
+
+
+def test_schedulers_and_parameters_without_gradient():
+    module = network()
+    optimizer = FusedAdamW(module.parameters(), lr=0.1)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
+    before = copy.deepcopy(module)
+    give_gradients(module, 0)
+    module[0].bias.grad = None
+    optimizer.step()
+    scheduler.step()
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.05)
+    torch.testing.assert_close(module[0].bias, before[0].bias, rtol=0, atol=0)
+    assert not torch.equal(module[0].weight, before[0].weight)
+
+
+def test_grad_scaler_gives_the_unscaled_step():
+    plain, scaled = network(torch.float32), network(torch.float32)
+    first = FusedAdamW(plain.parameters(), lr=0.01)
+    second = FusedAdamW(scaled.parameters(), lr=0.01)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    x = torch.randn(4, 5, generator=torch.Generator().manual_seed(0))
+    for _ in range(3):
+        plain(x).square().mean().backward()
+        first.step()
+        first.zero_grad()
+        scaler.scale(scaled(x).square().mean()).backward()
+        scaler.step(second)
+        scaler.update()
+        second.zero_grad()
+    same(plain, scaled, rtol=1e-5, atol=1e-7)
+    scaler.scale(scaled(x).square().mean() * float("inf")).backward()
+    before = copy.deepcopy(scaled)
+    scaler.step(second)
+    scaler.update()
+    same(scaled, before, rtol=0, atol=0)
+    assert scaler.get_scale() == 512.0
+
+
+def test_main_grad_takes_the_place_of_grad():
+    plain, main = network(), network()
+    first, second = FusedAdamW(plain.parameters(), lr=0.01), FusedAdamW(main.parameters(), lr=0.01)
+    give_gradients(plain, 0)
+    for parameter, other in zip(main.parameters(), plain.parameters(), strict=True):
+        parameter.main_grad = other.grad.clone()
+    first.step()
+    second.step()
+    same(plain, main, rtol=0, atol=0)
+
+
+def test_four_groups_of_the_official_recipe():
+    model = tiny_model()
+    groups = parameter_groups(model)
+    assert [g["name"] for g in groups] == ["encoder-decay", "predictor-decay", "encoder-nodecay", "predictor-nodecay"]
+    names = {p: n for n, p in model.named_parameters()}
+    for group in groups:
+        for parameter in group["params"]:
+            name = names[parameter]
+            assert name.startswith("context_encoder." if "encoder" in group["name"] else "predictor.")
+            assert group["decays"] == (parameter.ndim > 1)
+    assert model.predictor.mask_token in set(groups[1]["params"])
+    trained = {p for p in model.parameters() if p.requires_grad}
+    assert {p for g in groups for p in g["params"]} == trained
+    for group in (groups[0], groups[2]):
+        for parameter, twin in zip(group["params"], group["ema"], strict=True):
+            assert names[twin] == names[parameter].replace("context_encoder", "target_encoder")
+
+
+def test_layer_decay_scales_by_depth():
+    model = tiny_model()
+    groups = parameter_groups(model, layer_decay=0.5)
+    names = {p: n for n, p in model.named_parameters()}
+    scale = {names[p]: g["lr_scale"] for g in groups for p in g["params"]}
+    depth = len(model.context_encoder.blocks)
+    assert scale["context_encoder.norm.weight"] == 1
+    assert scale["context_encoder.blocks.1.attn.qkv.weight"] == 0.5
+    assert scale["context_encoder.blocks.0.mlp.fc1.bias"] == 0.25
+    assert scale["context_encoder.patch_embed.proj.weight"] == 0.5 ** (depth + 1)
+    assert scale["predictor.mask_token"] == 1
+    with pytest.raises(ValueError, match="layer_decay must lie in .*, got 1.5"):
+        parameter_groups(model, layer_decay=1.5)
+
+
+def test_ema_alone():
+    source, target = network(torch.float32), nn.Sequential(nn.Linear(5, 7), nn.GELU(), nn.Linear(7, 3))
+    expected = [0.75 * t + 0.25 * s for t, s in zip(target.parameters(), source.parameters(), strict=True)]
+    EMA(target, source).update(0.75)
+    for parameter, value in zip(target.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.detach(), value.detach())
+    with pytest.raises(ValueError, match="differ in parameters"):
+        EMA(nn.Linear(5, 7, bias=False), nn.Linear(5, 7))
+    with pytest.raises(ValueError, match=r"weight is \(7, 4\) in the target, \(7, 5\) here"):
+        EMA(nn.Linear(4, 7), nn.Linear(5, 7))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"lr": -1.0}, "lr must not be negative, got -1.0"),
+        ({"betas": (0.9, 1.0)}, "betas must lie in"),
+        ({"max_grad_norm": 0.0}, "max_grad_norm must be positive or None, got 0.0"),
+        ({"ema": []}, "0 EMA tensors were given for 4 parameters"),
+    ],
+)
+def test_bad_settings_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        FusedAdamW(network().parameters(), **settings)
