@@ -1,0 +1,52 @@
+"""Pretrain the tiny configuration; started as a process by tests that kill it or run several ranks of it.
+
+    python tests/run_tiny.py DATA OUTPUT [name=value ...]
+
+Prints one line before each step, so that a test knows when to act. Settings are dotted names with JSON values.
+"""
+
+import json
+import sys
+from dataclasses import fields, is_dataclass, replace
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from ijepa_fast.step import TrainStep
+from ijepa_fast.train import Stopped, pretrain
+from tests.tiny import tiny_run
+
+
+def changed(config, name, value):
+    first, _, rest = name.partition(".")
+    current = getattr(config, first)
+    if rest:
+        value = changed(current, rest, value)
+    assert first in {f.name for f in fields(config)} and is_dataclass(config)
+    return replace(config, **{first: value})
+
+
+def main():
+    data, output, *settings = sys.argv[1:]
+    torch.set_num_threads(1)
+    config = tiny_run(data, output)
+    for setting in settings:
+        name, _, value = setting.partition("=")
+        config = changed(config, name, json.loads(value))
+    run = TrainStep.__call__
+
+    def announced(self, images, step, first_image=0):
+        print(f"step {step}", flush=True)
+        return run(self, images, step, first_image)
+
+    TrainStep.__call__ = announced
+    try:
+        pretrain(config)
+    except Stopped:
+        sys.exit(75)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,108 @@
+"""Two ranks on gloo against one: loss curves, weights, and what goes wrong at the start."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from ijepa_fast import checkpoint
+from ijepa_fast.distributed import pick_device, ranks
+from tests.image_files import write_folder
+
+RUN_TINY = Path(__file__).parent / "run_tiny.py"
+REGULARISED = ["objective.variance_weight=1.0", "objective.covariance_weight=0.1"]
+LONG_INTERVALS = ["train.log_every=1"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    root = tmp_path_factory.mktemp("images")
+    write_folder(root / "train", 20)
+    return root
+
+
+def free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+def launch(data, output, world_size, *settings):
+    port = free_port()
+    processes = []
+    for rank in range(world_size):
+        environment = os.environ | {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(world_size),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+        }
+        command = [sys.executable, str(RUN_TINY), str(data), str(output), *settings]
+        processes.append(
+            subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        )
+    ends = [(p.communicate(timeout=240)[1], p.returncode) for p in processes]
+    assert all(code == 0 for _, code in ends), ends[0][0][-3000:]
+    lines = (output / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines], checkpoint.load(checkpoint.find(output)).tensors
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "settings",
+    [[], REGULARISED, ['masks.context="batch_min"', "masks.group_size=4"], ["train.accumulate=2"]],
+    ids=["exact", "variance-covariance", "batch_min", "accumulate"],
+)
+def test_two_ranks_train_like_one(data, tmp_path, settings):
+    settings = settings + LONG_INTERVALS
+    one, weights = launch(data, tmp_path / "one", 1, *settings)
+    two, weights_of_two = launch(data, tmp_path / "two", 2, *settings)
+    assert len(one) == len(two) == 12
+    for a, b in zip(one, two, strict=True):
+        for name in ("loss", "loss_prediction", "loss_variance", "loss_covariance"):
+            assert b[name] == pytest.approx(a[name], rel=2e-5, abs=1e-7), (a["step"], name)
+    for name, value in weights.items():
+        if name.startswith("model."):
+            torch.testing.assert_close(weights_of_two[name], value, rtol=1e-2, atol=5e-4, msg=name)
+
+
+def test_an_incomplete_environment_is_an_error(monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name in ("LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(ValueError, match="missing LOCAL_RANK, MASTER_ADDR, MASTER_PORT"), ranks("cpu"):
+        pass
+
+
+def test_a_failed_rendezvous_is_an_error(monkeypatch):
+    from datetime import timedelta
+
+    values = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    for name, value in values.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(RuntimeError), ranks("cpu", timeout=timedelta(seconds=2)):
+        pass
+    assert not torch.distributed.is_initialized()
+
+
+def test_alone_without_torchrun(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    with ranks("cpu") as me:
+        assert (me.rank, me.world_size, me.is_main, me.device.type) == (0, 1, True, "cpu")
+        assert me.any(True) and not me.any(False)
+        assert me.from_main("x") == "x"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="only where there is no GPU can one be missing")
+def test_a_missing_gpu_is_named():
+    assert pick_device("auto", 0).type == "cpu"
+    with pytest.raises(ValueError, match="this torch sees no GPU"):
+        pick_device("cuda", 0)

@@ -1,0 +1,254 @@
+"""The loop as a user meets it: what a run leaves, exact resume after any kind of end, and refusals."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from ijepa_fast import checkpoint
+from ijepa_fast.checkpoint import CheckpointError
+from ijepa_fast.step import TrainStep
+from ijepa_fast.train import NotFinite, Stopped, load_trained, pretrain
+from tests.image_files import bad_files, write_folder
+from tests.tiny import tiny_run
+
+RUN_TINY = Path(__file__).parent / "run_tiny.py"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    root = tmp_path_factory.mktemp("images")
+    write_folder(root / "train", 20)
+    write_folder(root / "test", 10)
+    return root
+
+
+@pytest.fixture(scope="module")
+def straight(data, tmp_path_factory):
+    """A run that nothing disturbs."""
+    folder = tmp_path_factory.mktemp("straight") / "run"
+    pretrain(tiny_run(data, folder))
+    return folder
+
+
+def final(folder) -> checkpoint.Checkpoint:
+    return checkpoint.load(checkpoint.find(Path(folder)))
+
+
+def assert_same_end(folder, straight):
+    ours, expected = final(folder), final(straight)
+    assert ours.step == expected.step == 12
+    assert ours.tensors.keys() == expected.tensors.keys()
+    for name, value in expected.tensors.items():
+        assert torch.equal(ours.tensors[name], value), name
+
+
+def test_a_run_leaves_what_it_should(straight):
+    names = {path.name for path in straight.iterdir()}
+    assert names == {"config.yaml", "metrics.jsonl", "tensorboard", "checkpoints", "summary.json"}
+    lines = [json.loads(line) for line in (straight / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [4, 8, 12]
+    for key in ("loss", "lr", "weight_decay", "momentum", "grad_norm", "images_per_second", "data_wait_share"):
+        assert isinstance(lines[-1][key], float), key
+    for key in ("context_tokens_per_image", "std", "rank", "rank_centered", "knn", "bad_files"):
+        assert key in lines[-1]
+    assert 0 <= lines[-1]["data_wait_share"] <= 1
+    assert lines[-1]["epoch"] == 6
+    assert checkpoint.list_steps(straight / "checkpoints") == [10, 12]
+    assert json.loads((straight / "summary.json").read_text())["steps"] == 12
+    model, config, step = load_trained(straight)
+    assert step == 12 and config.model.embed_dim == 16
+    assert torch.equal(model.target_encoder.norm.weight, final(straight).tensors["model.target_encoder.norm.weight"])
+
+
+def test_before_and_after_and_pictures(data, tmp_path):
+    config = tiny_run(data, tmp_path / "run", steps=4)
+    summary = pretrain(replace(config, evaluation=replace(config.evaluation, before_and_after=True, pictures=True)))
+    assert summary["before"].keys() == summary["after"].keys() == {"knn", "probe", "rank"}
+    assert summary["pixels"].keys() == {"knn", "probe"}
+    assert summary == json.loads((tmp_path / "run" / "summary.json").read_text())
+    for picture in ("curves.png", "masks.png", "pca.png"):
+        assert (tmp_path / "run" / picture).read_bytes().startswith(b"\x89PNG")
+
+
+def test_images_without_classes_are_enough(tmp_path):
+    write_folder(tmp_path / "photos", 9, classes=())
+    config = tiny_run(tmp_path / "photos", tmp_path / "run", steps=3)
+    config = replace(config, evaluation=replace(config.evaluation, before_and_after=True))
+    summary = pretrain(config)
+    assert summary["steps"] == 3 and "after" not in summary
+
+
+def test_bad_files_are_reported_in_the_summary(tmp_path):
+    write_folder(tmp_path / "train", 20)
+    (tmp_path / "train" / "ant" / "broken.png").write_bytes(bad_files()["truncated.png"])
+    config = tiny_run(tmp_path, tmp_path / "run")
+    config = replace(config, loader=replace(config.loader, max_bad_share=0.5))
+    summary = pretrain(config)
+    assert list(summary["bad_files"]) == [str(tmp_path / "train" / "ant" / "broken.png")]
+
+
+@pytest.mark.parametrize("crash_at", [3, 5, 9, 11])
+def test_resume_after_a_crash_is_exact(data, straight, tmp_path, monkeypatch, crash_at):
+    run = TrainStep.__call__
+
+    def crashing(self, images, step, first_image=0):
+        if step == crash_at:
+            raise KeyboardInterrupt
+        return run(self, images, step, first_image)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(TrainStep, "__call__", crashing)
+        pretrain(tiny_run(data, tmp_path / "run"))
+    pretrain(tiny_run(data, tmp_path / "run"))
+    assert_same_end(tmp_path / "run", straight)
+    steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert steps[-1] == 12 and steps == sorted(set(steps))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_signals_save_and_stop_and_the_run_continues_exactly(data, straight, tmp_path, monkeypatch, number):
+    run = TrainStep.__call__
+
+    def signalled(self, images, step, first_image=0):
+        if step == 6:
+            os.kill(os.getpid(), number)
+        return run(self, images, step, first_image)
+
+    before = signal.getsignal(number)
+    with monkeypatch.context() as patch, pytest.raises(Stopped, match="after step 7 of 12"):
+        patch.setattr(TrainStep, "__call__", signalled)
+        pretrain(tiny_run(data, tmp_path / "run"))
+    assert signal.getsignal(number) is before
+    assert checkpoint.list_steps(tmp_path / "run" / "checkpoints")[-1] == 7
+    pretrain(tiny_run(data, tmp_path / "run"))
+    assert_same_end(tmp_path / "run", straight)
+
+
+def test_a_finished_run_is_not_trained_again(straight, data, monkeypatch):
+    monkeypatch.setattr(TrainStep, "__call__", lambda *_: pytest.fail("trained again"))
+    summary = pretrain(tiny_run(data, straight))
+    assert summary["steps"] == 12
+
+
+def test_changed_settings_on_resume(data, tmp_path, caplog):
+    config = tiny_run(data, tmp_path / "run")
+    pretrain(config)
+    with pytest.raises(CheckpointError, match=r"other settings: optim.lr \(0.001 -> 0.5\), seed \(0 -> 3\)"):
+        pretrain(replace(config, seed=3, optim=replace(config.optim, lr=0.5)))
+    with caplog.at_level("INFO"):
+        pretrain(replace(config, train=replace(config.train, keep=5)))
+    assert "train.keep changed from 2 to 5" in caplog.text
+
+
+def test_other_images_on_resume_are_refused(tmp_path):
+    write_folder(tmp_path / "train", 20)
+    pretrain(tiny_run(tmp_path, tmp_path / "run", steps=4))
+    write_folder(tmp_path / "train", 22)
+    with pytest.raises(CheckpointError, match="other images"):
+        pretrain(tiny_run(tmp_path, tmp_path / "run", steps=4))
+
+
+def test_a_damaged_checkpoint_is_an_error_not_a_restart(data, tmp_path):
+    config = tiny_run(data, tmp_path / "run")
+    pretrain(config)
+    newest = checkpoint.find(tmp_path / "run")
+    newest.write_bytes(newest.read_bytes()[:200])
+    with pytest.raises(CheckpointError, match="damaged"):
+        pretrain(config)
+    assert newest.read_bytes()[:200] and len(newest.read_bytes()) == 200
+
+
+def test_resume_modes(data, tmp_path):
+    config = tiny_run(data, tmp_path / "run", steps=4)
+    with pytest.raises(CheckpointError, match="resume is 'require', but"):
+        pretrain(replace(config, resume="require"))
+    assert not (tmp_path / "run").exists()
+    pretrain(config)
+    with pytest.raises(CheckpointError, match="already holds a run"):
+        pretrain(replace(config, resume="never"))
+    pretrain(replace(config, resume="never", overwrite=True))
+    assert final(tmp_path / "run").step == 4
+
+
+def test_a_non_finite_loss_ends_the_run_with_its_step(data, tmp_path, monkeypatch):
+    run = TrainStep.__call__
+
+    def exploding(self, images, step, first_image=0):
+        if step == 6:
+            with torch.no_grad():
+                self.model.predictor.predictor_proj.bias[0] = float("nan")
+        return run(self, images, step, first_image)
+
+    monkeypatch.setattr(TrainStep, "__call__", exploding)
+    with pytest.raises(NotFinite, match="loss of step 6 is not finite"):
+        pretrain(tiny_run(data, tmp_path / "run"))
+    assert checkpoint.list_steps(tmp_path / "run" / "checkpoints") == [5]
+
+
+@pytest.mark.parametrize(
+    ("train", "message"),
+    [
+        ({"batch_size": 64}, "64"),
+        ({"accumulate": 3}, "cannot be split into 1 ranks x 3 micro-batches"),
+    ],
+)
+def test_impossible_batches_are_refused_before_anything_is_written(data, tmp_path, train, message):
+    with pytest.raises(ValueError, match=message):
+        pretrain(tiny_run(data, tmp_path / "run", **train))
+    assert not (tmp_path / "run").exists()
+
+
+def start(data, output, *settings):
+    command = [sys.executable, str(RUN_TINY), str(data), str(output), *settings]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+
+@pytest.mark.slow
+def test_killed_at_twenty_random_moments(data, straight, tmp_path):
+    """SIGKILL while starting, training, saving and evaluating; the last start is left alone."""
+    rng = random.Random(0)
+    evaluated = ["evaluation.before_and_after=true", "train.save_every=1"]
+    for _ in range(20):
+        process = start(data, tmp_path / "run", *evaluated)
+        if rng.random() < 0.8:
+            # Wait for a step or two, then strike within the time that a step with its save takes.
+            for _ in range(rng.randint(1, 2)):
+                process.stdout.readline()
+            time.sleep(rng.uniform(0, 0.06))
+        else:
+            time.sleep(rng.uniform(1, 4))
+        process.kill()
+        process.wait()
+    process = start(data, tmp_path / "run", *evaluated)
+    process.communicate(timeout=300)
+    assert process.returncode == 0
+    assert_same_end(tmp_path / "run", straight)
+
+
+@pytest.mark.slow
+def test_a_terminated_process_exits_with_its_own_code(data, straight, tmp_path):
+    process = start(data, tmp_path / "run")
+    process.stdout.readline()
+    process.terminate()
+    process.communicate(timeout=120)
+    assert process.returncode == 75
+    assert 1 <= checkpoint.list_steps(tmp_path / "run" / "checkpoints")[-1] < 12
+    assert start(data, tmp_path / "run").wait(timeout=120) == 0
+    assert_same_end(tmp_path / "run", straight)
