@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ijepa_fast.kernels.rows import Tile, accumulation_dtype, accumulator, check, column_block, tile_for
+from ijepa_fast.kernels.rows import COMPILED, Tile, accumulation_dtype, accumulator, check, column_block, tile_for
 from ijepa_fast.kernels.specs import ARCHITECTURES, CompileSpec, record_specs
 
 # Each thread holds four or more independent 16-byte loads; a warp reads whole rows of a column block.
@@ -182,8 +182,7 @@ def _segment_sum(x: Tensor, keys: Tensor, num_segments: int, dtype: torch.dtype,
 
 
 def compile_specs(arch: str) -> Iterator[CompileSpec]:
-    widths = [(width, torch.bfloat16) for width in (192, 384, 768, 1024, 1280, 1408)]
-    for width, dtype in [*widths, (1280, torch.float16), (1280, torch.float32)]:
+    for width, dtype in COMPILED:
         case = f"{str(dtype).removeprefix('torch.')} D={width}"
         x = torch.empty(256, width, dtype=dtype, device="meta")
         table = torch.empty(256, width, device="meta")

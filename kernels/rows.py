@@ -15,6 +15,9 @@ from torch import Tensor
 
 from ijepa_fast.kernels.specs import configuration
 
+COMPILED = ((192, torch.bfloat16), (384, torch.bfloat16), (1280, torch.bfloat16), (1280, torch.float32))
+"""Widths and dtypes that ``compile_specs`` lists: one for every bucket of the tables."""
+
 FLOATING = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
