@@ -202,6 +202,8 @@ class EvaluationConfig:
         train_images: at most so many training images are used to fit k-NN and probe.
         test_images: at most so many images are tested.
         layers: features of the last block, or of the last four concatenated.
+        resize_ratio: the shorter side of a test image is resized to this times img_size, then the centre is cut out.
+            1 for sets whose images have the size of the crops.
         bank: training features kept for the online k-NN; 0 turns it off.
         pictures: draw masks, curves and PCA maps at the end.
     """
@@ -211,6 +213,7 @@ class EvaluationConfig:
     train_images: int = 10_000
     test_images: int = 10_000
     layers: Literal["last", "last4"] = "last"
+    resize_ratio: float = 256 / 224
     bank: int = 20_000
     pictures: bool = True
 

@@ -44,6 +44,14 @@ class Ranks:
         dist.all_reduce(value, op=dist.ReduceOp.MAX, group=_HOST_GROUP.get("group"))
         return bool(value)
 
+    def union(self, mapping: dict) -> dict:
+        """Entries of all ranks' dicts; every rank must ask. Runs between hosts and does not wait for the GPU."""
+        if self.world_size == 1:
+            return mapping
+        parts: list[dict] = [{}] * self.world_size
+        dist.all_gather_object(parts, mapping, group=_HOST_GROUP.get("group"))
+        return {key: value for part in parts for key, value in part.items()}
+
     def from_main(self, value):
         """Rank 0's value (anything picklable, sent between our own processes) on every rank."""
         if self.world_size == 1:

@@ -68,7 +68,14 @@ def _loader(source: Source, at_most: int, config: RunConfig) -> EvalLoader:
     if at_most < len(source):
         # Evenly spread, because folders list one class after the other.
         indices = np.linspace(0, len(source) - 1, at_most).round().astype(np.int64)
-    return EvalLoader(source, config.model.img_size, EVALUATION_BATCH, config.loader.workers, indices=indices)
+    return EvalLoader(
+        source,
+        config.model.img_size,
+        EVALUATION_BATCH,
+        config.loader.workers,
+        indices=indices,
+        resize_ratio=config.evaluation.resize_ratio,
+    )
 
 
 def picture_images(source: Source, config: RunConfig, count: int = PICTURE_IMAGES) -> Tensor:

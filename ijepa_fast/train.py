@@ -119,9 +119,11 @@ def _run(config: RunConfig, me: Ranks, sources: Sources, to_yaml: Callable[[RunC
     )
     scaler = torch.amp.GradScaler(me.device.type) if train.precision == "fp16" else None
     health = HealthBuffer(config.model.embed_dim, device=me.device)
-    start_step = 0
+    start_step, bad_files = 0, {}
     if found is not None:
-        start_step = _restore(checkpoints.load(Path(found)), model, optimizer, scaler, health)
+        restored = checkpoints.load(Path(found))
+        start_step, bad_files = restored.step, restored.extra["bad_files"]
+        _restore(restored, model, optimizer, scaler, health)
         log.info("continuing %s at step %d of %d", folder, start_step, total_steps)
     wrapped = None
     if me.world_size > 1:
@@ -146,6 +148,7 @@ def _run(config: RunConfig, me: Ranks, sources: Sources, to_yaml: Callable[[RunC
         _raise_if_bad(step_once)
         if me.is_main:
             state = _state(step, config, sources, model, optimizer, scaler, health)
+            state.extra["bad_files"] = bad_files
             checkpoints.save(folder / "checkpoints", state, train.keep)
 
     per_rank = train.batch_size // me.world_size
@@ -168,6 +171,7 @@ def _run(config: RunConfig, me: Ranks, sources: Sources, to_yaml: Callable[[RunC
                 run_log.advance()
             if done % train.log_every == 0 or done == total_steps:
                 _raise_if_bad(step_once)
+                bad_files |= me.union(loader.bad)
                 metrics = {"step": done, "epoch": done / steps_per_epoch, **meter.read()}
                 if run_log is not None:
                     metrics |= {
@@ -177,7 +181,7 @@ def _run(config: RunConfig, me: Ranks, sources: Sources, to_yaml: Callable[[RunC
                         "skipped": int(optimizer.skipped),
                         **health.report(),
                         "knn": knn.accuracy() if knn is not None else None,
-                        "bad_files": len(loader.bad),
+                        "bad_files": len(bad_files),
                     }
                     run_log.write(metrics)
             stopped = me.any(stop.is_set)
@@ -191,7 +195,7 @@ def _run(config: RunConfig, me: Ranks, sources: Sources, to_yaml: Callable[[RunC
             run_log.close()
     summary = {}
     if me.is_main:
-        summary = _finish(config, model, sources, total_steps, time.monotonic() - started, loader.bad)
+        summary = _finish(config, model, sources, total_steps, time.monotonic() - started, bad_files)
     me.barrier()
     return summary
 
@@ -260,7 +264,7 @@ def _state(step, config, sources, model, optimizer, scaler, health) -> Checkpoin
     return Checkpoint(step, tensors, extra)
 
 
-def _restore(state: Checkpoint, model, optimizer, scaler, health) -> int:
+def _restore(state: Checkpoint, model, optimizer, scaler, health) -> None:
     try:
         model.load_state_dict(checkpoints.select(state.tensors, "model"))
     except RuntimeError as error:
@@ -271,7 +275,6 @@ def _restore(state: Checkpoint, model, optimizer, scaler, health) -> int:
         scaler.load_state_dict(state.extra["scaler"])
     if len(state.tensors["health.features"]):
         health.push(state.tensors["health.features"].to(optimizer.skipped.device))
-    return state.step
 
 
 def _raise_if_bad(step_once: TrainStep) -> None:

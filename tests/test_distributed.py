@@ -56,7 +56,7 @@ def launch(data, output, world_size, *settings):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
-    [[], REGULARISED, ['masks.context="batch_min"', "masks.group_size=4"], ["train.accumulate=2"]],
+    [[], REGULARISED, ["masks.group_size=4", 'masks.context="batch_min"'], ["train.accumulate=2"]],
     ids=["exact", "variance-covariance", "batch_min", "accumulate"],
 )
 def test_two_ranks_train_like_one(data, tmp_path, settings):
