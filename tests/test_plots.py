@@ -181,6 +181,18 @@ class TestPCA:
         torch.testing.assert_close(pca_maps(7 * features + 3, (2, 3)), maps, atol=1e-5, rtol=0)
         torch.testing.assert_close(pca_maps(features[:, [3, 4, 5, 0, 1, 2]], (2, 3)).flip(1), maps)
 
+    def test_positions_can_be_removed(self):
+        generator = torch.Generator().manual_seed(0)
+        content = torch.randn(5, 6, 8, generator=generator)
+        content -= content.mean(0)
+        positions = 100 * torch.randn(1, 6, 8, generator=generator)
+        torch.testing.assert_close(
+            pca_maps(content + positions, (2, 3), remove_positions=True), pca_maps(content, (2, 3)), atol=1e-4, rtol=0
+        )
+        plot_pca(random_images(5, 4, 6), content, (2, 3), before=content, remove_positions=True)
+        with pytest.raises(ValueError, match="at least two images"):
+            pca_maps(content[:1], (2, 3), remove_positions=True)
+
     def test_missing_components_are_grey(self):
         ramp = torch.arange(6.0).view(1, 6, 1)
         for features in (ramp, ramp * torch.ones(5)):
