@@ -314,6 +314,8 @@ class TestProbe:
         x, y = blobs(20, 4, 2, 1.0, seed=1)
         with pytest.raises(ValueError, match="training features of 20 of 20 images are not finite"):
             linear_probe(x * torch.nan, y, x, y)
+        with pytest.raises(ValueError, match="have 4 dimensions, test features 3"):
+            linear_probe(x, y, x[:, :3], y)
         with pytest.raises(ValueError, match="test data has no labelled image"):
             linear_probe(x, y, x, torch.full((20,), -1))
 

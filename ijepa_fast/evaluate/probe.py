@@ -105,6 +105,9 @@ def linear_probe(
     if not 0 < validation_share < 1:
         raise ValueError(f"validation_share must be between 0 and 1, got {validation_share}")
     features, labels = labelled(train_features, train_labels, "training")
+    test = labelled(test_features, test_labels, "test")  # checked here, read at the very end
+    if test[0].shape[1] != features.shape[1]:
+        raise ValueError(f"training features have {features.shape[1]} dimensions, test features {test[0].shape[1]}")
     classes, targets = labels.unique(return_inverse=True)
     held_out = stratified_split(targets, validation_share, seed)
     schedule = {"num_classes": len(classes), "epochs": epochs, "batch_size": batch_size, "seed": seed}
@@ -124,7 +127,7 @@ def linear_probe(
     chosen = grid[best]
     final = _train(features, targets, [chosen], **schedule)
     return ProbeResult(
-        accuracy=_test_accuracy(final, classes, *labelled(test_features, test_labels, "test")),
+        accuracy=_test_accuracy(final, classes, *test),
         learning_rate=chosen.learning_rate,
         weight_decay=chosen.weight_decay,
         validation_accuracy=chosen.validation_accuracy,
