@@ -38,6 +38,9 @@ def _(images, indices, patch_size, mean, std, dtype):
     return images.new_empty(indices.shape[0], width, dtype=dtype)
 
 
+_cuda_kernel(gather_patches, "gather_patches", "gather_patches")
+
+
 @torch.library.custom_op("ijepa_fast::gather_add", mutates_args=())
 def gather_add(x: Tensor, table: Tensor, indices: Tensor, gather: bool) -> Tensor:
     return reference.gather_add(x, table, indices, gather)
