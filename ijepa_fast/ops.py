@@ -120,6 +120,8 @@ def _predictor_tokens_grad(ctx, grad):
 
 
 predictor_tokens.register_autograd(_predictor_tokens_grad, setup_context=_predictor_tokens_setup)
+_cuda_kernel(predictor_tokens, "predictor_tokens", "predictor_tokens")
+_cuda_kernel(predictor_tokens_backward, "predictor_tokens", "predictor_tokens_backward")
 
 
 @torch.library.custom_op("ijepa_fast::target_loss", mutates_args=())

@@ -83,6 +83,6 @@ def sum_rows(partials: Tensor) -> Tensor:
     """[P, D] -> [D], in an order that depends on P and D alone: the second stage of sums over rows."""
     out = partials.new_empty(partials.shape[1])
     if out.numel():
-        grid = (triton.cdiv(partials.shape[1], 32),)
-        sum_rows_kernel[grid](partials, out, partials.shape[0], partials.shape[1], BLOCK_P=64, BLOCK_D=32, num_warps=4)
+        grid = (triton.cdiv(partials.shape[1], 16),)
+        sum_rows_kernel[grid](partials, out, partials.shape[0], partials.shape[1], BLOCK_P=256, BLOCK_D=16, num_warps=4)
     return out
