@@ -190,21 +190,20 @@ def pack_mask(mask_BSN: Tensor, lengths_BS: Tensor, max_seqlen: int, num_rows: i
 
 
 def pack_blocks(blocks_BS: Blocks, grid: tuple[int, int], max_seqlen: int, num_rows: int | None) -> Ragged:
-    """As `pack_mask`, for rectangles: every row computes its own token, so no mask is built."""
+    """As `pack_mask`, for rectangles: packs runs of consecutive tokens, one per grid row, so that no mask is built."""
     height, width = grid
     cu_seqlens = _prefix_sums(blocks_BS.area, num_rows)
     total = cu_seqlens[-1:]
     num_rows = int(total) if num_rows is None else num_rows
-    images_B1 = torch.arange(blocks_BS.top.shape[0], device=total.device)[:, None]
-    corner = (images_B1 * height + blocks_BS.top) * width + blocks_BS.left
-    # The rows that are left over repeat the last block, and are overwritten.
-    repeats = torch.cat([blocks_BS.area.flatten(), num_rows - total])
-    sequence_T = torch.repeat_interleave(repeats, output_size=num_rows).clamp_(max=corner.numel() - 1)
-    per_block = torch.stack([corner.flatten(), blocks_BS.width.flatten(), cu_seqlens[:-1]], dim=1).to(torch.int32)
-    corner_T, width_T, first_T = per_block.index_select(0, sequence_T).unbind(1)
+    images_B, rows_H = (torch.arange(size, device=total.device) for size in (blocks_BS.top.shape[0], height))
+    first_token_BSH = (images_B[:, None, None] * height + rows_H) * width + blocks_BS.left[..., None]
+    run_lengths = (blocks_BS.rows(height) * blocks_BS.width[..., None]).flatten()  # 0 where a block misses a grid row
+    token_minus_row = first_token_BSH.flatten() - run_lengths.cumsum(0) + run_lengths
+    # The rows that are left over form one more run.
+    run_lengths = torch.cat([run_lengths, num_rows - total])
+    token_minus_row = functional.pad(token_minus_row.to(torch.int32), (0, 1))
     row_T = torch.arange(num_rows, dtype=torch.int32, device=total.device)
-    offset_T = row_T - first_T
-    token_T = corner_T + offset_T + offset_T // width_T * (width - width_T)
+    token_T = token_minus_row.repeat_interleave(run_lengths, output_size=num_rows) + row_T
     return Ragged(torch.where(row_T < total, token_T, PADDING), cu_seqlens, max_seqlen)
 
 

@@ -1,4 +1,4 @@
-"""How masks are drawn: the definition, to the bit, that the torch, C++ and CUDA samplers share.
+"""How masks are drawn: the definition, to the bit, for every device and language that draws them.
 
 Legend: B images, H x W patch grid, N = H * W patches (patch n is row n // W, column n % W), M target blocks and C
 context blocks per image. Strategies: the I-JEPA paper (arXiv 2301.08243), section 3 and its ablation of masking.
@@ -145,7 +145,10 @@ class Drawn(NamedTuple):
 
 def draw(plan: Plan, counter: Counter) -> Drawn:
     """Context and targets of the counter's images, as the module's docstring defines them."""
-    with torch.autocast(counter.images_B.device.type, enabled=False):  # float matmuls count patches: see mask_geometry
+    device_type = counter.images_B.device.type
+    if not torch.amp.is_autocast_available(device_type):
+        return _draw(plan, counter)
+    with torch.autocast(device_type, enabled=False):  # matmuls count patches, so they must not be rounded
         return _draw(plan, counter)
 
 

@@ -113,6 +113,13 @@ def test_context_and_targets_are_apart(strategy, context):
         assert seen == sorted(seen) and {token // 144 for token in [*seen, *hidden]} == {image}
 
 
+def test_a_target_over_everything_leaves_the_context_its_whole_block():
+    config = MaskConfig(num_targets=1, target_scale=(1, 1), target_aspect=(1, 1), context_scale=(1, 1), min_keep=5)
+    masks = MaskSampler(config, (6, 6)).sample(3, seed=1, step=0)
+    assert masks.context.to_lists() == masks.targets.to_lists() == [list(range(36 * b, 36 * b + 36)) for b in range(3)]
+    assert masks.context.max_seqlen == 36
+
+
 def test_overlap_keeps_the_whole_block():
     sampler = MaskSampler(MaskConfig(allow_overlap=True, context_scale=(0.5, 0.5)), GRID_14)
     masks = sampler.sample(50, seed=1, step=0)
@@ -284,6 +291,18 @@ def test_fields_are_set_from_a_command_line():
     arguments = ["--masks.strategy=block", "--masks.target_scale=[0.5, 0.6]", "--masks.num_targets=2"]
     expected = MaskConfig(strategy="block", target_scale=(0.5, 0.6), num_targets=2)
     assert auto_cli(masks_of, args=arguments) == expected
+
+
+@pytest.mark.parametrize("context", ["exact", "fixed", "batch_min"])
+@pytest.mark.parametrize("strategy", ["multiblock", "block", "random", "rasterized"])
+def test_with_a_capacity_nothing_is_read_from_the_device(strategy, context):
+    """Meta tensors have no values: whatever asks for one raises."""
+    crowded = {"num_targets": 7, "num_contexts": 2, "target_scale": (0.25, 0.4)} if strategy == "multiblock" else {}
+    sampler = MaskSampler(MaskConfig(strategy=strategy, context=context, group_size=4, **crowded), GRID_14)
+    seed = step = torch.zeros((), dtype=torch.int64, device="meta")
+    masks = sampler.sample(8, seed=seed, step=step, device="meta", capacity=(900, 3000))
+    assert (masks.context.num_rows, masks.targets.num_rows) == (900, 3000)
+    assert masks.context.max_seqlen == sampler.max_context and masks.targets.max_seqlen == sampler.max_target
 
 
 @pytest.mark.gpu
