@@ -6,7 +6,7 @@ the seed, the step and the image's number in the global batch. mask_sampling.py 
 Legend: B images, H x W patch grid, N = H * W patches, M target blocks and C context blocks per image.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args, get_type_hints
 
 import torch
@@ -80,12 +80,12 @@ class MaskConfig:
             choices = get_args(get_type_hints(MaskConfig)[name])
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
-        self._fill_in_strategy_defaults()
         for name, least in (("num_targets", 1), ("num_contexts", 1), ("min_keep", 0)):
-            if not least <= getattr(self, name) < MAX_PATCHES:
-                raise ValueError(f"{name} must be in [{least}, {MAX_PATCHES}), got {getattr(self, name)}")
+            value = getattr(self, name)
+            if value is not None and not least <= value < MAX_PATCHES:
+                raise ValueError(f"{name} must be in [{least}, {MAX_PATCHES}), got {value}")
         for name in ("target_scale", "context_scale"):
-            low, high = getattr(self, name)
+            low, high = getattr(self, name) or _STRATEGY_DEFAULTS[self.strategy][1]
             if not 0 < low <= high <= 1:
                 raise ValueError(f"{name} must satisfy 0 < low <= high <= 1, got ({low}, {high})")
         for name in ("target_aspect", "context_aspect"):
@@ -103,15 +103,15 @@ class MaskConfig:
                 f"allow_overlap and num_contexts are for strategy multiblock; {self.strategy} has one context, "
                 f"apart from its targets (got allow_overlap={self.allow_overlap}, num_contexts={self.num_contexts})"
             )
-        if self.strategy == "rasterized" and self.num_targets != 3:
+        if self.strategy == "rasterized" and self.num_targets not in (None, 3):
             raise ValueError(f"strategy rasterized has 3 targets, got num_targets={self.num_targets}")
 
-    def _fill_in_strategy_defaults(self) -> None:
+    def resolved(self) -> "MaskConfig":
+        """The same configuration with the strategy's own values in place of None."""
         num_targets, target_scale = _STRATEGY_DEFAULTS[self.strategy]
-        if self.num_targets is None:
-            object.__setattr__(self, "num_targets", num_targets)
-        if self.target_scale is None:
-            object.__setattr__(self, "target_scale", target_scale)
+        if self.num_targets is not None:
+            num_targets = self.num_targets
+        return replace(self, num_targets=num_targets, target_scale=self.target_scale or target_scale)
 
     @classmethod
     def official(cls, group_size: int, **overrides) -> "MaskConfig":
@@ -167,6 +167,7 @@ class MaskSampler:
         grid: patches per column and per row, (H, W).
 
     Attributes:
+        config: the configuration, resolved.
         num_targets, num_contexts: M and C.
         max_target, max_context: static upper bounds of the sequence lengths.
         plan: the checked numbers that drawing reads.
@@ -184,7 +185,7 @@ class MaskSampler:
         extent = (height - margin, width - margin)
         if min(extent) < 1:
             raise ValueError(f"a {height} x {width} grid has no room for blocks without its last row and column")
-        self.config = config
+        self.config = config = config.resolved()
         self.grid = (height, width)
         self.num_patches = height * width
         self.num_targets = config.num_targets

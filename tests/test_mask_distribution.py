@@ -19,6 +19,7 @@ GRID_14, GRID_16 = (14, 14), (16, 16)
 
 def shape_probabilities(config, grid):
     """{(height, width): probability} of one target block, before clipping to the grid."""
+    config = config.resolved()
     patches = grid[0] * grid[1]
     (scale_low, scale_high), (aspect_low, aspect_high) = config.target_scale, config.target_aspect
     probabilities = {}
@@ -52,6 +53,7 @@ def cover_probability(grid, extent, height, width):
 
 def visible_probability(config, grid):
     """[H, W] probability that a patch is in the exact context, for a square context block whose first place will do."""
+    config = config.resolved()
     patches = grid[0] * grid[1]
     extent = grid if config.draw_last_row_col else (grid[0] - 1, grid[1] - 1)
     low, high = config.context_scale

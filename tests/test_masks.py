@@ -84,12 +84,13 @@ CROWDED = MaskConfig(num_targets=7, target_scale=(0.25, 0.4), context_scale=(0.3
         MaskConfig(context="fixed", mask_ratio=0.3, strategy="block", target_scale=(0.2, 0.6)),
         MaskConfig(strategy="random", target_scale=(0.15, 0.3), num_targets=2),
     ],
-    ids=lambda config: f"{config.strategy}-{config.context}-{config.num_targets}x{config.num_contexts}",
+    ids=lambda config: f"{config.strategy}-{config.context}",
 )
 def test_equals_the_independent_sampler_where_it_is_hard(config):
     for grid in ((8, 11), (14, 14)):
-        masks = MaskSampler(config, grid).sample(64, seed=2**63 + 5, step=3, first_image=64)
-        assert list(as_lists(masks)) == Oracle(config, grid).sample(64, 2**63 + 5, 3, 64)
+        sampler = MaskSampler(config, grid)
+        masks = sampler.sample(64, seed=2**63 + 5, step=3, first_image=64)
+        assert list(as_lists(masks)) == Oracle(sampler.config, grid).sample(64, 2**63 + 5, 3, 64)
 
 
 def test_a_crowded_image_gives_up_targets_but_never_min_keep():
@@ -105,8 +106,9 @@ def test_a_crowded_image_gives_up_targets_but_never_min_keep():
 @pytest.mark.parametrize("strategy", ["multiblock", "block", "random", "rasterized"])
 def test_context_and_targets_are_apart(strategy, context):
     config = MaskConfig(strategy=strategy, context=context, group_size=8, target_scale=(0.15, 0.2), min_keep=4)
-    context, targets = as_lists(MaskSampler(config, (12, 12)).sample(200, seed=1, step=0))
-    per_image = config.num_targets
+    sampler = MaskSampler(config, (12, 12))
+    context, targets = as_lists(sampler.sample(200, seed=1, step=0))
+    per_image = sampler.num_targets
     for image, seen in enumerate(context):
         hidden = set().union(*targets[image * per_image : (image + 1) * per_image])
         assert len(seen) > 4 and not hidden.intersection(seen)
@@ -276,7 +278,7 @@ def test_official_preset():
     assert config == MaskConfig(
         context="batch_min", size_per="step", shared_scale_aspect=True, draw_last_row_col=False, group_size=128
     )
-    assert (config.num_targets, config.target_scale, config.min_keep) == (4, (0.15, 0.2), 10)
+    assert (config.resolved().num_targets, config.resolved().target_scale, config.min_keep) == (4, (0.15, 0.2), 10)
     assert MaskConfig.official(128, context="exact", min_keep=4).min_keep == 4
     sampler = MaskSampler(config, GRID_14)
     assert (sampler.num_targets, sampler.num_contexts) == (4, 1)
@@ -291,6 +293,23 @@ def test_fields_are_set_from_a_command_line():
     arguments = ["--masks.strategy=block", "--masks.target_scale=[0.5, 0.6]", "--masks.num_targets=2"]
     expected = MaskConfig(strategy="block", target_scale=(0.5, 0.6), num_targets=2)
     assert auto_cli(masks_of, args=arguments) == expected
+    assert MaskSampler(auto_cli(masks_of, args=["--masks.strategy=rasterized"]), GRID_14).num_targets == 3
+
+
+@pytest.mark.parametrize(
+    ("strategy", "num_targets", "scale"),
+    [
+        ("multiblock", 4, (0.15, 0.2)),
+        ("block", 1, (0.6, 0.6)),
+        ("random", 1, (0.6, 0.6)),
+        ("rasterized", 3, (0.25, 0.25)),
+    ],
+)
+def test_each_strategy_has_the_targets_of_the_paper_unless_told_otherwise(strategy, num_targets, scale):
+    resolved = replace(DEFAULT, strategy=strategy).resolved()
+    assert (resolved.num_targets, resolved.target_scale) == (num_targets, scale)
+    assert resolved.resolved() == resolved
+    assert MaskConfig(target_scale=(0.3, 0.4), num_targets=2).resolved().target_scale == (0.3, 0.4)
 
 
 @pytest.mark.parametrize("context", ["exact", "fixed", "batch_min"])
