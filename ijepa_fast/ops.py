@@ -167,6 +167,8 @@ def _target_loss_grad(ctx, grad):
 
 
 target_loss.register_autograd(_target_loss_grad, setup_context=_target_loss_setup)
+_cuda_kernel(target_loss, "target_loss", "target_loss")
+_cuda_kernel(target_loss_backward, "target_loss", "target_loss_backward")
 
 
 @torch.library.custom_op("ijepa_fast::varlen_attention", mutates_args=())

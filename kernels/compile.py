@@ -10,11 +10,13 @@ import argparse
 import importlib
 import json
 import pkgutil
+import re
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import cache
+from math import prod
 from pathlib import Path
 from types import ModuleType
 
@@ -32,6 +34,9 @@ SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024}
 TENSOR_MEMORY_COLUMNS = 512
 SPILLS_FORBIDDEN = ("sm_90", "sm_100")
 
+_LOAD = re.compile(r"(?:tt\.load|ttg\.async_copy_global_to_local)\b.*?tensor<((?:\d+x)+)!tt\.ptr<(\w+)")
+ELEMENT_BYTES = {"f8E4M3FN": 1, "f8E5M2": 1, "i8": 1, "f16": 2, "bf16": 2, "f32": 4, "f64": 8}
+
 
 @dataclass(frozen=True)
 class Report:
@@ -48,16 +53,27 @@ class Report:
     tensor_memory: int
     matrix: dict[str, int]
     loads: dict[int, int]
-    main_load_bits: int
+    main_load_bits: int | None
     failures: list[str]
 
 
-def judge(spec: CompileSpec, arch: str, shared: int, tensor_memory: int, code: Disassembly) -> list[str]:
+def loaded_bytes(ttgir: str) -> int:
+    """Bytes of data that one program loads, each load of the code counted once. Indices (i32, i64) are no data."""
+    total = 0
+    for shape, element in _LOAD.findall(ttgir):
+        total += ELEMENT_BYTES.get(element, 0) * prod(int(size) for size in shape.split("x") if size)
+    return total
+
+
+def judge(
+    spec: CompileSpec, arch: str, shared: int, tensor_memory: int, main_load_bits: int | None, code: Disassembly
+) -> list[str]:
     """What is wrong with a kernel.
 
     Args:
         shared: bytes of shared memory; the compiler itself does not object when they are too many.
         tensor_memory: columns of tensor memory (sm_100).
+        main_load_bits: width of most loads of data; None if there are none.
     """
     failures = []
     if arch in SPILLS_FORBIDDEN and code.matrix_loop_spills:
@@ -72,8 +88,8 @@ def judge(spec: CompileSpec, arch: str, shared: int, tensor_memory: int, code: D
         failures.append("no write to device memory: a trap stands in place of the kernel")
     if spec.attention and not code.matrix:
         failures.append("no matrix instructions in an attention kernel")
-    if code.loads and code.main_load_bits < spec.load_bits:
-        failures.append(f"main loads of {code.main_load_bits} bits, {spec.load_bits} wanted")
+    if main_load_bits is not None and main_load_bits < spec.load_bits:
+        failures.append(f"main loads of {main_load_bits} bits, {spec.load_bits} wanted")
     return failures
 
 
@@ -87,6 +103,8 @@ def compile_spec(spec: CompileSpec, arch: str) -> Report:
     compiled = triton.compile(source, target=target, options=options)
     code = disassemble(compiled.asm["cubin"])
     shared, tensor_memory = compiled.metadata.shared + code.shared, getattr(compiled.metadata, "tmem_size", None) or 0
+    data = loaded_bytes(compiled.asm["ttgir"])
+    main_load_bits = code.main_load_bits(data, 32 * spec.num_warps) if data else None
     constants = {name: value for name, value in spec.constexprs.items() if value is not None}
     return Report(
         name=spec.name,
@@ -100,8 +118,8 @@ def compile_spec(spec: CompileSpec, arch: str) -> Report:
         tensor_memory=tensor_memory,
         matrix=code.matrix,
         loads=code.loads,
-        main_load_bits=code.main_load_bits,
-        failures=judge(spec, arch, shared, tensor_memory, code),
+        main_load_bits=main_load_bits,
+        failures=judge(spec, arch, shared, tensor_memory, main_load_bits, code),
     )
 
 

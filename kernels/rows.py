@@ -42,6 +42,17 @@ def tile_for(table: TileTable, dtype: torch.dtype, width: int) -> Tile:
     return configuration(table, min(dtype.itemsize, 4), column_block(width))
 
 
+def split_width(width: int) -> tuple[int, int]:
+    """Two powers of two that together hold a row: 1280 = 1024 + 256, where one alone would be 2048 and 37 % idle.
+
+    Where one alone is at least three quarters full, or small, the second is 1 (and the compiler drops it).
+    """
+    whole = triton.next_power_of_2(width)
+    if whole <= 1024 or 4 * width >= 3 * whole:
+        return whole, 1
+    return whole // 2, triton.next_power_of_2(width - whole // 2)
+
+
 @triton.constexpr_function
 def accumulator(pointer):
     """Type in which values behind a pointer are computed with: fp32, or fp64 for fp64."""

@@ -69,10 +69,19 @@ class Disassembly:
         widths = [i.bits for i in self.instructions if i.name in (*_GLOBAL_LOADS, *_BULK_LOADS)]
         return {bits: widths.count(bits) for bits in sorted(set(widths), reverse=True)}
 
-    @property
-    def main_load_bits(self) -> int:
-        """Width of the loads that carry most bytes; 0 if nothing is loaded."""
-        return max(self.loads, key=lambda bits: (bits * self.loads[bits], bits), default=0)
+    def main_load_bits(self, data_bytes: int, threads: int) -> int:
+        """The width that half of the data, or more, is loaded with or above; 0 if loads carry less than that.
+
+        Args:
+            data_bytes: what the kernel's code loads, each instruction counted once; indices are not data.
+            threads: of one program.
+        """
+        carried = 0
+        for bits, count in self.loads.items():
+            carried += count * threads * bits // 8
+            if 2 * carried >= data_bytes:
+                return bits
+        return 0
 
     @property
     def writes(self) -> int:
