@@ -1,0 +1,268 @@
+"""Attention backends against softmax over one sequence and one head at a time, and the registry that picks them.
+
+Legend: Tq, Tk packed rows of queries and keys, H heads, Dh head dim.
+"""
+
+import logging
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ijepa_fast import attention, ops
+from ijepa_fast.attention import (
+    BACKENDS,
+    BackendUnavailable,
+    Request,
+    available_backends,
+    resolve,
+    varlen_attention,
+    varlen_self_attention,
+)
+
+EVERYWHERE = ("sdpa", "reference")
+CPU = torch.device("cpu")
+NAMES = {"triton", "flash_attn", "xformers", "torch_varlen", "sdpa", "reference"}
+
+
+def prefix_sums(lengths):
+    return torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+
+
+def naive(q, k, v, lengths_q, lengths_k):
+    """softmax(q k^T / sqrt(Dh)) v of every sequence and head; zeros on padding rows and where there is no key."""
+    outputs, first_q, first_k = [], 0, 0
+    for length_q, length_k in zip(lengths_q, lengths_k, strict=True):
+        rows_q, rows_k = slice(first_q, first_q + length_q), slice(first_k, first_k + length_k)
+        for head in range(q.shape[1]):
+            scores = q[rows_q, head] @ k[rows_k, head].T / math.sqrt(q.shape[2])
+            outputs.append(torch.softmax(scores, dim=1) @ v[rows_k, head])
+        first_q, first_k = first_q + length_q, first_k + length_k
+    packed = [torch.stack(outputs[s : s + q.shape[1]], dim=1) for s in range(0, len(outputs), q.shape[1])]
+    return torch.cat([*packed, q.new_zeros(q.shape[0] - first_q, *q.shape[1:])])
+
+
+def with_op(q, k, v, *bounds):
+    """The registered op and its own backward formula, which backends without kernels do not reach."""
+    return ops.varlen_attention(q, k, v, *bounds)[0]
+
+
+def with_backend(name):
+    def attend(q, k, v, *bounds):
+        return varlen_attention(q, k, v, *bounds, backend=name)
+
+    return attend
+
+
+ATTEND = {"op": with_op} | {name: with_backend(name) for name in EVERYWHERE}
+
+
+@st.composite
+def cases(draw):
+    """Lengths of queries and keys, heads, head dim, padding rows of both, and how loose the bounds are."""
+    pairs = draw(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), min_size=1, max_size=4))
+    pairs.append((1, 1))  # what happens when there is nothing at all is a test of its own
+    lengths_q, lengths_k = zip(*pairs, strict=True)
+    heads, head_dim = draw(st.integers(1, 3)), draw(st.sampled_from([1, 3, 8]))
+    padding, slack = draw(st.tuples(st.integers(0, 3), st.integers(0, 3))), draw(st.integers(0, 2))
+    return lengths_q, lengths_k, heads, head_dim, padding, slack, draw(st.integers(0, 2**16))
+
+
+def poisoned(x, used):
+    """A leaf whose rows from ``used`` on are NaN."""
+    x = x.detach().clone()
+    x[used:] = math.nan
+    return x.requires_grad_()
+
+
+@pytest.mark.parametrize("attend", ATTEND.values(), ids=ATTEND)
+@settings(max_examples=50)
+@given(case=cases())
+def test_equals_naive_softmax_whatever_stands_in_padding_rows(attend, case):
+    lengths_q, lengths_k, heads, head_dim, (padding_q, padding_k), slack, seed = case
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(rows):
+        return torch.randn(rows, heads, head_dim, generator=generator, dtype=torch.float64).requires_grad_()
+
+    used_q, used_k = sum(lengths_q), sum(lengths_k)
+    q, k, v = random(used_q + padding_q), random(used_k + padding_k), random(used_k + padding_k)
+    grad = random(used_q + padding_q)
+    want = naive(q, k, v, lengths_q, lengths_k)
+    want_grads = torch.autograd.grad(want, (q, k, v), grad, materialize_grads=True)
+
+    leaves = poisoned(q, used_q), poisoned(k, used_k), poisoned(v, used_k)
+    bounds = prefix_sums(lengths_q), prefix_sums(lengths_k), max(lengths_q) + slack, max(lengths_k) + slack
+    out = attend(*leaves, *bounds)
+    grads = torch.autograd.grad(out, leaves, poisoned(grad, used_q).detach(), materialize_grads=True)
+
+    torch.testing.assert_close(out, want, rtol=1e-10, atol=1e-12)
+    for got, wanted in zip(grads, want_grads, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-12)
+    assert out[used_q:].eq(0).all()
+    for got, used in zip(grads, (used_q, used_k, used_k), strict=True):
+        assert got[used:].eq(0).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "slack"),
+    [
+        *((name, slack) for name in ("op", "reference", "sdpa") for slack in (0, 1) if (name, slack) != ("sdpa", 0)),
+        pytest.param("sdpa", 0, marks=pytest.mark.xfail(reason="multiplies padding rows by zero, and NaN * 0 is NaN")),
+    ],
+)
+def test_nothing_but_padding(name, slack):
+    q, k, v = leaves = [poisoned(torch.zeros(2, 1, 3), 0) for _ in range(3)]
+    empty = prefix_sums([0, 0])
+    out = ATTEND[name](q, k, v, empty, empty, slack, slack)
+    grads = torch.autograd.grad(out, leaves, torch.full_like(out, math.nan), materialize_grads=True)
+    for result in (out, *grads):
+        assert result.eq(0).all()
+
+
+@pytest.mark.parametrize("attend", ATTEND.values(), ids=ATTEND)
+def test_gradcheck(attend):
+    lengths_q, lengths_k = [2, 0, 3], [3, 2, 1]
+    bounds = prefix_sums(lengths_q), prefix_sums(lengths_k), 3, 3
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(rows, 2, 3, generator=generator, dtype=torch.float64).requires_grad_() for rows in (6, 7, 7))
+    torch.autograd.gradcheck(lambda q, k, v: attend(q, k, v, *bounds), (q, k, v))
+
+
+@pytest.mark.parametrize("backend", EVERYWHERE)
+def test_uniform_promise_changes_nothing(backend):
+    generator = torch.Generator().manual_seed(0)
+    bounds = prefix_sums([2, 2, 2]), prefix_sums([4, 4, 4]), 2, 4
+    results = []
+    inputs = [torch.randn(rows, 2, 8, generator=generator, dtype=torch.float64) for rows in (6, 12, 12)]
+    for uniform in (False, True):
+        q, k, v = leaves = [x.clone().requires_grad_() for x in inputs]
+        out = varlen_attention(q, k, v, *bounds, backend=backend, uniform=uniform)
+        results.append([out, *torch.autograd.grad(out.square().sum(), leaves)])
+    for ragged, uniform in zip(*results, strict=True):
+        torch.testing.assert_close(uniform, ragged, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("backend", EVERYWHERE)
+def test_self_attention_unpacks_queries_keys_and_values(backend):
+    qkv = torch.randn(9, 3, 2, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    lengths = [4, 0, 5]
+    out = varlen_self_attention(qkv, prefix_sums(lengths), 5, backend=backend)
+    torch.testing.assert_close(out, naive(*qkv.unbind(1), lengths, lengths), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("backend", EVERYWHERE)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_error_is_at_most_twice_that_of_plain_attention_in_the_same_dtype(backend, dtype):
+    generator = torch.Generator().manual_seed(0)
+    lengths = [1, 17, 40]
+    exact = torch.randn(3, sum(lengths), 2, 24, generator=generator, dtype=torch.float64).to(dtype).double()
+    want = naive(*exact, lengths, lengths)
+    plain = naive(*exact.to(dtype), lengths, lengths)
+    cu_seqlens = prefix_sums(lengths)
+    out = varlen_attention(*exact.to(dtype), cu_seqlens, cu_seqlens, 40, 40, backend=backend)
+    assert out.dtype == dtype
+    assert (out - want).norm() <= 2 * (plain - want).norm()
+
+
+def test_every_backend_is_listed():
+    assert set(available_backends()) == set(BACKENDS) == NAMES
+    for name in EVERYWHERE:
+        assert available_backends()[name] is None
+
+
+LISTED_TOO_EARLY = pytest.mark.xfail(not torch.cuda.is_available(), reason="only the import is tried")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("triton", marks=pytest.mark.xfail(reason="only the import is tried")),
+        pytest.param("torch_varlen", marks=LISTED_TOO_EARLY),
+        *sorted(NAMES - {"triton", "torch_varlen"}),
+    ],
+)
+def test_a_backend_is_listed_as_available_if_it_runs_anything_here(name):
+    devices = [CPU] + [torch.device("cuda")] * torch.cuda.is_available()
+    dtypes = (torch.float32, torch.float16, torch.bfloat16)
+    reasons = [BACKENDS[name].reason(Request(device, dtype, 64, 128)) for device in devices for dtype in dtypes]
+    assert (available_backends()[name] is None) == (None in reasons), reasons
+
+
+@pytest.mark.parametrize("name", ["flash_attn", "xformers", "torch_varlen"])
+def test_named_backend_that_cannot_run_says_why(name):
+    q = torch.zeros(2, 1, 8)
+    cu_seqlens = prefix_sums([2])
+    with pytest.raises(BackendUnavailable, match=f"'{name}' cannot run .*float32.*runs on cuda, not on cpu"):
+        varlen_attention(q, q, q, cu_seqlens, cu_seqlens, 2, 2, backend=name)
+
+
+def test_unknown_backend_is_a_value_error_that_lists_the_known():
+    q = torch.zeros(2, 1, 8)
+    cu_seqlens = prefix_sums([2])
+    with pytest.raises(ValueError, match="auto, .*sdpa.*got 'flash'"):
+        varlen_attention(q, q, q, cu_seqlens, cu_seqlens, 2, 2, backend="flash")
+
+
+def test_head_dims_and_dtypes_that_a_library_lacks_are_refused():
+    cuda = torch.device("cuda")
+    assert "multiple of 8 up to 256, got 20" in BACKENDS["torch_varlen"].reason(Request(cuda, torch.bfloat16, 20, 64))
+    assert "not torch.float32" in BACKENDS["torch_varlen"].reason(Request(cuda, torch.float32, 64, 64))
+    assert BACKENDS["sdpa"].reason(Request(cuda, torch.float32, 20, 64)) is None
+
+
+@pytest.fixture
+def fresh_resolve():
+    resolve.cache_clear()
+    yield
+    resolve.cache_clear()
+
+
+def test_auto_takes_the_first_that_can_run_and_logs_what_it_passed_over(monkeypatch, caplog, fresh_resolve):
+    monkeypatch.setitem(attention.PRIORITY, "cpu", ("flash_attn", "reference", "sdpa"))
+    request = Request(CPU, torch.float32, 64, 128)
+    with caplog.at_level(logging.INFO, logger=attention.__name__):
+        assert resolve("auto", request) == "reference"
+        assert resolve("auto", request) == "reference"
+    (record,) = caplog.records
+    assert "reference" in record.message and "flash_attn" in record.message and "not on cpu" in record.message
+
+
+def test_auto_without_any_candidate_gives_every_reason(monkeypatch, fresh_resolve):
+    monkeypatch.setitem(attention.PRIORITY, "cpu", ("flash_attn", "torch_varlen"))
+    with pytest.raises(BackendUnavailable, match="flash_attn.*torch_varlen"):
+        resolve("auto", Request(CPU, torch.float32, 64, 128))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("head_dim", [24, 64, 80])
+@pytest.mark.parametrize("name", sorted(NAMES))
+def test_backends_on_a_gpu_keep_the_contract(name, head_dim):
+    """Against fp64, with NaN in padding rows; a backend that cannot run must say why, and three always can."""
+    cuda = torch.device("cuda")
+    lengths = [33, 0, 1, 130]
+    used, padding = sum(lengths), 28
+    dtype = torch.bfloat16
+    reason = BACKENDS[name].reason(Request(cuda, dtype, head_dim, max(lengths)))
+    if reason is not None:
+        assert name not in ("torch_varlen", "sdpa", "reference"), reason
+        pytest.skip(f"{name}: {reason}")
+    generator = torch.Generator().manual_seed(0)
+    exact = torch.randn(4, used + padding, 3, head_dim, generator=generator).to(dtype).double().cuda()
+
+    def run(dtype, attend):
+        leaves = [x.to(dtype).requires_grad_() for x in exact[:3]]
+        out = attend(*leaves)
+        return [out, *torch.autograd.grad(out, leaves, exact[3].to(dtype))]
+
+    want = run(torch.float64, lambda q, k, v: naive(q, k, v, lengths, lengths))
+    plain = run(dtype, lambda q, k, v: naive(q, k, v, lengths, lengths))
+    cu_seqlens = prefix_sums(lengths).cuda()
+    exact[:, used:] = math.nan
+    bounds = cu_seqlens, cu_seqlens, max(lengths), max(lengths)
+    got = run(dtype, lambda q, k, v: varlen_attention(q, k, v, *bounds, backend=name))
+    for result, wanted, same_dtype in zip(got, want, plain, strict=True):
+        assert (result - wanted)[:used].norm() <= 2 * (same_dtype - wanted)[:used].norm()
+        assert result[used:].eq(0).all()
