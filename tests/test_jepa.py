@@ -304,6 +304,22 @@ def test_fp32_agrees_with_fp64():
     assert_equal(single(images, masks)[0].total.double(), exact(images, masks)[0].total, rtol=1e-5)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "backend",
+    ["sdpa", pytest.param("auto", marks=pytest.mark.xfail(reason="choosing a backend logs, which breaks the graph"))],
+)
+def test_compiles_into_one_graph(backend):
+    grid = (6, 6)
+    model, images = make_model(grid, attention=backend), make_images(3, grid)
+    masks = make_masks(grid, 3, padding=4)
+    torch.compiler.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    got, want = compiled(images, masks)[0].total, model(images, masks)[0].total
+    assert_equal(got, want)
+    assert_same_gradients(gradients(model, got), gradients(model, want))
+
+
 # Errors
 
 
