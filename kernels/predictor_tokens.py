@@ -171,7 +171,8 @@ def predictor_tokens_backward(grad: Tensor, indices: Tensor, sources: Tensor, co
             BLOCK_D=tile.columns,
             num_warps=tile.num_warps,
         )
-    return grad_context, sum_rows(partials)
+    (grad_token,) = sum_rows(partials[:, None])
+    return grad_context, grad_token
 
 
 def compile_specs(arch: str) -> Iterator[CompileSpec]:

@@ -79,21 +79,53 @@ def check(op: str, floating: Mapping[str, Tensor], indices: Mapping[str, Tensor]
         )
 
 
-@triton.jit(do_not_specialize=["num_rows"])
-def sum_rows_kernel(partials, out, num_rows, D: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr):
+@triton.jit(do_not_specialize=["num_partials"])
+def sum_rows_kernel(
+    partials,
+    out_0,
+    out_1,
+    out_2,
+    num_partials,
+    D: tl.constexpr,
+    SUMS: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    which = tl.program_id(1)
     d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     total = tl.zeros([BLOCK_P, BLOCK_D], accumulator(partials))
-    for first in range(0, num_rows, BLOCK_P):
+    for first in range(0, num_partials, BLOCK_P):
         p = first + tl.arange(0, BLOCK_P)
-        mask = (p < num_rows)[:, None] & (d < D)[None, :]
-        total += tl.load(partials + p[:, None] * D + d[None, :], mask=mask, other=0)
-    tl.store(out + d, tl.sum(total, axis=0), mask=d < D)
+        mask = (p < num_partials)[:, None] & (d < D)[None, :]
+        total += tl.load(partials + (p * SUMS + which)[:, None] * D + d[None, :], mask=mask, other=0)
+    result = tl.sum(total, axis=0)
+    if which == 0:
+        tl.store(out_0 + d, result, mask=d < D)
+    if SUMS > 1:
+        if which == 1:
+            tl.store(out_1 + d, result, mask=d < D)
+    if SUMS > 2:
+        if which == 2:
+            tl.store(out_2 + d, result, mask=d < D)
 
 
-def sum_rows(partials: Tensor) -> Tensor:
-    """[P, D] -> [D], in an order that depends on P and D alone: the second stage of sums over rows."""
-    out = partials.new_empty(partials.shape[1])
-    if out.numel():
-        grid = (triton.cdiv(partials.shape[1], 16),)
-        sum_rows_kernel[grid](partials, out, partials.shape[0], partials.shape[1], BLOCK_P=256, BLOCK_D=16, num_warps=4)
-    return out
+def sum_rows(partials: Tensor) -> list[Tensor]:
+    """Of [P, n, D] with n up to 3 the n sums over P, each [D]: the second stage of sums over rows.
+
+    Their order depends on P and D alone.
+    """
+    num_partials, sums, width = partials.shape
+    outs = [partials.new_empty(width) for _ in range(sums)]
+    if width and sums:
+        sum_rows_kernel[triton.cdiv(width, 16), sums](
+            partials,
+            *outs,
+            *[None] * (3 - sums),
+            num_partials,
+            D=width,
+            SUMS=sums,
+            BLOCK_P=256,
+            BLOCK_D=16,
+            num_warps=4,
+        )
+    return outs

@@ -5,6 +5,7 @@ tests marked `gpu` add bf16.
 """
 
 import mmap
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -28,36 +29,42 @@ def cast(arguments, dtype: torch.dtype) -> list:
     return [turn(value) for value in arguments]
 
 
-def _largest(x: Tensor) -> float:
-    return float(x.double().abs().max()) if x.numel() else 0.0
+def largest(x: Tensor | None) -> float:
+    return float(x.double().abs().max()) if x is not None and x.numel() else 0.0
 
 
 def assert_close_to_reference(
-    launch, reference, arguments, dtype: torch.dtype, *, exact_reference=None, magnitude: float = 0.0
+    launch, reference, arguments, dtype: torch.dtype, *, exact_reference=None, magnitudes: Sequence[float] = ()
 ) -> None:
     """A kernel is at most twice as far from the fp64 reference as the reference is in the kernel's own dtype.
 
-    Where torch happens to make no error, half a unit in the last place of the largest value stands in its place. Of
-    fp64 kernels the error is that of fp32, scaled by the ratio of the two machine epsilons. NaN is never close, so
-    that memory nobody wrote shows (conftest.py poisons it).
+    Few numbers round favourably by chance, in torch or in the kernel. So what torch's error is taken for is at least
+    half a unit in the last place of the largest result, or of ``magnitudes``. Of fp64 kernels the error is that of
+    fp32, scaled by the ratio of the two machine epsilons. NaN is never close, so that memory nobody wrote shows
+    (conftest.py poisons it).
 
     Args:
         exact_reference: replaces the reference in fp64.
-        magnitude: sum of the values rounded on the way, where cancellation leaves a smaller result.
+        magnitudes: per result a bound of the sum of the values that are rounded on the way, for sums and differences
+            whose result may be smaller than their terms.
     """
     exact_reference = exact_reference or reference
     inputs = cast(arguments, dtype)
     single = cast(inputs, torch.float32) if dtype == torch.float64 else inputs
     actual, exact = _outputs(launch(*inputs)), _outputs(exact_reference(*cast(inputs, torch.float64)))
     same, exact_of_same = _outputs(reference(*single)), _outputs(exact_reference(*cast(single, torch.float64)))
-    for got, want, torch_got, torch_want in zip(actual, exact, same, exact_of_same, strict=True):
+    magnitudes = magnitudes or [0.0] * len(exact)
+    for i, (got, want, torch_got, torch_want, magnitude) in enumerate(
+        zip(actual, exact, same, exact_of_same, magnitudes, strict=True)
+    ):
         assert got.shape == want.shape
         assert got.dtype == (torch.float64 if dtype == torch.float64 else torch_got.dtype)
         eps = torch.finfo(torch_got.dtype).eps
-        torch_error = max(_largest(torch_got.double() - torch_want), eps / 2 * max(_largest(torch_want), magnitude))
-        allowed = 2 * torch_error * torch.finfo(got.dtype).eps / eps
-        error = float("nan") if got.isnan().any() else _largest(got.double() - want)
-        assert error <= allowed, f"{error:.3g} from the fp64 reference, {allowed:.3g} allowed"
+        # Intermediate values are held in fp32 at least.
+        rounding = max(eps / 2 * largest(torch_want), torch.finfo(torch.float32).eps / 2 * magnitude)
+        allowed = 2 * max(largest(torch_got.double() - torch_want), rounding) * torch.finfo(got.dtype).eps / eps
+        error = float("nan") if got.isnan().any() else largest(got.double() - want)
+        assert error <= allowed, f"result {i} is {error:.3g} from the fp64 reference, {allowed:.3g} allowed"
 
 
 def _outputs(result) -> tuple[Tensor, ...]:

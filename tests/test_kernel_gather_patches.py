@@ -64,7 +64,7 @@ def test_uint8_images(dtype, case, normalise):
         arguments,
         dtype,
         exact_reference=in_fp64,
-        magnitude=MAGNITUDE if normalise else 0,
+        magnitudes=[MAGNITUDE if normalise else 0],
     )
 
 
@@ -77,7 +77,9 @@ def test_floating_images(dtype, case):
     images, indices, patch_size = case
     channels = images.shape[1]
     arguments = [images / 255, indices, patch_size, list(MEAN[:channels]), list(STD[:channels]), dtype]
-    assert_close_to_reference(kernels.gather_patches, reference.gather_patches, arguments, dtype, magnitude=MAGNITUDE)
+    assert_close_to_reference(
+        kernels.gather_patches, reference.gather_patches, arguments, dtype, magnitudes=[MAGNITUDE]
+    )
 
 
 def test_without_normalisation_pixels_are_copied_and_only_real_columns_are_filled():
