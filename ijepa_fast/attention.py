@@ -44,6 +44,10 @@ class Request:
     head_dim: int
     max_seqlen: int
 
+    def __str__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"on {self.device.type} in {dtype}, head dim {self.head_dim}, up to {self.max_seqlen} tokens"
+
 
 @dataclass(frozen=True)
 class Backend:
@@ -76,8 +80,11 @@ def _loaded(name: str) -> Callable[..., Tensor]:
 
 
 def available_backends() -> dict[str, str | None]:
-    """Every backend's name with None if it can be used on this machine, else the reason why not."""
-    return {name: backend.reason() for name, backend in BACKENDS.items()}
+    """Every backend's name with None if it can run anything common on this machine, else the reason why not."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    common = [Request(device, dtype, 64, 256) for dtype in (*HALF, torch.float32)]
+    reasons = {name: [backend.reason(request) for request in common] for name, backend in BACKENDS.items()}
+    return {name: None if None in found else found[0] for name, found in reasons.items()}
 
 
 @functools.cache
@@ -97,8 +104,9 @@ def resolve(name: str, request: Request) -> str:
     for candidate in PRIORITY.get(request.device.type, ("sdpa", "reference")):
         reasons[candidate] = BACKENDS[candidate].reason(request)
         if reasons[candidate] is None:
-            passed_over = {k: v for k, v in reasons.items() if v}
-            log.info("attention backend %s for %s (passed over: %s)", candidate, request, passed_over or "none")
+            if not torch.compiler.is_compiling():
+                passed_over = "; ".join(f"{name}: {reason}" for name, reason in reasons.items() if reason)
+                log.info("attention %s: %s%s", request, candidate, f" (not {passed_over})" if passed_over else "")
             return candidate
     raise BackendUnavailable(f"no attention backend can run {request}: {reasons}")
 
@@ -231,8 +239,9 @@ def _load_reference() -> Callable[..., Tensor]:
 def _load_sdpa() -> Callable[..., Tensor]:
     def attend(q, k, v, cu_q, cu_k, max_q, max_k, uniform):
         sequences = cu_q.shape[0] - 1
-        if sequences == 0 or min(max_q, max_k) == 0:
-            return q * 0
+        if sequences == 0:
+            return torch.zeros_like(q)
+        max_q, max_k = max(max_q, 1), max(max_k, 1)
         if uniform:
             q, k, v = (x.unflatten(0, (sequences, -1)).transpose(1, 2) for x in (q, k, v))
             return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(0, 1)

@@ -27,8 +27,8 @@ class Objective:
     ``prediction_weight * prediction + variance_weight * variance + covariance_weight * covariance``. The last two
     regularise the average-pooled context features z over the global batch, as in VICReg (arXiv 2105.04906, section
     4.1): variance is the mean over dimensions of ``max(0, target_std - sqrt(var(z_d) + variance_eps))``, covariance
-    the sum of squared off-diagonal covariances over D. They keep small data sets from collapsing; the official
-    recipes do not use them.
+    the sum of squared off-diagonal covariances over D. Pooling is over all context blocks of an image together. They
+    keep small data sets from collapsing; the official recipes do not use them.
 
     Args:
         loss: distance between prediction and target features. The official code takes smooth_l1, the paper writes l2.
@@ -112,8 +112,9 @@ class IJEPA(nn.Module):
         Returns:
             ``Losses``, and the average-pooled target features [B, D] (detached), for monitoring.
         """
-        context_blocks = masks.context.num_sequences // images.shape[0]
-        target_blocks = masks.targets.num_sequences // images.shape[0]
+        if masks.num_images != images.shape[0]:
+            raise ValueError(f"the masks are for {masks.num_images} images, but there are {images.shape[0]}")
+        context_blocks, target_blocks = masks.num_contexts, masks.num_targets
         layout = predictor_layout(masks.context, masks.targets, context_blocks, target_blocks)
         target, pooled = self._targets(images, masks.targets, target_blocks, all_targets)
         context = self.context_encoder(images, masks.context)

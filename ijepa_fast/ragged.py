@@ -15,7 +15,7 @@ PADDING = -1
 """Index of a row that holds no token."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Ragged:
     """S sequences of tokens, packed back to back into T rows.
 
@@ -125,7 +125,8 @@ class Ragged:
         batch = masks[0].shape[0]
         lengths, rows = [0], []
         for mask in masks:
-            if mask.dim() != 2 or mask.is_floating_point() or mask.shape[0] != batch:
+            integer = not (mask.is_floating_point() or mask.is_complex() or mask.dtype == torch.bool)
+            if mask.dim() != 2 or not integer or mask.shape[0] != batch:
                 raise ValueError(f"masks must be integer [B={batch}, K], got {mask.dtype} {tuple(mask.shape)}")
             first = torch.arange(batch, device=mask.device)[:, None] * num_patches
             rows.append((mask + first).flatten().to(torch.int32))

@@ -45,14 +45,15 @@ def gather_patches(
     rows = indices.clamp(min=0).long()
     image, patch = rows // (grid_h * grid_w), rows % (grid_h * grid_w)
     grid = images.view(batch, channels, grid_h, patch_size, grid_w, patch_size)
-    x = grid[image, :, patch // grid_w, :, patch % grid_w].to(accumulation_dtype(images.dtype))
+    x = grid[image, :, patch // grid_w, :, patch % grid_w].to(
+        accumulation_dtype(torch.promote_types(images.dtype, dtype))
+    )
     if images.dtype == torch.uint8:
         x = x / 255
     if mean:
         shape = (1, channels, 1, 1)
         x = (x - x.new_tensor(mean).view(shape)) / x.new_tensor(std).view(shape)
-    x = x * (indices >= 0).view(-1, 1, 1, 1)
-    x = x.flatten(1).to(dtype)
+    x = x.flatten(1).to(dtype).masked_fill((indices < 0)[:, None], 0)
     return F.pad(x, (0, padded_patch_width(channels, patch_size) - x.shape[1]))
 
 
@@ -277,20 +278,30 @@ def varlen_attention_backward(
     )
 
 
-def grad_norm(grads: list[Tensor]) -> Tensor:
-    """fp32 scalar: L2 norm over all gradients together, accumulated in fp32."""
-    norms = torch.stack([torch.linalg.vector_norm(g, dtype=accumulation_dtype(g.dtype)).float() for g in grads])
-    return torch.linalg.vector_norm(norms)
+def grad_norm(grads: list[Tensor], tables: list[Tensor] | None = None) -> Tensor:
+    """L2 norm over all gradients together: a scalar, fp32 (fp64 if any gradient is).
+
+    Args:
+        tables: what ``ops.pointer_tables`` made for the list; only kernels read it, here and below.
+    """
+    dtypes = [accumulation_dtype(g.dtype) for g in grads]
+    wide = torch.float64 if torch.float64 in dtypes else torch.float32
+    norms = [torch.linalg.vector_norm(g, dtype=dtype).to(wide) for g, dtype in zip(grads, dtypes, strict=True)]
+    return torch.linalg.vector_norm(torch.stack(norms))
 
 
-def ema_(targets: list[Tensor], sources: list[Tensor], momentum: Tensor) -> None:
+def ema_(targets: list[Tensor], sources: list[Tensor], momentum: Tensor, tables: list[Tensor] | None = None) -> None:
     """``target = momentum * target + (1 - momentum) * source``, as ``target + (1 - momentum) * (source - target)``.
 
     Args:
         targets, sources: tensors of equal shapes, pairwise; the targets are updated in place.
-        momentum: fp32 scalar tensor in [0, 1].
+        momentum: floating scalar in [0, 1].
     """
     torch._foreach_lerp_(targets, [s.to(t.dtype) for s, t in zip(sources, targets, strict=True)], 1 - float(momentum))
+
+
+SETTINGS = ("lr", "beta1", "beta2", "eps", "weight_decay")
+"""Columns of the settings of ``adamw_ema_``."""
 
 
 def adamw_ema_(
@@ -305,60 +316,75 @@ def adamw_ema_(
     ema_index: list[int],
     ema_copy_index: list[int],
     group_index: list[int],
-    lr: Tensor,
-    weight_decay: Tensor,
+    settings: Tensor,
+    steps: Tensor,
     momentum: Tensor,
-    update: Tensor,
     grad_scale: Tensor,
-    skip: Tensor,
-    beta1: float,
-    beta2: float,
-    eps: float,
+    apply: Tensor,
+    tables: list[Tensor] | None = None,
 ) -> None:
     """One AdamW step (arXiv 1711.05101, as torch.optim.AdamW), then the EMA of the updated parameters. In place.
+
+    With g the scaled gradient and n the number of the step::
+
+        m = m + (1 - beta1) * (g - m)
+        v = beta2 * v + (1 - beta2) * g * g
+        p = (1 - lr * weight_decay) * p
+        p = p - lr / (1 - beta1 ** n) * m / (sqrt(v / (1 - beta2 ** n)) + eps)
+        copy = p                                  (rounded)
+        ema = ema + (1 - momentum) * (p - ema)
+        ema_copy = ema                            (rounded)
 
     Args:
         params: P fp32 (or fp64) tensors, the values AdamW steps: the masters.
         grads: P gradients in any floating dtype.
-        exp_avgs, exp_avg_sqs: P moments, like ``params``.
+        exp_avgs, exp_avg_sqs: P moments m and v, of the dtypes of ``params``.
         copies: low-precision parameters that receive the rounded masters.
-        emas: fp32 averages; ema_copies: their rounded copies.
+        emas: averages, of the dtypes of their masters; ema_copies: their rounded copies.
         copy_index, ema_index, ema_copy_index: P entries each; where master i's copy, EMA and EMA copy stand in those
             lists, or -1 if it has none.
         group_index: P entries; the parameter group of each tensor.
-        lr, weight_decay: fp32 [G], per group.
-        momentum: fp32 scalar, of the EMA.
-        update: fp32 [G], the number of this update of each group counted from 1 (bias correction).
-        grad_scale: fp32 scalar that multiplies every gradient (clip coefficient over loss scale).
-        skip: fp32 scalar; anything but 0 leaves all tensors untouched.
+        settings: fp64 [G, 5], the columns ``SETTINGS`` of each group.
+        steps: fp32 [P], the number of this step of each tensor, counted from 1.
+        momentum: floating scalar, of the EMA.
+        grad_scale: floating scalar that multiplies every gradient (clip coefficient over loss scale).
+        apply: bool scalar; False leaves all tensors untouched.
     """
-    if float(skip) != 0:
+    if not apply:
         return
-    scale, ema_weight = float(grad_scale), 1 - float(momentum)
-    for group in sorted(set(group_index)):
-        members = [i for i, g in enumerate(group_index) if g == group]
-        rate, decay, count = float(lr[group]), float(weight_decay[group]), float(update[group])
-        correction1, correction2 = 1 - beta1**count, (1 - beta2**count) ** 0.5
-        p = [params[i] for i in members]
-        g = torch._foreach_mul([grads[i].to(params[i].dtype) for i in members], scale)
-        m, v = [exp_avgs[i] for i in members], [exp_avg_sqs[i] for i in members]
-        torch._foreach_mul_(p, 1 - rate * decay)
-        torch._foreach_lerp_(m, g, 1 - beta1)
-        torch._foreach_mul_(v, beta2)
-        torch._foreach_addcmul_(v, g, g, 1 - beta2)
-        denominator = torch._foreach_sqrt(v)
-        torch._foreach_div_(denominator, correction2)
-        torch._foreach_add_(denominator, eps)
-        torch._foreach_addcdiv_(p, m, denominator, -rate / correction1)
-    for i, param in enumerate(params):
-        if copy_index[i] >= 0:
-            copies[copy_index[i]].copy_(param)
-    averaged = [i for i in range(len(params)) if ema_index[i] >= 0]
+    scale, numbers = float(grad_scale), steps.unbind()
+    by_group: dict[tuple[int, torch.dtype], list[int]] = {}
+    for i, (group, param) in enumerate(zip(group_index, params, strict=True)):
+        by_group.setdefault((group, param.dtype), []).append(i)
+    for (group, dtype), members in by_group.items():
+        scaled = [_laid_out_like(params[i], grads[i].to(dtype)) for i in members]
+        torch._fused_adamw_(
+            [params[i] for i in members],
+            scaled if scale == 1 else torch._foreach_mul(scaled, scale),
+            [exp_avgs[i] for i in members],
+            [exp_avg_sqs[i] for i in members],
+            [],
+            [numbers[i] for i in members],
+            **dict(zip(SETTINGS, settings[group].tolist(), strict=True)),
+            amsgrad=False,
+            maximize=False,
+        )
+    copied = [i for i, place in enumerate(copy_index) if place >= 0]
+    averaged = [i for i, place in enumerate(ema_index) if place >= 0]
+    ema_copied = [i for i, place in enumerate(ema_copy_index) if place >= 0]
+    if copied:
+        torch._foreach_copy_([copies[copy_index[i]] for i in copied], [params[i] for i in copied])
     if averaged:
-        torch._foreach_lerp_([emas[ema_index[i]] for i in averaged], [params[i] for i in averaged], ema_weight)
-    for i in averaged:
-        if ema_copy_index[i] >= 0:
-            ema_copies[ema_copy_index[i]].copy_(emas[ema_index[i]])
+        ema_([emas[ema_index[i]] for i in averaged], [params[i] for i in averaged], momentum)
+    if ema_copied:
+        torch._foreach_copy_(
+            [ema_copies[ema_copy_index[i]] for i in ema_copied], [emas[ema_index[i]] for i in ema_copied]
+        )
+
+
+def _laid_out_like(param: Tensor, grad: Tensor) -> Tensor:
+    """The gradient with the strides of its parameter, which torch's fused step takes for granted."""
+    return grad if grad.stride() == param.stride() else torch.empty_like(param).copy_(grad)
 
 
 def layer_norm(

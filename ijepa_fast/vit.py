@@ -67,6 +67,13 @@ def resize_positions(table: Tensor, grid: tuple[int, int], new_grid: tuple[int, 
     return image.flatten(2)[0].T.to(table.dtype).contiguous()
 
 
+def _normal(weight: Tensor) -> None:
+    """Std 0.02, cut at +-2. Clamping has the same distribution as ``trunc_normal_`` so far out (100 sigma), without
+    the draw of exactly -1 that some torch versions turn into a weight of -2."""
+    with torch.no_grad():
+        weight.normal_(std=0.02).clamp_(-2, 2)
+
+
 def take_rows(x: Tensor, rows: Tensor) -> Tensor:
     """``x[rows]`` with zero rows where ``rows`` is -1."""
     return x.index_select(0, rows.clamp(min=0)).masked_fill((rows < 0)[:, None], 0)
@@ -182,15 +189,19 @@ class _Blocks(nn.Module):
         for i, block in enumerate(blocks):
             wanted = queries if i == len(blocks) - 1 else None
             if self.activation_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, tokens, wanted, use_reentrant=False)
+                x = checkpoint(block, x, tokens, wanted, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = block(x, tokens, wanted)
         return x
 
     @staticmethod
-    def _check(embed_dim: int, depth: int, num_heads: int, backend: str) -> None:
+    def _check(embed_dim: int, depth: int, num_heads: int, mlp_ratio: float, init: Init, backend: str) -> None:
         if depth < 1:
             raise ValueError(f"depth must be at least 1, got {depth}")
+        if round(embed_dim * mlp_ratio) < 1:
+            raise ValueError(f"mlp_ratio leaves no hidden units at width {embed_dim}: {mlp_ratio}")
+        if init not in ("flat", "depth_scaled"):
+            raise ValueError(f"init must be 'flat' or 'depth_scaled', got {init!r}")
         if num_heads < 1 or embed_dim % num_heads:
             raise ValueError(f"width {embed_dim} cannot be split into {num_heads} heads")
         check_name(backend)
@@ -203,15 +214,13 @@ class _Blocks(nn.Module):
         """
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Conv2d)):
-                nn.init.trunc_normal_(module.weight, std=0.02, a=-2, b=2)
+                _normal(module.weight)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
         if init == "depth_scaled":
             for i, block in enumerate(blocks, start=1):
                 for layer in (block.attn.proj, block.mlp.fc2):
                     layer.weight.data.div_((2 * i) ** 0.5)
-        elif init != "flat":
-            raise ValueError(f"init must be 'flat' or 'depth_scaled', got {init!r}")
 
 
 class VisionTransformer(_Blocks):
@@ -252,7 +261,9 @@ class VisionTransformer(_Blocks):
         activation_checkpointing: bool = False,
     ):
         super().__init__()
-        self._check(embed_dim, depth, num_heads, attention)
+        self._check(embed_dim, depth, num_heads, mlp_ratio, init, attention)
+        if patch_size < 1:
+            raise ValueError(f"patch_size must be at least 1 pixel, got {patch_size}")
         if len(mean) != in_chans or len(std) != in_chans:
             raise ValueError(f"mean and std need {in_chans} values, got {list(mean)} and {list(std)}")
         height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
@@ -291,17 +302,23 @@ class VisionTransformer(_Blocks):
             None: [B, N, D]. Ragged: [T, D], zeros on padding rows. Official layout: [len(tokens) * B, K, D].
             With ``queries``: [len(queries.indices), D].
         """
-        if images.dim() != 4 or images.shape[1] != self.in_chans:
-            raise ValueError(f"images must be [B, {self.in_chans}, h, w], got {list(images.shape)}")
-        grid = self.grid_of(*images.shape[2:])
-        num_patches = grid[0] * grid[1]
-        packed = self._token_sets(tokens, images, num_patches)
+        grid = self._grid_of_images(images)
+        packed = self._token_sets(tokens, images, grid[0] * grid[1])
+        if queries is not None and queries.num_sequences != packed.num_sequences:
+            raise ValueError(
+                f"queries have {queries.num_sequences} sequences and tokens {packed.num_sequences} sequences"
+            )
         x = self.norm(self._run(self.blocks, self._embed(images, packed, grid), packed, queries))
         if queries is not None:
             return x.masked_fill((queries.indices < 0)[:, None], 0)
         if isinstance(tokens, Ragged):
             return x if packed.uniform else x.masked_fill(~packed.valid[:, None], 0)
         return x.unflatten(0, (packed.num_sequences, packed.max_seqlen))
+
+    def _grid_of_images(self, images: Tensor) -> tuple[int, int]:
+        if images.dim() != 4 or images.shape[1] != self.in_chans:
+            raise ValueError(f"images must be [B, {self.in_chans}, h, w], got {list(images.shape)}")
+        return self.grid_of(*images.shape[2:])
 
     def _embed(self, images: Tensor, tokens: Ragged, grid: tuple[int, int]) -> Tensor:
         positions = resize_positions(self.pos_embed[0], self.grid, grid)
@@ -313,7 +330,10 @@ class VisionTransformer(_Blocks):
             return Ragged.full(images.shape[0], num_patches, images.device)
         if isinstance(tokens, Ragged):
             return tokens
-        packed = Ragged.from_masks([tokens] if isinstance(tokens, Tensor) else tokens, num_patches)
+        masks = [tokens] if isinstance(tokens, Tensor) else tokens
+        packed = Ragged.from_masks(masks, num_patches)
+        if masks[0].shape[0] != images.shape[0]:
+            raise ValueError(f"masks are for {masks[0].shape[0]} images, but there are {images.shape[0]}")
         if not packed.uniform:
             raise ValueError("masks of one call must all keep the same number of patches; pass a Ragged instead")
         return packed
@@ -326,7 +346,7 @@ class VisionTransformer(_Blocks):
         """
         if not 1 <= n <= len(self.blocks):
             raise ValueError(f"n must be between 1 and the depth {len(self.blocks)}, got {n}")
-        grid = self.grid_of(*images.shape[2:])
+        grid = self._grid_of_images(images)
         tokens = Ragged.full(images.shape[0], grid[0] * grid[1], images.device)
         x = self._embed(images, tokens, grid)
         outputs = []
@@ -361,7 +381,7 @@ class Predictor(_Blocks):
         activation_checkpointing: bool = False,
     ):
         super().__init__()
-        self._check(predictor_embed_dim, depth, num_heads, attention)
+        self._check(predictor_embed_dim, depth, num_heads, mlp_ratio, init, attention)
         self.grid = tuple(grid)
         self.activation_checkpointing = activation_checkpointing
         self.predictor_embed = Linear(embed_dim, predictor_embed_dim)
@@ -373,7 +393,7 @@ class Predictor(_Blocks):
         self.predictor_norm = LayerNorm(predictor_embed_dim)
         self.predictor_proj = Linear(predictor_embed_dim, embed_dim)
         self._initialise(self.predictor_blocks, init)
-        nn.init.trunc_normal_(self.mask_token, std=0.02, a=-2, b=2)
+        _normal(self.mask_token)
 
     def forward(self, context: Tensor, layout: PredictorLayout, grid: tuple[int, int] | None = None) -> Tensor:
         """Predicted features of every target token.

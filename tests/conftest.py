@@ -6,6 +6,7 @@ import os
 import hypothesis
 import pytest
 import torch
+import torch.utils._device
 
 # Shared machines stall for seconds: time is no failure. CI draws the same examples each time.
 hypothesis.settings.register_profile("ijepa_fast", deadline=None, derandomize="CI" in os.environ)
@@ -14,6 +15,9 @@ hypothesis.settings.load_profile("ijepa_fast")
 # Without a GPU kernels run in Triton's interpreter, which is chosen when triton is imported: by the first test module.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# Tiny tensors gain nothing from threads, and on a busy machine the threads wait for one another.
+torch.set_num_threads(1)
 
 _UNINITIALIZED = {
     torch: ["empty", "empty_like", "empty_strided"],
@@ -43,6 +47,8 @@ def poisoned_memory():
 
         return make_poisoned
 
+    # torch looks its constructors up by identity, once, for `with torch.device(...)`: before they are replaced.
+    torch.utils._device._device_constructors()
     with pytest.MonkeyPatch.context() as patch:
         for owner, names in _UNINITIALIZED.items():
             for name in names:

@@ -79,11 +79,7 @@ def test_from_masks_is_mask_major():
         ([torch.zeros(2, 3)], "float32"),
         ([torch.zeros(3, dtype=torch.int64)], r"\(3,\)"),
         ([torch.zeros(2, 3, dtype=torch.int64), torch.zeros(1, 3, dtype=torch.int64)], r"\(1, 3\)"),
-        pytest.param(
-            [torch.ones(2, 16, dtype=torch.bool)],
-            "bool",
-            marks=pytest.mark.xfail(reason="a boolean mask is read as patches 0 and 1"),
-        ),
+        ([torch.ones(2, 16, dtype=torch.bool)], "bool"),
     ],
 )
 def test_from_masks_rejects(masks, message):
