@@ -1,6 +1,6 @@
 """The demo with its controls: is it the prediction that teaches?
 
-    python -m benchmarks.demo_controls [--seeds 0 1 2] [--json benchmarks/results/demo.json]
+    python -m benchmarks.demo_controls [--seeds 0 1 2] [--jobs 2] [--json FILE] [--readme README.md]
 
 For each seed the demo recipe is trained as shipped, and once more with the prediction loss at weight 0, so that only
 the variance-covariance term is left. Reported are k-NN and linear-probe accuracy on held-out images and feature rank
@@ -12,10 +12,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
+import os
 import platform
 import statistics
 import sys
 import tempfile
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -42,9 +45,11 @@ def demo_config(output: Path, seed: int, prediction_weight: float) -> RunConfig:
     )
 
 
-def run_seed(seed: int, folder: Path) -> dict:
-    ours = pretrain(demo_config(folder / f"ours-{seed}", seed, 1.0))
-    control = pretrain(demo_config(folder / f"control-{seed}", seed, 0.0))
+def train(folder: str, seed: int, prediction_weight: float) -> dict:
+    return pretrain(demo_config(Path(folder) / f"{seed}-{prediction_weight}", seed, prediction_weight))
+
+
+def result_of(seed: int, ours: dict, control: dict) -> dict:
     return {
         "seed": seed,
         "ours": ours["after"],
@@ -71,22 +76,59 @@ def shortfalls(seeds: list[dict]) -> list[str]:
     return found
 
 
+ROWS = (
+    ("raw pixels", "pixels"),
+    ("colour histogram", "colours"),
+    ("encoder before training", "untrained"),
+    ("prediction loss at weight 0", "prediction_weight_0"),
+    ("**encoder after training**", "ours"),
+)
+
+
+def markdown_table(report: dict) -> str:
+    """The mean figures as README shows them."""
+    lines = ["| features | k-NN | probe | rank |", "|---|---|---|---|"]
+    for title, name in ROWS:
+        mean = report["mean"][name]
+        rank = f"{mean['rank']:.1f}" if "rank" in mean else ""
+        lines.append(f"| {title} | {mean['knn']:.1%} | {mean['probe']:.1%} | {rank} |")
+    return "\n".join(lines) + "\n"
+
+
+def write_into(readme: Path, table: str) -> None:
+    """Replace the table between the two comments that mark its place."""
+    start, end = "tests/test_readme.py -->\n", "<!-- end of demo table -->"
+    text = readme.read_text()
+    head, rest = text.split(start)
+    readme.write_text(head + start + table + rest[rest.index(end) :])
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, which share the cores")
     parser.add_argument("--json", type=Path, default=Path("benchmarks/results/demo.json"))
+    parser.add_argument("--readme", type=Path, help="write the table into this file")
     arguments = parser.parse_args()
     results = []
-    with tempfile.TemporaryDirectory() as folder:
-        for seed in arguments.seeds:
-            results.append(run_seed(seed, Path(folder)))
+    threads = max(1, (os.cpu_count() or 1) // arguments.jobs)
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        ProcessPoolExecutor(
+            arguments.jobs, multiprocessing.get_context("spawn"), torch.set_num_threads, (threads,)
+        ) as pool,
+    ):
+        runs = [[pool.submit(train, folder, seed, weight) for weight in (1.0, 0.0)] for seed in arguments.seeds]
+        for seed, (ours, control) in zip(arguments.seeds, runs, strict=True):
+            results.append(result_of(seed, ours.result(), control.result()))
             print(json.dumps(results[-1]), flush=True)
     names = ("ours", *CONTROLS)
     report = {
         "recipe": "demo",
         "versions": {"ijepa_fast": ijepa_fast.__version__, "torch": torch.__version__},
         "python": platform.python_version(),
-        "threads": torch.get_num_threads(),
+        "jobs": arguments.jobs,
+        "threads_per_job": threads,
         "mean": {
             name: {
                 figure: round(statistics.mean(r[name][figure] for r in results), 4)
@@ -100,6 +142,8 @@ def main() -> int:
     }
     arguments.json.parent.mkdir(parents=True, exist_ok=True)
     arguments.json.write_text(json.dumps(report, indent=2) + "\n")
+    if arguments.readme:
+        write_into(arguments.readme, markdown_table(report))
     for line in report["shortfalls"]:
         print(line, file=sys.stderr)
     return 1 if report["shortfalls"] else 0

@@ -47,7 +47,9 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
         return commands[argv[0]](argv[1:])
-    except ImportError as error:
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("ijepa_fast"):
+            raise
         print(f"ijepa-fast {argv[0]}: {error}; install the extra: pip install 'ijepa_fast[train]'", file=sys.stderr)
         return EXIT_ERROR
     except (ValueError, OSError, RuntimeError) as error:
@@ -69,8 +71,12 @@ def _parse(parser, argv: list[str], names: list[str]):
         return parser.parse_args(argv)
     except ArgumentError as error:
         message = str(error)
-        unknown = re.search(r"(?:Unrecognized arguments: --|Key '|[Nn]o action for key \"|Option ')([\w.]+)", message)
-        near = difflib.get_close_matches(unknown[1], names, n=1, cutoff=0.5) if unknown else []
+        unknown = ""
+        if match := re.search(r"Group '([\w.]+)' does not accept option '([\w.]+)'", message):
+            unknown = f"{match[1]}.{match[2]}"
+        elif match := re.search(r"[Uu]nrecognized arguments: --([\w.]+)|option '([\w.]+)'|[Kk]ey '([\w.]+)'", message):
+            unknown = match[match.lastindex]
+        near = difflib.get_close_matches(unknown, names, n=1, cutoff=0.5)
         raise ValueError(message + (f"\ndid you mean {near[0]}?" if near else "")) from None
 
 
@@ -103,11 +109,14 @@ def _run_config(parser, argv: list[str]):
 
 def _pretrain(argv: list[str]) -> int:
     parser = _run_parser("pretrain", "Train an encoder with I-JEPA.")
-    config, parsed = _run_config(parser, argv)
+    config, _ = _run_config(parser, argv)
+    import yaml
+
+    from ijepa_fast.config import as_dict
     from ijepa_fast.train import Stopped, pretrain
 
     try:
-        summary = pretrain(config, lambda _: parser.dump(parsed, skip_none=False))
+        summary = pretrain(config, lambda c: yaml.safe_dump(as_dict(c), sort_keys=False))
     except Stopped as stopped:
         print(stopped, file=sys.stderr)
         return EXIT_STOPPED

@@ -63,7 +63,7 @@ def _figures(fit: tuple[Tensor, Tensor], tested: tuple[Tensor, Tensor], seed: in
     return {"knn": round(knn_accuracy(*fit, *tested), 4), "probe": round(probe.accuracy, 4)}
 
 
-def _loader(source: Source, at_most: int, config: RunConfig) -> EvalLoader:
+def _loader(source: Source, at_most: int, config: RunConfig, workers: int | None = None) -> EvalLoader:
     indices = None
     if at_most < len(source):
         # Evenly spread, because folders list one class after the other.
@@ -72,7 +72,7 @@ def _loader(source: Source, at_most: int, config: RunConfig) -> EvalLoader:
         source,
         config.model.img_size,
         EVALUATION_BATCH,
-        config.loader.workers,
+        config.loader.workers if workers is None else workers,
         indices=indices,
         resize_ratio=config.evaluation.resize_ratio,
     )
@@ -80,7 +80,7 @@ def _loader(source: Source, at_most: int, config: RunConfig) -> EvalLoader:
 
 def picture_images(source: Source, config: RunConfig, count: int = PICTURE_IMAGES) -> Tensor:
     """uint8 [count, 3, h, w]: images spread evenly over the source."""
-    batch = next(iter(_loader(source, min(count, len(source)), config)))
+    batch = next(iter(_loader(source, min(count, len(source)), config, workers=0)))
     return batch.images[:count]
 
 

@@ -28,7 +28,7 @@ DIRECTION_SPREAD = np.deg2rad(15)
 STROKE_CONTRAST = 0.2 / 3**0.5
 NOISE = 0.2
 """Standard deviations of strokes and of noise, in units of the range from black to white."""
-GROUND_RANGE = 0.2
+GROUND_RANGE = 0.1
 """Largest distance of the ground from middle grey, in every channel."""
 NUM_IMAGES = {"train": 4000, "test": 2000}
 

@@ -1,0 +1,123 @@
+"""The command line as it is typed."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from ijepa_fast import cli
+from tests.image_files import write_folder
+
+TINY = {
+    "model": {
+        "img_size": 24,
+        "patch_size": 4,
+        "embed_dim": 16,
+        "depth": 4,
+        "num_heads": 2,
+        "predictor_embed_dim": 8,
+        "predictor_depth": 1,
+    },
+    "masks": {"min_keep": 1},
+    "optim": {"warmup_epochs": 0.5},
+    "train": {"batch_size": 8, "steps": 3, "log_every": 1, "precision": "fp32", "device": "cpu"},
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    root = tmp_path_factory.mktemp("images")
+    write_folder(root / "train", 20)
+    write_folder(root / "test", 10)
+    return root
+
+
+@pytest.fixture(scope="module")
+def run(data, tmp_path_factory):
+    """A run made by the command, and what it printed."""
+    folder = tmp_path_factory.mktemp("cli")
+    config = folder / "tiny.yaml"
+    config.write_text(yaml.safe_dump(TINY))
+    output = folder / "run"
+    status = cli.main(["pretrain", "--config", str(config), "--data", str(data), "--output", str(output)])
+    assert status == 0
+    return output
+
+
+def test_pretrain_from_yaml_and_flags(run):
+    written = yaml.safe_load((run / "config.yaml").read_text())
+    assert written["model"]["embed_dim"] == 16 and written["output"] == str(run)
+    assert json.loads((run / "summary.json").read_text())["steps"] == 3
+    assert (run / "pca.png").exists()
+
+
+def test_the_written_configuration_runs_again(run, data, tmp_path):
+    flags = ["--output", str(tmp_path / "again"), "--evaluation.pictures", "false", "--optim.lr", "2e-3"]
+    assert cli.main(["pretrain", "--config", str(run / "config.yaml"), *flags]) == 0
+    assert yaml.safe_load((tmp_path / "again" / "config.yaml").read_text())["optim"]["lr"] == 0.002
+
+
+def test_probe_and_knn(run, capsys):
+    for command, figure in (("probe", "probe"), ("knn", "knn")):
+        assert cli.main([command, str(run), "--encoder", "context", "--layers", "last4"]) == 0
+        printed = json.loads(capsys.readouterr().out)
+        assert 0 <= printed[figure] <= 1 and printed["step"] == 3 and printed["encoder"] == "context"
+
+
+def test_masks_of_a_shipped_recipe(tmp_path, data):
+    out = tmp_path / "masks.png"
+    arguments = ["masks", "--config", "vitb16_in1k", "--data", str(data), "--out", str(out), "--count", "2"]
+    assert cli.main(arguments) == 0
+    assert out.read_bytes().startswith(b"\x89PNG")
+
+
+def test_doctor_names_what_is_missing(capsys):
+    assert cli.main(["doctor"]) == 0
+    printed = capsys.readouterr().out
+    for word in ("torch", "triton", "attention", "flash_attn", "python"):
+        assert word in printed.lower()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        ([], 2, None),
+        (["pretain"], 2, "did you mean pretrain?"),
+        (["pretrain", "--config", "vith14_in1"], 1, "did you mean vith14_in1k"),
+        (["pretrain"], 1, "no images are given"),
+        (["pretrain", "--data", "/nowhere"], 1, "/nowhere"),
+        (["pretrain", "--optim.learning_rate", "1"], 1, "learning_rate"),
+        (["pretrain", "--model.embed_dims", "1"], 1, "did you mean model.embed_dim?"),
+        (["pretrain", "--masks.strategy", "blocks"], 1, "blocks"),
+        (["probe", "/nowhere"], 1, "no checkpoint at /nowhere"),
+    ],
+)
+def test_mistakes_end_with_a_clear_message(arguments, status, message, capsys):
+    assert cli.main(arguments) == status
+    error = capsys.readouterr().err
+    assert message is None or message in error
+    assert "Traceback" not in error
+
+
+def test_unknown_keys_of_a_file_are_refused(tmp_path, capsys):
+    path = tmp_path / "wrong.yaml"
+    path.write_text("optim:\n  lrr: 0.1\n")
+    assert cli.main(["pretrain", "--config", str(path)]) == 1
+    assert "did you mean optim.lr?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["pretrain", "probe", "knn", "masks", "doctor"])
+def test_help_is_made_from_the_docstrings(command, capsys):
+    with pytest.raises(SystemExit) as end:
+        cli.main([command, "--help"])
+    assert end.value.code == 0
+    printed = capsys.readouterr().out
+    if command == "pretrain":
+        assert "images per step on all ranks together" in " ".join(printed.split())
+
+
+def test_module_is_the_command():
+    done = subprocess.run([sys.executable, "-m", "ijepa_fast", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "0.1.0"
