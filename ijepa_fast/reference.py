@@ -278,11 +278,11 @@ def varlen_attention_backward(
     )
 
 
-def grad_norm(grads: list[Tensor], tables: list[Tensor] | None = None) -> Tensor:
+def grad_norm(grads: list[Tensor], rows: Tensor | None = None, blocks: Tensor | None = None) -> Tensor:
     """L2 norm over all gradients together: a scalar, fp32 (fp64 if any gradient is).
 
     Args:
-        tables: what ``ops.pointer_tables`` made for the list; only kernels read it, here and below.
+        rows, blocks: what ``ops.pointer_tables`` made for the list; only kernels read them, here and below.
     """
     dtypes = [accumulation_dtype(g.dtype) for g in grads]
     wide = torch.float64 if torch.float64 in dtypes else torch.float32
@@ -290,7 +290,13 @@ def grad_norm(grads: list[Tensor], tables: list[Tensor] | None = None) -> Tensor
     return torch.linalg.vector_norm(torch.stack(norms))
 
 
-def ema_(targets: list[Tensor], sources: list[Tensor], momentum: Tensor, tables: list[Tensor] | None = None) -> None:
+def ema_(
+    targets: list[Tensor],
+    sources: list[Tensor],
+    momentum: Tensor,
+    rows: Tensor | None = None,
+    blocks: Tensor | None = None,
+) -> None:
     """``target = momentum * target + (1 - momentum) * source``, as ``target + (1 - momentum) * (source - target)``.
 
     Args:
@@ -321,7 +327,8 @@ def adamw_ema_(
     momentum: Tensor,
     grad_scale: Tensor,
     apply: Tensor,
-    tables: list[Tensor] | None = None,
+    rows: Tensor | None = None,
+    blocks: Tensor | None = None,
 ) -> None:
     """One AdamW step (arXiv 1711.05101, as torch.optim.AdamW), then the EMA of the updated parameters. In place.
 

@@ -1,0 +1,110 @@
+"""L2 norm over a list of tensors (``reference.grad_norm`` defines it): one sum per block, then one over blocks.
+
+The order of all sums depends on the sizes alone, so the norm has one value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ijepa_fast.kernels.multi_tensor import Columns, Launch, build_tables, element, fit, places
+from ijepa_fast.kernels.rows import accumulator
+from ijepa_fast.kernels.specs import ARCHITECTURES, CompileSpec, architecture, record_specs
+
+CONFIGS = dict.fromkeys(ARCHITECTURES, Launch(block=8192, num_warps=8, narrow=1024))
+PARTIALS_PER_ROUND, PARTIALS_WARPS = 8192, 16
+# Columns of the table.
+GRAD, SIZE, KIND = map(tl.constexpr, range(3))
+ROW = tl.constexpr(4)
+
+
+@triton.jit
+def sum_of_squares(
+    row, start, count, KINDS: tl.constexpr, NUMBER: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr
+):
+    """Of the elements start <= i < start + min(count, BLOCK) of one tensor. With VECTOR, 16 divides count."""
+    lanes = tl.arange(0, BLOCK)
+    if VECTOR:
+        count = count // 16 * 16
+    grads = places(tl.load(row + GRAD), element(KINDS, NUMBER, GRAD), start + lanes, VECTOR, 8)
+    wide: tl.constexpr = accumulator(grads)
+    grad = tl.load(grads, mask=lanes < count, other=0).to(wide)
+    return tl.sum(grad * grad)
+
+
+@triton.jit
+def block_norms_kernel(rows, blocks, partials, KINDS: tl.constexpr, BLOCK: tl.constexpr, NARROW: tl.constexpr):
+    program = tl.program_id(0)
+    tensor = tl.load(blocks + 2 * program)
+    block = tl.load(blocks + 2 * program + 1)
+    row = rows + tensor * ROW
+    kind = tl.load(row + KIND)
+    start = block.to(tl.int64) * BLOCK
+    count = tl.minimum(tl.load(row + SIZE) - start, BLOCK).to(tl.int32)
+    vector = (kind % 2 == 1) & (count % 16 == 0)
+    for number in tl.static_range(len(KINDS)):
+        if kind // 2 == number:
+            if vector:
+                tl.store(partials + program, sum_of_squares(row, start, count, KINDS, number, BLOCK, True))
+            else:
+                total = tl.zeros([], partials.dtype.element_ty)
+                for done in range(0, count, NARROW):
+                    total += sum_of_squares(row, start + done, count - done, KINDS, number, NARROW, False)
+                tl.store(partials + program, total)
+
+
+@triton.jit(do_not_specialize=["num_partials"])
+def root_of_sum_kernel(partials, out, num_partials, BLOCK: tl.constexpr):
+    lanes = tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], partials.dtype.element_ty)
+    for first in range(0, num_partials, BLOCK):
+        total += tl.load(partials + first + lanes, mask=first + lanes < num_partials, other=0)
+    tl.store(out, tl.sqrt(tl.sum(total)))
+
+
+def tables(grads: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Rows and blocks for ``grad_norm`` of this list."""
+    return build_tables("grad_norm", Columns((grads,), (None,)), CONFIGS[architecture()].block)
+
+
+def grad_norm(grads: Sequence[Tensor], rows: Tensor | None = None, blocks: Tensor | None = None) -> Tensor:
+    return _root_of_sum(_block_norms(grads, rows, blocks))
+
+
+def _block_norms(grads: Sequence[Tensor], rows: Tensor | None, blocks: Tensor | None) -> Tensor:
+    """[programs] sums of squares."""
+    config = CONFIGS[architecture()]
+    rows, blocks, kinds = fit("grad_norm", rows, blocks, Columns((grads,), (None,)), config.block)
+    wide = torch.float64 if any(grad.dtype == torch.float64 for grad in grads) else torch.float32
+    partials = grads[0].new_empty(len(blocks), dtype=wide)
+    if len(blocks):
+        block_norms_kernel[len(blocks),](
+            rows,
+            blocks,
+            partials,
+            KINDS=kinds,
+            BLOCK=config.block,
+            NARROW=config.narrow,
+            num_warps=config.num_warps,
+        )
+    return partials
+
+
+def _root_of_sum(partials: Tensor) -> Tensor:
+    out = partials.new_empty(())
+    root_of_sum_kernel[1,](partials, out, len(partials), BLOCK=PARTIALS_PER_ROUND, num_warps=PARTIALS_WARPS)
+    return out
+
+
+def compile_specs(arch: str) -> Iterator[CompileSpec]:
+    wide = torch.empty(1280, 1280, device="meta")
+    cases = {"bf16": [wide.bfloat16()], "fp32": [wide], "bf16 and fp32": [wide.bfloat16(), wide]}
+    for case, grads in cases.items():
+        yield from record_specs(arch, case, _block_norms, grads, None, None, memory_bound=True)
+    # Kilobytes, whose number is no multiple of a wide load's.
+    yield from record_specs(arch, "fp32", _root_of_sum, wide.view(-1), memory_bound=True, load_bits=32)
