@@ -12,13 +12,14 @@ endif
 export PIP_ARGS
 
 .NOTPARALLEL:
-.PHONY: help setup demo test test-all lint bench clean
+.PHONY: help setup demo test test-all lint bench ext clean
 
 help:
 	@echo "make demo      train I-JEPA on the embedded images; pictures and figures in runs/demo"
 	@echo "make test      the tests that take minutes (test-all: every test that needs no GPU)"
 	@echo "make lint      ruff: style and format"
 	@echo "make bench     the tests, then the microbenchmarks"
+	@echo "make ext       the optional C++/CUDA extension, which draws masks faster (needs a C++ compiler)"
 	@echo "make setup     the set-up alone, which every target does by itself"
 	@echo "make clean     remove .venv and what tools left in the checkout (runs/ stays)"
 
@@ -41,6 +42,9 @@ lint:
 bench: test
 	@$(in_environment) --extras train,test -- -m pytest benchmarks --benchmark-only $(ARGS)
 
+ext:
+	@$(in_environment) --extras train,test -- tools/build_extension.py $(ARGS)
+
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf .venv build ijepa_fast/_block_masks* dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
 	find ijepa_fast kernels tests benchmarks tools -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true

@@ -2,18 +2,68 @@
 
 import os
 import re
+import subprocess
 from pathlib import Path
 
 from setuptools import find_packages, setup
-
-if os.environ.get("IJEPA_FAST_BUILD_EXT", "0") != "0":
-    raise SystemExit("IJEPA_FAST_BUILD_EXT is set, but this version has no C++/CUDA sources to build: unset it")
 
 ROOT = Path(__file__).parent
 
 
 def read(name):
     return (ROOT / name).read_text(encoding="utf-8")
+
+
+# What the CUDA code is built for where TORCH_CUDA_ARCH_LIST does not say otherwise, if nvcc knows it.
+CUDA_ARCHITECTURES = ("80", "90", "100", "120")
+OLDEST_TORCH_ABI = 0x020A000000000000  # 2.10: the library then runs with every later torch, too
+
+
+def mask_extension():
+    """Arguments of setup() that build csrc/ as ijepa_fast/_block_masks.abi3.so; none unless IJEPA_FAST_BUILD_EXT=1.
+
+    C++ always; CUDA where torch is a CUDA build and its toolkit is there, whether or not there is a GPU.
+    """
+    if os.environ.get("IJEPA_FAST_BUILD_EXT", "0") == "0":
+        return {}
+    try:
+        import torch
+        from torch.utils import cpp_extension
+    except ImportError as error:
+        raise SystemExit(
+            f"IJEPA_FAST_BUILD_EXT=1 builds against the installed torch, but it cannot be imported ({error}): "
+            "install torch, setuptools and ninja first, and pass --no-build-isolation to pip"
+        ) from error
+
+    sources = ["csrc/bindings.cpp", "csrc/block_masks_cpu.cpp"]
+    flags = {"cxx": ["-O3", f"-DTORCH_TARGET_VERSION={OLDEST_TORCH_ABI:#x}"]}
+    make_extension = cpp_extension.CppExtension
+    toolkit = cpp_extension.CUDA_HOME if torch.version.cuda else None
+    if toolkit:
+        make_extension = cpp_extension.CUDAExtension
+        sources.append("csrc/block_masks_cuda.cu")
+        flags["cxx"] += ["-DIJEPA_FAST_WITH_CUDA", "-DUSE_CUDA"]
+        flags["nvcc"] = ["-O3", *cuda_architecture_flags(Path(toolkit, "bin", "nvcc"))]
+    print(f"building csrc/ with torch {torch.__version__} for " + (f"CPU and CUDA ({toolkit})" if toolkit else "CPU"))
+    extension = make_extension(
+        "ijepa_fast._block_masks", sources, include_dirs=["csrc"], extra_compile_args=flags, py_limited_api=True
+    )
+    extension.depends = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "csrc").glob("*.h"))]
+    return {
+        "ext_modules": [extension],
+        "cmdclass": {"build_ext": cpp_extension.BuildExtension},
+        "options": {"bdist_wheel": {"py_limited_api": "cp310"}},
+    }
+
+
+def cuda_architecture_flags(nvcc):
+    """-gencode flags for nvcc: machine code for each known architecture, PTX of the last one for GPUs to come."""
+    if os.environ.get("TORCH_CUDA_ARCH_LIST"):
+        return []  # torch's build reads the variable itself
+    known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout.split()
+    targets = [arch for arch in CUDA_ARCHITECTURES if f"sm_{arch}" in known]
+    flags = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in targets]
+    return [*flags, f"-gencode=arch=compute_{targets[-1]},code=compute_{targets[-1]}"]
 
 
 EXTRAS = {
@@ -60,4 +110,5 @@ setup(
     install_requires=["torch>=2.10", "numpy>=1.26", 'triton>=3.6; platform_system == "Linux"'],
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["ijepa-fast = ijepa_fast.cli:main"]},
+    **mask_extension(),
 )

@@ -1,0 +1,499 @@
+// Masks of one image, drawn and packed by a team of lanes (team.h), to the bit as ijepa_fast/mask_sampling.py defines
+// them. Choices depend on integers only.
+//
+// Legend: B images, H x W patch grid, N = H * W patches, C context and M target blocks per image. A set of patches is
+// held as words of 32 columns: word row * words_per_row + s has the columns from 32 * s on.
+//
+// A word is owned by the lane that for_own_words gives it to: only that lane writes it, and reads it without a sync.
+#pragma once
+
+#include "mask_plan.h"
+#include "team.h"
+
+namespace ijepa {
+
+constexpr int kAttemptsPerLevel = 20;
+constexpr int kBlockShift = 16;  // a block's number stands above this many bits of a draw, attempt or patch below
+
+// ---- Sets of patches
+
+// The columns [begin, end) as bits of the word whose first column is `first`.
+IJEPA_FN uint32_t column_bits(int begin, int end, int first) {
+  const int low = begin <= first ? 0 : begin - first >= 32 ? 32 : begin - first;
+  const int high = end <= first ? 0 : end - first >= 32 ? 32 : end - first;
+  return static_cast<uint32_t>((uint64_t{1} << high) - (uint64_t{1} << low));
+}
+
+IJEPA_FN uint32_t block_bits(const Block& block, int row, int first) {
+  const bool in_rows = static_cast<uint32_t>(row - block.top) < static_cast<uint32_t>(block.height);
+  return in_rows ? column_bits(block.left, block.left + block.width, first) : 0;
+}
+
+// The `count` lowest set bits.
+IJEPA_FN uint32_t lowest_bits(uint32_t word, int count) {
+  uint32_t lowest = 0;
+  for (; word != 0 && count > 0; --count) {
+    lowest |= word & (~word + 1);
+    word &= word - 1;
+  }
+  return lowest;
+}
+
+// visit(word, row, first column) for the words of this lane.
+template <class Team, class Visit>
+IJEPA_FN void for_own_words(const Team& team, const Plan& plan, Visit visit) {
+  const int row_step = team.size() / plan.words_per_row, step = team.size() % plan.words_per_row;
+  int row = team.lane() / plan.words_per_row, s = team.lane() % plan.words_per_row;
+  for (int word = team.lane(); word < plan.num_words; word += team.size()) {
+    visit(word, row, 32 * s);
+    row += row_step;
+    s += step;
+    if (s >= plan.words_per_row) {
+      s -= plan.words_per_row;
+      ++row;
+    }
+  }
+}
+
+// visit(word, first patch, columns) for all words, all lanes at the same one.
+template <class Visit>
+IJEPA_FN void for_all_words(const Plan& plan, Visit visit) {
+  int word = 0;
+  for (int row = 0; row < plan.height; ++row) {
+    for (int first = 0; first < plan.width; first += 32) {
+      visit(word++, row * plan.width + first, plan.width - first < 32 ? plan.width - first : 32);
+    }
+  }
+}
+
+// ---- Sizes and places
+
+// isqrt(numerator // denominator), for a quotient below 2^26. No division: root^2 <= n // d where root^2 * d <= n.
+IJEPA_FN int sqrt_of_quotient(uint64_t numerator, uint32_t denominator) {
+  uint32_t root = 0;
+  for (uint32_t bit = 1u << 12; bit != 0; bit >>= 1) {
+    const uint32_t larger = root | bit;
+    if (static_cast<uint64_t>(larger * larger) * denominator <= numerator) root = larger;
+  }
+  return static_cast<int>(root);
+}
+
+struct Size {
+  int area;  // before rounding to sides
+  int height, width;
+};
+
+IJEPA_FN Size size_from_words(const Plan& plan, const SizeRule& rule, const Words& words) {
+  const uint32_t scale = rule.scale_low + below(words.w0, rule.scale_span);
+  const uint32_t aspect = rule.aspect_low + below(plan.shared_scale_aspect ? words.w0 : words.w1, rule.aspect_span);
+  const uint64_t area = static_cast<uint64_t>(plan.num_patches) * scale >> 24;
+  const int height = (sqrt_of_quotient(4 * area * aspect, 1u << 24) + 1) >> 1;
+  const int width = (sqrt_of_quotient(4 * area << 24, aspect) + 1) >> 1;
+  return {static_cast<int>(area), height < plan.max_height ? height : plan.max_height,
+          width < plan.max_width ? width : plan.max_width};
+}
+
+// The sizes that all images of a step share, if sizes are drawn per step.
+struct StepSizes {
+  Size target, context;
+};
+
+IJEPA_FN StepSizes step_sizes(const Plan& plan, const RandomSource& source) {
+  if (plan.size_per != SizePer::step) return {};
+  return {size_from_words(plan, plan.target_rule, random_words(source, Stream::mask_size, 0, 0)),
+          size_from_words(plan, plan.context_rule, random_words(source, Stream::mask_context_size, 0, 0))};
+}
+
+IJEPA_FN Size target_size(const Plan& plan, const RandomSource& source, const StepSizes& step, uint32_t index, int m) {
+  if (plan.size_per == SizePer::step) return step.target;
+  const uint32_t draw = plan.size_per == SizePer::block ? m : 0;
+  return size_from_words(plan, plan.target_rule, random_words(source, Stream::mask_size, index, draw));
+}
+
+IJEPA_FN Size context_size(const Plan& plan, const RandomSource& source, const StepSizes& step, uint32_t index, int c) {
+  if (plan.size_per == SizePer::step) return step.context;
+  const uint32_t draw = plan.size_per == SizePer::block ? c : 0;
+  return size_from_words(plan, plan.context_rule, random_words(source, Stream::mask_context_size, index, draw));
+}
+
+IJEPA_FN Block place(const Plan& plan, const Size& size, const Words& words) {
+  return {static_cast<int>(below(words.w0, plan.max_height + 1 - size.height)),
+          static_cast<int>(below(words.w1, plan.max_width + 1 - size.width)), size.height, size.width};
+}
+
+// ---- One image
+
+// Where one image's masks go: the image's part of a Workspace, and scratch.
+struct Image {
+  uint32_t index;  // in the global batch
+  Block* targets;
+  int32_t* context_lengths;
+  int32_t* target_lengths;
+  uint32_t* context_words;
+  uint32_t* target_words;
+  uint32_t* scratch;  // [plan.scratch_words]: hidden patches, then keys
+
+  IJEPA_FN uint32_t* hidden() const { return scratch; }
+};
+
+IJEPA_FN Image image_of(const Plan& plan, const Workspace& workspace, int64_t b, uint32_t first_image,
+                        uint32_t* scratch) {
+  const int64_t first_block = b * plan.num_targets, first_context = b * plan.num_contexts;
+  return {first_image + static_cast<uint32_t>(b),
+          workspace.targets + first_block,
+          workspace.context_lengths + first_context,
+          workspace.target_lengths + first_block,
+          workspace.context_words + first_context * plan.num_words,
+          workspace.target_words + first_block * plan.num_words,
+          scratch};
+}
+
+struct Threshold {
+  uint32_t key;
+  int ties;  // how many of the keys that equal it belong to the selection
+};
+
+// The `count` smallest of N keys are those below the threshold and the first `ties` equal to it.
+template <class Team>
+IJEPA_FN Threshold find_threshold(Team& team, const uint32_t* keys, int num_keys, int count) {
+  uint32_t threshold = 0;
+  int before = 0;  // keys below the threshold, never `count` of them
+  for (uint32_t bit = 1u << 31; bit != 0; bit >>= 1) {
+    const uint32_t larger = threshold | bit;
+    int smaller = 0;
+    for (int n = team.lane(); n < num_keys; n += team.size()) smaller += keys[n] < larger;
+    smaller = team.sum(smaller);
+    if (smaller == count) return {larger, 0};
+    if (smaller < count) {
+      threshold = larger;
+      before = smaller;
+    }
+  }
+  return {threshold, count - before};
+}
+
+// selected = taken, and of the candidates the `count` with the smallest (key, n); taken and candidates give words.
+// The keys are the words of draws block << 16 | n / 4. The words that are read and written are synchronised with.
+template <class Team, class Candidates, class Taken>
+IJEPA_FN void select_smallest(Team& team, const Plan& plan, const RandomSource& source, Stream stream,
+                              const Image& image, int block, int count, Candidates candidates, Taken taken,
+                              uint32_t* selected) {
+  uint32_t* const keys = image.scratch + plan.num_words;
+  for (int call = team.lane(); 4 * call < plan.num_patches; call += team.size()) {
+    const uint32_t draw = static_cast<uint32_t>(block) << kBlockShift | static_cast<uint32_t>(call);
+    const Words words = random_words(source, stream, image.index, draw);
+    const int n = 4 * call, left = plan.num_patches - n;
+    keys[n] = words.w0;
+    if (left > 1) keys[n + 1] = words.w1;
+    if (left > 2) keys[n + 2] = words.w2;
+    if (left > 3) keys[n + 3] = words.w3;
+  }
+  team.sync();
+  // The largest key is never below a threshold, so it stands for "no candidate".
+  for_all_words(plan, [&](int word, int first_patch, int columns) {
+    const uint32_t others = ~candidates(word, columns) & column_bits(0, columns, 0);
+    team.for_each_bit(others, [&](int bit, int) { keys[first_patch + bit] = UINT32_MAX; });
+  });
+  team.sync();
+  const Threshold threshold = find_threshold(team, keys, plan.num_patches, count);
+  int ties = threshold.ties;
+  for_all_words(plan, [&](int word, int first_patch, int columns) {
+    const uint32_t less = team.ballot(columns, [&](int bit) { return keys[first_patch + bit] < threshold.key; });
+    const uint32_t equal = team.ballot(columns, [&](int bit) { return keys[first_patch + bit] == threshold.key; });
+    if (team.lane() == 0) {
+      const uint32_t tied = lowest_bits(equal & candidates(word, columns), ties);
+      ties -= count_bits(tied);
+      selected[word] = taken(word, columns) | less | tied;
+    }
+  });
+  team.sync();
+}
+
+template <class Team>
+IJEPA_FN int place_targets(Team& team, const Plan& plan, const RandomSource& source, const StepSizes& sizes,
+                           const Image& image) {
+  int tokens = 0;
+  for (int m = team.lane(); m < plan.num_targets; m += team.size()) {
+    const Size size = target_size(plan, source, sizes, image.index, m);
+    image.targets[m] = place(plan, size, random_words(source, Stream::mask_position, image.index, m));
+    image.target_lengths[m] = size.height * size.width;
+    tokens += size.height * size.width;
+  }
+  team.sync();
+  return team.sum(tokens);
+}
+
+// The quadrants that are not the context.
+template <class Team>
+IJEPA_FN int place_quadrants(Team& team, const Plan& plan, const RandomSource& source, const Image& image) {
+  const int context = below(random_words(source, Stream::mask_context_position, image.index, 0).w0, 4);
+  const int row = plan.height / 2, column = plan.width / 2;
+  int tokens = 0;
+  for (int m = team.lane(); m < 3; m += team.size()) {
+    const int quadrant = m + (m >= context);
+    const bool lower = quadrant >= 2, right = quadrant % 2;
+    const Block block{lower ? row : 0, right ? column : 0, lower ? plan.height - row : row,
+                      right ? plan.width - column : column};
+    image.targets[m] = block;
+    image.target_lengths[m] = block.height * block.width;
+    tokens += block.height * block.width;
+  }
+  team.sync();
+  return team.sum(tokens);
+}
+
+template <class Team>
+IJEPA_FN int scatter_targets(Team& team, const Plan& plan, const RandomSource& source, const StepSizes& sizes,
+                             const Image& image) {
+  int tokens = 0;
+  for (int m = 0; m < plan.num_targets; ++m) {
+    const int area = target_size(plan, source, sizes, image.index, m).area;
+    select_smallest(
+        team, plan, source, Stream::mask_position, image, m, area, [](int, int) { return UINT32_MAX; },
+        [](int, int) { return 0u; }, image.target_words + static_cast<int64_t>(m) * plan.num_words);
+    if (team.lane() == 0) image.target_lengths[m] = area;
+    tokens += area;
+  }
+  return tokens;
+}
+
+// hidden = the patches of the first `counting` targets.
+template <class Team>
+IJEPA_FN void hide_targets(Team& team, const Plan& plan, const Image& image, int counting) {
+  for_own_words(team, plan, [&](int word, int row, int first) {
+    uint32_t bits = 0;
+    for (int m = 0; m < counting; ++m) {
+      bits |= plan.strategy == Strategy::random ? image.target_words[static_cast<int64_t>(m) * plan.num_words + word]
+                                                : block_bits(image.targets[m], row, first);
+    }
+    image.hidden()[word] = bits;
+  });
+}
+
+// seen = the patches of a block that are not hidden; their number.
+template <class Team>
+IJEPA_FN int look(Team& team, const Plan& plan, const Block& block, const uint32_t* hidden, uint32_t* seen) {
+  int count = 0;
+  for_own_words(team, plan, [&](int word, int row, int first) {
+    const uint32_t bits = block_bits(block, row, first) & (plan.allow_overlap ? UINT32_MAX : ~hidden[word]);
+    seen[word] = bits;
+    count += count_bits(bits);
+  });
+  return team.sum(count);
+}
+
+// The first acceptable place of context block c, or the best: what is seen from there, and how many patches that is.
+template <class Team>
+IJEPA_FN int place_context(Team& team, const Plan& plan, const RandomSource& source, const StepSizes& sizes,
+                           const Image& image, int c, uint32_t* seen) {
+  const Size size = context_size(plan, source, sizes, image.index, c);
+  const auto look_from = [&](int attempt) {
+    const uint32_t draw = static_cast<uint32_t>(c) << kBlockShift | static_cast<uint32_t>(attempt);
+    const Block block = place(plan, size, random_words(source, Stream::mask_context_position, image.index, draw));
+    return look(team, plan, block, image.hidden(), seen);
+  };
+  const int last =
+      plan.context == ContextMode::fixed ? kAttemptsPerLevel - 1 : kAttemptsPerLevel * plan.last_level;
+  int best = 0, most = -1;
+  for (int attempt = 0; attempt <= last; ++attempt) {
+    if (attempt > 0 && attempt % kAttemptsPerLevel == 0) {
+      hide_targets(team, plan, image, plan.num_targets - attempt / kAttemptsPerLevel);
+    }
+    const int count = look_from(attempt);
+    if (count >= plan.needed) return count;
+    if (count > most) {
+      most = count;
+      best = attempt;
+    }
+  }
+  return look_from(best);
+}
+
+// context = fixed_count patches, chosen by (class, key, n): of `count` seen first, then of those neither seen nor
+// hidden, then of the hidden.
+template <class Team>
+IJEPA_FN void choose_subset(Team& team, const Plan& plan, const RandomSource& source, const Image& image, int c,
+                            int count, uint32_t* context) {
+  const auto hidden_in = [&](int word) { return plan.allow_overlap ? 0u : image.hidden()[word]; };
+  int others = 0;
+  for_own_words(team, plan, [&](int word, int, int first) {
+    others += count_bits(~(context[word] | hidden_in(word)) & column_bits(0, plan.width, first));
+  });
+  others = team.sum(others);
+  int wanted = plan.fixed_count, last_class = 0;
+  if (wanted > count) {
+    wanted -= count;
+    last_class = 1;
+    if (wanted > others) {
+      wanted -= others;
+      last_class = 2;
+    }
+  }
+  // Classes before the last are taken whole; the last one has the candidates.
+  const auto candidates = [&](int word, int columns) {
+    const uint32_t seen = context[word], hidden = hidden_in(word);
+    const uint32_t of_class = last_class == 0 ? seen : last_class == 1 ? ~(seen | hidden) : hidden & ~seen;
+    return of_class & column_bits(0, columns, 0);
+  };
+  const auto taken = [&](int word, int columns) {
+    const uint32_t seen = context[word], hidden = hidden_in(word);
+    const uint32_t before = last_class == 0 ? 0 : last_class == 1 ? seen : seen | ~hidden;
+    return before & column_bits(0, columns, 0);
+  };
+  select_smallest(team, plan, source, Stream::mask_subset, image, c, wanted, candidates, taken, context);
+}
+
+// context = every patch outside all targets; their number.
+template <class Team>
+IJEPA_FN int see_the_rest(Team& team, const Plan& plan, const Image& image, uint32_t* context) {
+  int count = 0;
+  for_own_words(team, plan, [&](int word, int, int first) {
+    const uint32_t bits = ~image.hidden()[word] & column_bits(0, plan.width, first);
+    context[word] = bits;
+    count += count_bits(bits);
+  });
+  return team.sum(count);
+}
+
+// Draws image b: blocks, words and lengths, and into context_starts, target_starts and context_limits its own numbers.
+template <class Team>
+IJEPA_FN void draw_image(Team& team, const Plan& plan, const RandomSource& source, const StepSizes& sizes,
+                         const Workspace& workspace, int64_t b, uint32_t first_image, uint32_t* scratch) {
+  const Image image = image_of(plan, workspace, b, first_image, scratch);
+  const int target_tokens = plan.strategy == Strategy::random       ? scatter_targets(team, plan, source, sizes, image)
+                            : plan.strategy == Strategy::rasterized ? place_quadrants(team, plan, source, image)
+                                                                    : place_targets(team, plan, source, sizes, image);
+  int context_tokens = 0, shortest = INT32_MAX;
+  for (int c = 0; c < plan.num_contexts; ++c) {
+    uint32_t* const context = image.context_words + static_cast<int64_t>(c) * plan.num_words;
+    hide_targets(team, plan, image, plan.num_targets);
+    int count = plan.strategy == Strategy::multiblock ? place_context(team, plan, source, sizes, image, c, context)
+                                                      : see_the_rest(team, plan, image, context);
+    if (plan.context == ContextMode::fixed) {
+      team.sync();
+      choose_subset(team, plan, source, image, c, count, context);
+      count = plan.fixed_count;
+    }
+    if (team.lane() == 0) image.context_lengths[c] = count;
+    context_tokens += count;
+    shortest = count < shortest ? count : shortest;
+  }
+  if (team.lane() == 0) {
+    workspace.context_starts[b] = context_tokens;
+    workspace.target_starts[b] = target_tokens;
+    workspace.context_limits[b] = shortest;
+  }
+}
+
+// ---- All images: where each one's tokens start
+
+// Cuts the contexts of group g to the shortest of them.
+template <class Team>
+IJEPA_FN void truncate_group(Team& team, const Plan& plan, const Workspace& workspace, int64_t g) {
+  const int64_t begin = g * plan.group_size, end = begin + plan.group_size;
+  int shortest = INT32_MAX;
+  for (int64_t b = begin + team.lane(); b < end; b += team.size()) {
+    shortest = workspace.context_limits[b] < shortest ? workspace.context_limits[b] : shortest;
+  }
+  shortest = team.least(shortest);
+  for (int64_t b = begin + team.lane(); b < end; b += team.size()) {
+    workspace.context_limits[b] = shortest;
+    workspace.context_starts[b] = plan.num_contexts * shortest;
+  }
+}
+
+// The images [begin, end) of one of several segments of a scan.
+struct Segment {
+  int64_t begin, end;
+};
+
+IJEPA_FN Segment segment_of(int64_t num_images, int segment, int num_segments) {
+  return {num_images * segment / num_segments, num_images * (segment + 1) / num_segments};
+}
+
+template <class Team>
+IJEPA_FN int segment_sum(Team& team, const int32_t* counts, const Segment& segment) {
+  int sum = 0;
+  for (int64_t b = segment.begin + team.lane(); b < segment.end; b += team.size()) sum += counts[b];
+  return team.sum(sum);
+}
+
+// Where a segment starts, from the sums of all segments.
+template <class Team>
+IJEPA_FN int sum_of_segments_before(Team& team, const int32_t* sums, int segment) {
+  int sum = 0;
+  for (int s = team.lane(); s < segment; s += team.size()) sum += sums[s];
+  return team.sum(sum);
+}
+
+// Counts become starts, the first of them `start`; what follows the segment.
+template <class Team>
+IJEPA_FN int segment_starts(Team& team, int32_t* counts, const Segment& segment, int start) {
+  for (int64_t tile = segment.begin; tile < segment.end; tile += team.size()) {
+    const int64_t b = tile + team.lane();
+    const int count = b < segment.end ? counts[b] : 0;
+    const int before = team.sum_before(count);
+    if (b < segment.end) counts[b] = start + before;
+    start += team.sum(count);
+  }
+  return start;
+}
+
+// ---- Packing
+
+// Context and targets as two Ragged: token indices b * N + n, and prefix sums of the sequence lengths.
+struct Packed {
+  int32_t *context, *context_cu_seqlens;
+  int32_t *targets, *target_cu_seqlens;
+};
+
+template <class Team>
+IJEPA_FN void pack_words(Team& team, const Plan& plan, const uint32_t* words, int first_token, int limit,
+                         int32_t* tokens) {
+  int packed = 0;
+  for_all_words(plan, [&](int word, int first_patch, int) {
+    uint32_t bits = words[word];
+    if (packed + count_bits(bits) > limit) bits = lowest_bits(bits, limit - packed);
+    team.for_each_bit(bits, [&](int bit, int rank) { tokens[packed + rank] = first_token + first_patch + bit; });
+    packed += count_bits(bits);
+  });
+}
+
+template <class Team>
+IJEPA_FN void pack_block(Team& team, const Plan& plan, const Block& block, int first_token, int32_t* tokens) {
+  for (int row = 0; row < block.height; ++row) {
+    const int first = first_token + (block.top + row) * plan.width + block.left;
+    for (int column = team.lane(); column < block.width; column += team.size()) {
+      tokens[row * block.width + column] = first + column;
+    }
+  }
+}
+
+// Packs image b, whose starts are known.
+template <class Team>
+IJEPA_FN void pack_image(Team& team, const Plan& plan, const Workspace& workspace, int64_t b, const Packed& packed) {
+  const Image image = image_of(plan, workspace, b, 0, nullptr);
+  const int first_token = static_cast<int>(b) * plan.num_patches;
+  const int limit = plan.context == ContextMode::batch_min ? workspace.context_limits[b] : plan.num_patches;
+  int start = workspace.context_starts[b];
+  for (int c = 0; c < plan.num_contexts; ++c) {
+    const uint32_t* const words = image.context_words + static_cast<int64_t>(c) * plan.num_words;
+    pack_words(team, plan, words, first_token, limit, packed.context + start);
+    if (team.lane() == 0) packed.context_cu_seqlens[b * plan.num_contexts + c] = start;
+    start += image.context_lengths[c] < limit ? image.context_lengths[c] : limit;
+  }
+  start = workspace.target_starts[b];
+  for (int m = 0; m < plan.num_targets; ++m) {
+    int32_t* const tokens = packed.targets + start;
+    if (plan.strategy == Strategy::random) {
+      const uint32_t* const words = image.target_words + static_cast<int64_t>(m) * plan.num_words;
+      pack_words(team, plan, words, first_token, plan.num_patches, tokens);
+    } else {
+      pack_block(team, plan, image.targets[m], first_token, tokens);
+    }
+    if (team.lane() == 0) packed.target_cu_seqlens[b * plan.num_targets + m] = start;
+    start += image.target_lengths[m];
+  }
+}
+
+}  // namespace ijepa
