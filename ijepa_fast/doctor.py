@@ -32,9 +32,10 @@ def report() -> dict:
 
     Returns:
         ``versions`` {name: version or why there is none}; ``optional`` {package: version or None}; ``gpus`` list of
-        {name, capability, memory_gib, driver}; and for each of ``gpu``, ``triton``, ``extension`` None if it is usable,
-        else the reason why not; ``attention`` the same for every backend, and ``attention_auto``, the name of the
-        backend that "auto" takes for a typical sequence here. Without a loadable torch only the first two are there.
+        {name, capability, memory_gib, driver}; and for each of ``gpu``, ``triton`` None if it is usable, else the
+        reason why not; ``extension`` the same for the C++/CUDA mask sampler on each type of device; ``attention`` the
+        same for every backend, and ``attention_auto``, the name of the backend that "auto" takes for a typical sequence
+        here. Without a loadable torch only the first two are there.
     """
     versions = {
         "ijepa_fast": __version__,
@@ -50,10 +51,12 @@ def report() -> dict:
     except (ImportError, OSError) as error:  # OSError: a shared library of torch that cannot be loaded
         versions["torch"] = f"{versions['torch'] or 'not installed'}, cannot be imported: {error}"
         return found
+    from ijepa_fast import extension
+
     found["gpus"] = _gpus(torch)
     found["gpu"] = _why_no_gpu(torch)
     found["triton"] = _why_no_triton(found["gpus"])
-    found["extension"] = "this version has no C++/CUDA extension: masks are drawn by the vectorised torch sampler"
+    found["extension"] = {device_type: extension.reason(device_type) for device_type in ("cpu", "cuda")}
     found["attention"], found["attention_auto"] = _attention(torch)
     return found
 
@@ -69,9 +72,13 @@ def text(found: dict) -> str:
     parts = {
         "GPU": found["gpu"] or "; ".join(_describe(gpu) for gpu in found["gpus"]),
         "Triton": _usable(found["triton"]),
-        "mask extension": _usable(found["extension"]),
     }
     lines += _section("Hardware and kernels", parts)
+    samplers = {
+        device_type: f"vectorised torch: {reason}" if reason else "C++/CUDA extension"
+        for device_type, reason in found["extension"].items()
+    }
+    lines += _section("Mask sampler, by device", samplers)
     lines += _section("Attention backends", {name: _usable(reason) for name, reason in found["attention"].items()})
     lines.append(f"  auto takes {found['attention_auto']}")
     return "\n".join(lines)

@@ -12,6 +12,7 @@ from typing import Literal, get_args, get_type_hints
 import torch
 from torch import Tensor
 
+from ijepa_fast import extension
 from ijepa_fast.mask_geometry import Blocks, SizeRule, pack_blocks, pack_mask
 from ijepa_fast.mask_sampling import MAX_PATCHES, Counter, Drawn, Plan, draw
 from ijepa_fast.ragged import Ragged
@@ -165,6 +166,8 @@ class MaskSampler:
     Args:
         config: what to draw.
         grid: patches per column and per row, (H, W).
+        implementation: torch (vectorised, on every device), extension (the C++/CUDA library of csrc/) or auto (the
+            extension on devices that it is built for). All draw the same masks, to the bit.
 
     Attributes:
         config: the configuration, resolved.
@@ -177,7 +180,15 @@ class MaskSampler:
             context has a size that no draw can give.
     """
 
-    def __init__(self, config: MaskConfig, grid: tuple[int, int]) -> None:
+    def __init__(
+        self,
+        config: MaskConfig,
+        grid: tuple[int, int],
+        implementation: Literal["auto", "torch", "extension"] = "auto",
+    ) -> None:
+        if implementation not in ("auto", "torch", "extension"):
+            raise ValueError(f"implementation must be auto, torch or extension, got {implementation!r}")
+        self.implementation = implementation
         height, width = grid
         if height < 1 or width < 1 or height * width > MAX_PATCHES:
             raise ValueError(f"grid must have 1 to {MAX_PATCHES} patches, got {height} x {width}")
@@ -224,6 +235,7 @@ class MaskSampler:
             first_always_succeeds=visible[0] >= needed,
             fixed_count=fixed_count,
         )
+        self._plan_numbers = extension.plan_numbers(self.plan)
 
     def _target_range(self, rule: SizeRule) -> tuple[int, int]:
         """Fewest and most patches of a target."""
@@ -301,12 +313,23 @@ class MaskSampler:
             first_image: the first image's number in the global batch.
             device: where to draw; the masks are the same on every device.
             capacity: rows of context and of targets, for example `counts` rounded up. With it, shapes are static and a
-                GPU is never waited for; without it, they are exact and a GPU is.
+                GPU is never waited for. Without it they are exact, and a GPU is waited for unless the extension draws
+                and seed and step are ints: then they are found on the host.
 
         Raises:
-            ValueError: batch_min and the call does not hold whole groups, a number is out of range, or the tokens do
-                not fit the capacity (on CUDA a device-side assertion).
+            ValueError: batch_min and the call does not hold whole groups, a number is out of range, the tokens do not
+                fit the capacity (on CUDA a device-side assertion), or implementation is extension and it cannot run.
         """
+        self._check_images(batch_size, first_image)
+        device = torch.device(device)
+        if self._takes_extension(device.type):
+            if capacity is None and device.type != "cpu":
+                capacity = self.counts(batch_size, seed=int(seed), step=int(step), first_image=first_image)
+            context, context_cu, targets, target_cu = extension.block_masks(
+                self._plan_numbers, seed, step, first_image, batch_size, device, capacity
+            )
+            context = Ragged(context, context_cu, self.max_context)
+            return Masks(context, Ragged(targets, target_cu, self.max_target), self.num_contexts)
         drawn = self._draw(batch_size, seed, step, first_image, device)
         context_rows, target_rows = (None, None) if capacity is None else capacity
         context = pack_mask(drawn.context_BCN, drawn.context_lengths_BC, self.max_context, context_rows)
@@ -318,10 +341,22 @@ class MaskSampler:
 
     def counts(self, batch_size: int, *, seed: int, step: int, first_image: int = 0) -> tuple[int, int]:
         """Exact numbers of context and target tokens that `sample` gives, found on the host."""
+        self._check_images(batch_size, first_image)
+        if self._takes_extension("cpu"):
+            return extension.block_mask_counts(self._plan_numbers, seed, step, first_image, batch_size)
         drawn = self._draw(batch_size, seed, step, first_image, "cpu")
         return int(drawn.context_lengths_BC.sum()), int(drawn.target_lengths_BM.sum())
 
-    def _draw(self, batch_size, seed, step, first_image, device) -> Drawn:
+    def _takes_extension(self, device_type: str) -> bool:
+        """Raises ValueError if the extension is asked for and cannot run."""
+        if self.implementation == "torch":
+            return False
+        refusal = extension.reason(device_type)
+        if refusal is not None and self.implementation == "extension":
+            raise ValueError(f"implementation='extension' cannot draw masks on {device_type}: {refusal}")
+        return refusal is None
+
+    def _check_images(self, batch_size: int, first_image: int) -> None:
         if batch_size < 1 or first_image < 0:
             raise ValueError(f"batch_size must be positive and first_image at least 0, got {batch_size}, {first_image}")
         group_size = self.config.group_size
@@ -332,5 +367,7 @@ class MaskSampler:
             )
         if batch_size * max(self.num_targets, self.num_contexts) * self.num_patches > _INT32_MAX:
             raise ValueError(f"{batch_size} images of {self.num_patches} patches are too many for 32-bit token indices")
+
+    def _draw(self, batch_size, seed, step, first_image, device) -> Drawn:
         images = torch.arange(first_image, first_image + batch_size, device=device)
         return draw(self.plan, Counter(seed, step, images))

@@ -33,7 +33,7 @@ def test_text_holds_every_fact_and_every_reason(found):
     printed = doctor.text(found)
     for name in [*found["versions"], *found["optional"], *found["attention"]]:
         assert name in printed
-    reasons = [found["gpu"], found["triton"], found["extension"], *found["attention"].values()]
+    reasons = [found["gpu"], found["triton"], *found["extension"].values(), *found["attention"].values()]
     assert all(reason in printed for reason in reasons if reason)
 
 
