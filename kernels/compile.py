@@ -14,7 +14,7 @@ import re
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from math import prod
 from pathlib import Path
@@ -45,16 +45,16 @@ class Report:
     name: str
     arch: str
     configuration: str
-    registers: int
-    stack: int
-    spills: int
-    matrix_loop_spills: int
-    shared: int
-    tensor_memory: int
-    matrix: dict[str, int]
-    loads: dict[int, int]
-    main_load_bits: int | None
-    failures: list[str]
+    registers: int = 0
+    stack: int = 0
+    spills: int = 0
+    matrix_loop_spills: int = 0
+    shared: int = 0
+    tensor_memory: int = 0
+    matrix: dict[str, int] = field(default_factory=dict)
+    loads: dict[int, int] = field(default_factory=dict)
+    main_load_bits: int | None = None
+    failures: list[str] = field(default_factory=list)
 
 
 def loaded_bytes(ttgir: str) -> int:
@@ -99,17 +99,20 @@ def compile_spec(spec: CompileSpec, arch: str) -> Report:
     options = {"num_warps": spec.num_warps, "num_stages": spec.num_stages}
     if spec.maxnreg is not None:
         options["maxnreg"] = spec.maxnreg
-    target = GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
-    compiled = triton.compile(source, target=target, options=options)
+    constants = {name: value for name, value in spec.constexprs.items() if value is not None}
+    configuration = " ".join(f"{name}={value}" for name, value in {**constants, **options}.items())
+    report = Report(spec.name, arch, configuration)
+    try:
+        compiled = triton.compile(source, target=GPUTarget("cuda", int(arch.removeprefix("sm_")), 32), options=options)
+    except Exception as error:  # each stage of the compiler raises its own
+        first_line = next(iter(str(error).splitlines()), "")
+        return replace(report, failures=[f"does not compile: {type(error).__name__} {first_line}"])
     code = disassemble(compiled.asm["cubin"])
     shared, tensor_memory = compiled.metadata.shared + code.shared, getattr(compiled.metadata, "tmem_size", None) or 0
     data = loaded_bytes(compiled.asm["ttgir"])
     main_load_bits = code.main_load_bits(data, 32 * spec.num_warps) if data else None
-    constants = {name: value for name, value in spec.constexprs.items() if value is not None}
-    return Report(
-        name=spec.name,
-        arch=arch,
-        configuration=" ".join(f"{name}={value}" for name, value in {**constants, **options}.items()),
+    return replace(
+        report,
         registers=code.registers,
         stack=code.stack,
         spills=code.spills,
