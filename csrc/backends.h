@@ -1,7 +1,7 @@
 // What bindings.cpp asks of the CPU and of CUDA. No torch here: nvcc reads this beside any build of torch.
 #pragma once
 
-#include "block_masks.h"
+#include "packing.h"
 
 namespace ijepa {
 

@@ -1,10 +1,11 @@
-// Masks of one image, drawn and packed by a team of lanes (team.h), to the bit as ijepa_fast/mask_sampling.py defines
-// them. Choices depend on integers only.
+// Masks of one image, drawn by a team of lanes (team.h), to the bit as ijepa_fast/mask_sampling.py defines them. Choices
+// depend on integers only.
 //
 // Legend: B images, H x W patch grid, N = H * W patches, C context and M target blocks per image. A set of patches is
 // held as words of 32 columns: word row * words_per_row + s has the columns from 32 * s on.
 //
-// A word is owned by the lane that for_own_words gives it to: only that lane writes it, and reads it without a sync.
+// Loops over words give each to one lane (for_own_words), always the same one, which can read without a sync what it
+// wrote; or take all lanes to one word after the other (for_all_words).
 #pragma once
 
 #include "mask_plan.h"
@@ -173,7 +174,7 @@ IJEPA_FN Threshold find_threshold(Team& team, const uint32_t* keys, int num_keys
 }
 
 // selected = taken, and of the candidates the `count` with the smallest (key, n); taken and candidates give words.
-// The keys are the words of draws block << 16 | n / 4. The words that are read and written are synchronised with.
+// The keys are the words of draws block << 16 | n / 4. Syncs before it reads words and after it wrote them.
 template <class Team, class Candidates, class Taken>
 IJEPA_FN void select_smallest(Team& team, const Plan& plan, const RandomSource& source, Stream stream,
                               const Image& image, int block, int count, Candidates candidates, Taken taken,
@@ -370,7 +371,6 @@ IJEPA_FN void draw_image(Team& team, const Plan& plan, const RandomSource& sourc
     int count = plan.strategy == Strategy::multiblock ? place_context(team, plan, source, sizes, image, c, context)
                                                       : see_the_rest(team, plan, image, context);
     if (plan.context == ContextMode::fixed) {
-      team.sync();
       choose_subset(team, plan, source, image, c, count, context);
       count = plan.fixed_count;
     }
@@ -382,117 +382,6 @@ IJEPA_FN void draw_image(Team& team, const Plan& plan, const RandomSource& sourc
     workspace.context_starts[b] = context_tokens;
     workspace.target_starts[b] = target_tokens;
     workspace.context_limits[b] = shortest;
-  }
-}
-
-// ---- All images: where each one's tokens start
-
-// Cuts the contexts of group g to the shortest of them.
-template <class Team>
-IJEPA_FN void truncate_group(Team& team, const Plan& plan, const Workspace& workspace, int64_t g) {
-  const int64_t begin = g * plan.group_size, end = begin + plan.group_size;
-  int shortest = INT32_MAX;
-  for (int64_t b = begin + team.lane(); b < end; b += team.size()) {
-    shortest = workspace.context_limits[b] < shortest ? workspace.context_limits[b] : shortest;
-  }
-  shortest = team.least(shortest);
-  for (int64_t b = begin + team.lane(); b < end; b += team.size()) {
-    workspace.context_limits[b] = shortest;
-    workspace.context_starts[b] = plan.num_contexts * shortest;
-  }
-}
-
-// The images [begin, end) of one of several segments of a scan.
-struct Segment {
-  int64_t begin, end;
-};
-
-IJEPA_FN Segment segment_of(int64_t num_images, int segment, int num_segments) {
-  return {num_images * segment / num_segments, num_images * (segment + 1) / num_segments};
-}
-
-template <class Team>
-IJEPA_FN int segment_sum(Team& team, const int32_t* counts, const Segment& segment) {
-  int sum = 0;
-  for (int64_t b = segment.begin + team.lane(); b < segment.end; b += team.size()) sum += counts[b];
-  return team.sum(sum);
-}
-
-// Where a segment starts, from the sums of all segments.
-template <class Team>
-IJEPA_FN int sum_of_segments_before(Team& team, const int32_t* sums, int segment) {
-  int sum = 0;
-  for (int s = team.lane(); s < segment; s += team.size()) sum += sums[s];
-  return team.sum(sum);
-}
-
-// Counts become starts, the first of them `start`; what follows the segment.
-template <class Team>
-IJEPA_FN int segment_starts(Team& team, int32_t* counts, const Segment& segment, int start) {
-  for (int64_t tile = segment.begin; tile < segment.end; tile += team.size()) {
-    const int64_t b = tile + team.lane();
-    const int count = b < segment.end ? counts[b] : 0;
-    const int before = team.sum_before(count);
-    if (b < segment.end) counts[b] = start + before;
-    start += team.sum(count);
-  }
-  return start;
-}
-
-// ---- Packing
-
-// Context and targets as two Ragged: token indices b * N + n, and prefix sums of the sequence lengths.
-struct Packed {
-  int32_t *context, *context_cu_seqlens;
-  int32_t *targets, *target_cu_seqlens;
-};
-
-template <class Team>
-IJEPA_FN void pack_words(Team& team, const Plan& plan, const uint32_t* words, int first_token, int limit,
-                         int32_t* tokens) {
-  int packed = 0;
-  for_all_words(plan, [&](int word, int first_patch, int) {
-    uint32_t bits = words[word];
-    if (packed + count_bits(bits) > limit) bits = lowest_bits(bits, limit - packed);
-    team.for_each_bit(bits, [&](int bit, int rank) { tokens[packed + rank] = first_token + first_patch + bit; });
-    packed += count_bits(bits);
-  });
-}
-
-template <class Team>
-IJEPA_FN void pack_block(Team& team, const Plan& plan, const Block& block, int first_token, int32_t* tokens) {
-  for (int row = 0; row < block.height; ++row) {
-    const int first = first_token + (block.top + row) * plan.width + block.left;
-    for (int column = team.lane(); column < block.width; column += team.size()) {
-      tokens[row * block.width + column] = first + column;
-    }
-  }
-}
-
-// Packs image b, whose starts are known.
-template <class Team>
-IJEPA_FN void pack_image(Team& team, const Plan& plan, const Workspace& workspace, int64_t b, const Packed& packed) {
-  const Image image = image_of(plan, workspace, b, 0, nullptr);
-  const int first_token = static_cast<int>(b) * plan.num_patches;
-  const int limit = plan.context == ContextMode::batch_min ? workspace.context_limits[b] : plan.num_patches;
-  int start = workspace.context_starts[b];
-  for (int c = 0; c < plan.num_contexts; ++c) {
-    const uint32_t* const words = image.context_words + static_cast<int64_t>(c) * plan.num_words;
-    pack_words(team, plan, words, first_token, limit, packed.context + start);
-    if (team.lane() == 0) packed.context_cu_seqlens[b * plan.num_contexts + c] = start;
-    start += image.context_lengths[c] < limit ? image.context_lengths[c] : limit;
-  }
-  start = workspace.target_starts[b];
-  for (int m = 0; m < plan.num_targets; ++m) {
-    int32_t* const tokens = packed.targets + start;
-    if (plan.strategy == Strategy::random) {
-      const uint32_t* const words = image.target_words + static_cast<int64_t>(m) * plan.num_words;
-      pack_words(team, plan, words, first_token, plan.num_patches, tokens);
-    } else {
-      pack_block(team, plan, image.targets[m], first_token, tokens);
-    }
-    if (team.lane() == 0) packed.target_cu_seqlens[b * plan.num_targets + m] = start;
-    start += image.target_lengths[m];
   }
 }
 

@@ -1,0 +1,133 @@
+"""The code of csrc/ that CUDA kernels run, checked without a GPU.
+
+csrc/host_teams.cpp in this folder runs it on the host with teams of 1 to 32 lanes, under the sanitizers: the masks must
+be those of the torch sampler, and no lane may leave a buffer, meet undefined behaviour or, without a sync, another
+lane's data.
+"""
+
+import importlib.util
+import os
+import shutil
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from mask_cases import CROWDED, HARD_CASES
+
+from ijepa_fast import extension
+from ijepa_fast.masks import MaskConfig, MaskSampler
+
+ROOT = Path(__file__).resolve().parents[1]
+SEED, STEP, FIRST_IMAGE = -(2**62) - 77, 2**32 - 1, 2**31
+
+CASES = [
+    *((config, grid) for config in HARD_CASES for grid in ((8, 11), (14, 14), (20, 37))),
+    (MaskConfig(), (40, 70)),
+    (MaskConfig(strategy="rasterized"), (7, 45)),
+    (MaskConfig(strategy="rasterized", context="fixed", mask_ratio=0.9), (13, 14)),
+    (MaskConfig(strategy="block", context="batch_min", group_size=1, size_per="image"), (16, 16)),
+    (MaskConfig(strategy="random", context="fixed", mask_ratio=0.95, size_per="step"), (9, 33)),
+    (MaskConfig(allow_overlap=True, context="fixed", num_contexts=2), (14, 14)),
+    (replace(CROWDED, num_targets=40, target_scale=(0.15, 0.2), min_keep=5), (14, 14)),
+    (MaskConfig(num_targets=1, target_scale=(1, 1), target_aspect=(1, 1), context_scale=(1, 1)), (32, 32)),
+]
+
+
+def compiled(folder, name, *flags, sources=("tests/csrc/host_teams.cpp",)):
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++") or "g++"
+    program = folder / name
+    warnings = ["-Wall", "-Wextra", "-Wconversion", "-Wno-sign-conversion", "-Werror"]
+    command = [compiler, "-std=c++17", "-g", "-O1", *warnings, "-pthread", "-Icsrc", *flags, *sources, "-o", program]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, f"a C++ compiler with sanitizers is needed:\n{done.stderr}"
+    return program
+
+
+def case_and_masks(config, grid, num_groups):
+    """The program's line of input, and the four lines that it must print."""
+    group_size = config.group_size or 2
+    sampler = MaskSampler(replace(config, group_size=group_size), grid, implementation="torch")
+    masks = sampler.sample(num_groups * group_size, seed=SEED, step=STEP, first_image=FIRST_IMAGE)
+    rows = masks.context.num_rows, masks.targets.num_rows
+    plan = extension.plan_numbers(sampler.plan)
+    line = [SEED, STEP, FIRST_IMAGE, num_groups * group_size, *rows, *plan]
+    tensors = masks.context.indices, masks.context.cu_seqlens, masks.targets.indices, masks.targets.cu_seqlens
+    return " ".join(map(str, line)), [" ".join(map(str, tensor.tolist())) for tensor in tensors]
+
+
+def check(program, lanes, num_groups):
+    lines, expected = zip(*(case_and_masks(config, grid, num_groups) for config, grid in CASES), strict=True)
+    done = subprocess.run([program, str(lanes)], input="\n".join(lines), capture_output=True, text=True, timeout=1200)
+    assert done.returncode == 0 and not done.stderr, done.stderr[-4000:]
+    printed = done.stdout.splitlines()
+    for number, (config, grid) in enumerate(CASES):
+        assert printed[4 * number : 4 * number + 4] == expected[number], f"{config} on {grid}"
+
+
+@pytest.mark.slow
+def test_no_address_or_arithmetic_error_and_the_same_masks(tmp_path):
+    program = compiled(tmp_path, "host_teams", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+    check(program, lanes=1, num_groups=20)
+    check(program, lanes=32, num_groups=1)
+
+
+@pytest.mark.slow
+def test_no_lane_depends_on_another_without_a_sync(tmp_path):
+    program = compiled(tmp_path, "host_teams", "-fsanitize=thread")
+    check(program, lanes=7, num_groups=1)
+
+
+@pytest.mark.slow
+def test_a_missing_sync_would_be_found(tmp_path):
+    """The check above can fail: without the syncs of teams, lanes race."""
+    source = (ROOT / "tests/csrc/host_teams.cpp").read_text()
+    broken = tmp_path / "host_teams.cpp"
+    broken.write_text(
+        source.replace("void sync() { pthread_barrier_wait(&meeting_.barrier); }", "void sync() { meet(); }")
+    )
+    program = compiled(tmp_path, "broken", "-fsanitize=thread", sources=[broken])
+    line, _ = case_and_masks(MaskConfig(), (14, 14), 1)
+    done = subprocess.run([program, "7"], input=line, capture_output=True, text=True, timeout=300)
+    assert done.returncode != 0 and "data race" in done.stderr
+
+
+@pytest.mark.slow
+def test_the_glue_for_cuda_compiles_beside_any_build_of_torch(tmp_path):
+    from torch.utils import cpp_extension
+
+    include = [f"-isystem{path}" for path in cpp_extension.include_paths()]
+    flags = ["-fsyntax-only", "-std=c++20", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
+    compiled(
+        tmp_path, "unused", *flags, "-DUSE_CUDA", "-DIJEPA_FAST_WITH_CUDA", *include, sources=["csrc/bindings.cpp"]
+    )
+
+
+def load_tool(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_reports_of_the_cuda_compiler_are_read():
+    report = """
+ptxas info    : 190 bytes gmem
+ptxas info    : Compiling entry function '_ZN5ijepa52_GLOBAL__N__828d11pack_kernelENS_5BatchE' for 'sm_90'
+ptxas info    : Function properties for _ZN5ijepa52_GLOBAL__N__828d11pack_kernelENS_5BatchE
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 32 registers, used 0 barriers
+ptxas info    : Compile time = 120.610 ms
+ptxas info    : Compiling entry function '_ZN5ijepa52_GLOBAL__N__828d11draw_kernelENS_5BatchEPKl' for 'sm_90'
+ptxas info    : Function properties for _ZN5ijepa52_GLOBAL__N__828d11draw_kernelENS_5BatchEPKl
+    8 bytes stack frame, 16 bytes spill stores, 4 bytes spill loads
+ptxas info    : Used 64 registers, used 0 barriers, 8 bytes cumulative stack size
+"""
+    assert load_tool("nvcc_check").parse(report) == [("pack_kernel", 32, 0, 0), ("draw_kernel", 64, 8, 20)]
+
+
+def test_the_plan_format_is_the_one_of_the_sources():
+    header = (ROOT / "csrc" / "mask_plan.h").read_text()
+    assert f"kPlanFormat = {extension.PLAN_FORMAT};" in header
+    plan = MaskSampler(MaskConfig(), (14, 14)).plan
+    assert f"kPlanNumbers = {len(extension.plan_numbers(plan))};" in header
