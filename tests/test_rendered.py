@@ -34,7 +34,7 @@ def test_images_depend_on_seed_split_and_index_alone(images):
     assert images.fingerprint == "rendered-textures-1-train-1600-32-0"
 
 
-EXPECTED_SUM = 1665565
+EXPECTED_SUM = 1566027
 
 
 def test_no_image_is_in_both_splits(images):
