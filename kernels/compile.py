@@ -66,13 +66,21 @@ def loaded_bytes(ttgir: str) -> int:
 
 
 def judge(
-    spec: CompileSpec, arch: str, shared: int, tensor_memory: int, main_load_bits: int | None, code: Disassembly
+    spec: CompileSpec,
+    arch: str,
+    shared: int,
+    tensor_memory: int,
+    traps: int,
+    main_load_bits: int | None,
+    code: Disassembly,
 ) -> list[str]:
     """What is wrong with a kernel.
 
     Args:
         shared: bytes of shared memory; the compiler itself does not object when they are too many.
         tensor_memory: columns of tensor memory (sm_100).
+        traps: trap instructions in the PTX; a compiler that is at its wits' end leaves one. (The machine code of sm_100
+            has traps of its own, behind failed allocations of tensor memory.)
         main_load_bits: width of most loads of data; None if there are none.
     """
     failures = []
@@ -84,8 +92,8 @@ def judge(
         failures.append(f"{shared} bytes of shared memory, {SHARED_LIMIT[arch]} allowed")
     if tensor_memory > TENSOR_MEMORY_COLUMNS:
         failures.append(f"{tensor_memory} columns of tensor memory, {TENSOR_MEMORY_COLUMNS} allowed")
-    if not code.writes:
-        failures.append("no write to device memory: a trap stands in place of the kernel")
+    if traps or not code.writes:
+        failures.append("a trap stands in place of the kernel, or it writes nothing")
     if spec.attention and not code.matrix:
         failures.append("no matrix instructions in an attention kernel")
     if main_load_bits is not None and main_load_bits < spec.load_bits:
@@ -109,6 +117,7 @@ def compile_spec(spec: CompileSpec, arch: str) -> Report:
         return replace(report, failures=[f"does not compile: {type(error).__name__} {first_line}"])
     code = disassemble(compiled.asm["cubin"])
     shared, tensor_memory = compiled.metadata.shared + code.shared, getattr(compiled.metadata, "tmem_size", None) or 0
+    traps = len(re.findall(r"^\s*trap;", compiled.asm["ptx"], re.MULTILINE))
     data = loaded_bytes(compiled.asm["ttgir"])
     main_load_bits = code.main_load_bits(data, 32 * spec.num_warps) if data else None
     return replace(
@@ -122,7 +131,7 @@ def compile_spec(spec: CompileSpec, arch: str) -> Report:
         matrix=code.matrix,
         loads=code.loads,
         main_load_bits=main_load_bits,
-        failures=judge(spec, arch, shared, tensor_memory, main_load_bits, code),
+        failures=judge(spec, arch, shared, tensor_memory, traps, main_load_bits, code),
     )
 
 

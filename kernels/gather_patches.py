@@ -26,9 +26,9 @@ MAX_PATCH_SIZE = 128
 
 # By the square of the patch side, rounded up to a power of two: rows per program and warps.
 CONFIGS = {
-    (arch, itemsize): ((64, (64, 4)), (256, (16, 4)), (1024, (4, 4)), (4096, (1, 4)), (16384, (1, 8)))
+    (arch, itemsize): ((64, (4 * rows, 4)), (256, (rows, 4)), (1024, (rows // 4, 4)), (4096, (1, 4)), (16384, (1, 8)))
     for arch in ARCHITECTURES
-    for itemsize in (1, 2, 4, 8)
+    for itemsize, rows in {1: 16, 2: 16, 4: 8, 8: 8}.items()
 }
 
 
