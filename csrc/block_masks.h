@@ -71,8 +71,9 @@ IJEPA_FN void for_all_words(const Plan& plan, Visit visit) {
 
 // isqrt(numerator // denominator), for a quotient below 2^26. No division: root^2 <= n // d where root^2 * d <= n.
 IJEPA_FN int sqrt_of_quotient(uint64_t numerator, uint32_t denominator) {
+  const int quotient_bits = bit_length(numerator | 1) - bit_length(denominator) + 1;  // at most
   uint32_t root = 0;
-  for (uint32_t bit = 1u << 12; bit != 0; bit >>= 1) {
+  for (uint32_t bit = 1u << (quotient_bits > 0 ? quotient_bits / 2 : 0); bit != 0; bit >>= 1) {
     const uint32_t larger = root | bit;
     if (static_cast<uint64_t>(larger * larger) * denominator <= numerator) root = larger;
   }

@@ -25,6 +25,15 @@ IJEPA_FN int count_bits(uint32_t word) {
 #endif
 }
 
+// Of a positive number.
+IJEPA_FN int bit_length(uint64_t number) {
+#if defined(__CUDACC__)
+  return 64 - __clzll(static_cast<long long>(number));
+#else
+  return 64 - __builtin_clzll(number);
+#endif
+}
+
 #if !defined(__CUDACC__)
 struct SingleLane {
   static constexpr int lane() { return 0; }

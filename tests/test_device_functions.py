@@ -11,6 +11,7 @@ import shutil
 import subprocess
 from dataclasses import replace
 from pathlib import Path
+from random import Random
 
 import pytest
 from mask_cases import CROWDED, HARD_CASES
@@ -49,27 +50,62 @@ def case_and_masks(config, grid, num_groups):
     group_size = config.group_size or 2
     sampler = MaskSampler(replace(config, group_size=group_size), grid, implementation="torch")
     masks = sampler.sample(num_groups * group_size, seed=SEED, step=STEP, first_image=FIRST_IMAGE)
-    rows = masks.context.num_rows, masks.targets.num_rows
-    plan = extension.plan_numbers(sampler.plan)
-    line = [SEED, STEP, FIRST_IMAGE, num_groups * group_size, *rows, *plan]
+    line = [SEED, STEP, FIRST_IMAGE, num_groups * group_size, *extension.plan_numbers(sampler.plan)]
     tensors = masks.context.indices, masks.context.cu_seqlens, masks.targets.indices, masks.targets.cu_seqlens
     return " ".join(map(str, line)), [" ".join(map(str, tensor.tolist())) for tensor in tensors]
 
 
-def check(program, lanes, num_groups):
-    lines, expected = zip(*(case_and_masks(config, grid, num_groups) for config, grid in CASES), strict=True)
+def masks_of(program, lanes, lines):
+    """The printed lines, after a check that no sanitizer had anything to say."""
     done = subprocess.run([program, str(lanes)], input="\n".join(lines), capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0 and not done.stderr, done.stderr[-4000:]
-    printed = done.stdout.splitlines()
+    return done.stdout.splitlines()
+
+
+def check(program, lanes, num_groups):
+    lines, expected = zip(*(case_and_masks(config, grid, num_groups) for config, grid in CASES), strict=True)
+    printed = masks_of(program, lanes, lines)
     for number, (config, grid) in enumerate(CASES):
         assert printed[4 * number : 4 * number + 4] == expected[number], f"{config} on {grid}"
 
 
+@pytest.fixture(scope="module")
+def watched_program(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("host_teams")
+    return compiled(folder, "host_teams", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+
+
 @pytest.mark.slow
-def test_no_address_or_arithmetic_error_and_the_same_masks(tmp_path):
-    program = compiled(tmp_path, "host_teams", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
-    check(program, lanes=1, num_groups=20)
-    check(program, lanes=32, num_groups=1)
+def test_no_address_or_arithmetic_error_and_the_same_masks(watched_program):
+    check(watched_program, lanes=1, num_groups=20)
+    check(watched_program, lanes=32, num_groups=1)
+
+
+def any_plan(random):
+    """Numbers in the ranges of csrc/mask_plan.h, whether or not MaskSampler would make such a plan."""
+    strategy, group_size = random.randrange(4), random.randint(1, 3)
+    num_targets, num_contexts = (random.randint(1, 9), random.randint(1, 3)) if strategy == 0 else (3, 1)
+    height, width = random.randint(1, 40), random.randint(1, 70)
+    rules = []
+    for _ in range(2):
+        rules += sorted(random.randint(1, 2 ** random.randint(1, 24)) for _ in range(2))
+        rules += sorted(random.randint(2**18, 2 ** random.randint(18, 30)) for _ in range(2))
+    return [
+        *(extension.PLAN_FORMAT, strategy, random.randrange(3), random.randrange(3), random.randrange(2)),
+        *(num_targets, num_contexts, group_size, height, width),
+        *(random.randint(1, height), random.randint(1, width), random.randrange(2), *rules),
+        *(random.randint(1, height * width), random.randint(0, num_targets), random.randint(0, height * width)),
+    ]
+
+
+@pytest.mark.slow
+def test_no_plan_that_is_accepted_leaves_its_buffers_or_divides_the_lanes(watched_program):
+    random = Random(0)
+    lines = []
+    for _ in range(300):
+        plan = any_plan(random)
+        lines.append(" ".join(map(str, [random.getrandbits(63), random.getrandbits(32), 0, 2 * plan[7], *plan])))
+    assert masks_of(watched_program, 1, lines) == masks_of(watched_program, 5, lines)
 
 
 @pytest.mark.slow

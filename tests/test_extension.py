@@ -95,6 +95,12 @@ def test_equals_the_torch_sampler_where_it_is_hard(library, config, grid):
     assert_same_bits(MaskSampler(config, grid), seed=2**63 + 5, step=3, first_group=8, num_groups=8)
 
 
+@pytest.mark.parametrize("strategy", ["multiblock", "random"])
+@pytest.mark.parametrize("grid", [(256, 256), (1, 65536), (65536, 1)], ids=lambda grid: f"{grid[0]}x{grid[1]}")
+def test_equals_the_torch_sampler_on_the_largest_grids(library, strategy, grid):
+    assert_same_bits(MaskSampler(MaskConfig(strategy=strategy), grid), seed=1, step=3, first_group=8, num_groups=1)
+
+
 @pytest.mark.parametrize("config", HARD_CASES, ids=lambda config: f"{config.strategy}-{config.context}")
 def test_splitting_a_batch_at_group_boundaries_changes_nothing(library, config):
     sampler = MaskSampler(config, GRID_14, implementation="extension")

@@ -3,8 +3,8 @@
 //   host_teams LANES < cases > masks
 //
 // With one lane the team is that of the CPU; with more, a team of threads stands in for a warp. A case is a line of
-// integers: seed, step, first image, images, context rows, target rows, and the plan's numbers. Each case gives four
-// lines: context, its cu_seqlens, targets, their cu_seqlens.
+// integers: seed, step, first image, images, and the plan's numbers. Each case gives four lines: context, its
+// cu_seqlens, targets, their cu_seqlens.
 //
 // Only sync() orders the memory accesses of different lanes, as far as ThreadSanitizer can tell: like a warp's shuffles
 // and ballots, the other operations exchange values and order nothing. So a missing sync() is reported as a data race.
@@ -96,7 +96,7 @@ class ThreadTeam {
 
 // One case, with every buffer exactly as large as it needs to be.
 struct Case {
-  int64_t seed, step, first_image, num_images, context_rows, target_rows;
+  int64_t seed, step, first_image, num_images;
   Plan plan;
   std::vector<Block> memory;
   std::vector<uint32_t> scratch;
@@ -105,7 +105,7 @@ struct Case {
 
   explicit Case(const std::string& line) : sums(kSegments, kUnwritten) {
     std::istringstream numbers(line);
-    numbers >> seed >> step >> first_image >> num_images >> context_rows >> target_rows;
+    numbers >> seed >> step >> first_image >> num_images;
     std::vector<int64_t> plan_numbers;
     for (int64_t number; numbers >> number;) plan_numbers.push_back(number);
     plan = read_plan(plan_numbers.data(), plan_numbers.size());
@@ -114,8 +114,6 @@ struct Case {
                   {kUnwritten, kUnwritten, kUnwritten, kUnwritten});
     workspace.lay_out(plan, num_images, reinterpret_cast<uintptr_t>(memory.data()));
     scratch.resize(static_cast<size_t>(num_images * plan.scratch_words), kUnwritten);
-    context.resize(static_cast<size_t>(context_rows), kUnwritten);
-    targets.resize(static_cast<size_t>(target_rows), kUnwritten);
     context_cu_seqlens.resize(static_cast<size_t>(num_images * plan.num_contexts + 1), kUnwritten);
     target_cu_seqlens.resize(static_cast<size_t>(num_images * plan.num_targets + 1), kUnwritten);
   }
@@ -146,6 +144,11 @@ struct Case {
       }
       team.sync();
     }
+    if (team.lane() == 0) {
+      context.resize(static_cast<size_t>(workspace.context_starts[num_images]), kUnwritten);
+      targets.resize(static_cast<size_t>(workspace.target_starts[num_images]), kUnwritten);
+    }
+    team.sync();
     const Packed packed{context.data(), context_cu_seqlens.data(), targets.data(), target_cu_seqlens.data()};
     for (int64_t b = 0; b < num_images; ++b) pack_image(team, plan, workspace, b, packed);
     if (team.lane() == 0) {
