@@ -107,7 +107,7 @@ class TestMasks:
         figure = plot_masks(images, masks, grid, tmp_path / "masks.png")
         assert_png(tmp_path / "masks.png", figure)
         assert_apart_and_inside(figure)
-        columns = 1 + config.num_contexts + config.num_targets
+        columns = 1 + masks.num_contexts + masks.num_targets
         assert len(panels(figure)) == count * columns
         lengths = [*masks.context.lengths.tolist(), *masks.targets.lengths.tolist()]
         shown = [int(text.split()[0]) for text in texts(figure) if text.endswith(" patches")]
