@@ -71,6 +71,7 @@ EXTRAS = {
     "flash-attn": ["flash-attn>=2.7"],
     "train": [
         "jsonargparse[signatures]>=4.40",
+        "pyyaml",
         "matplotlib>=3.8",
         "pillow>=10.1",
         "safetensors>=0.4.3",

@@ -55,7 +55,7 @@ THIRD_PARTY = {
     "plots": "torch numpy PIL matplotlib",
     "checkpoint": "torch numpy safetensors",
     "logs": "torch tqdm",
-    "cli": "jsonargparse",
+    "cli": "jsonargparse yaml",
     "interop": "torch numpy safetensors transformers timm lightning",
 }
 # Optional packages, imported by the function that needs them and never when the module is loaded.
