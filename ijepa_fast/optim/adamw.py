@@ -95,6 +95,7 @@ class FusedAdamW(torch.optim.Optimizer):
         group = self.param_groups[-1]
         devices = {parameter.device for parameter in self._parameters()}
         if len(devices) > 1:
+            self.param_groups.pop()
             raise ValueError(f"all parameters must be on one device, got {sorted(map(str, devices))}")
         if averaged is not None:
             self._pair(group["params"], list(averaged))
