@@ -40,7 +40,7 @@ def reason(device_type: str) -> str | None:
     try:
         torch.ops.load_library(path)
     except OSError as error:
-        return f"{path} cannot be loaded: {error}"
+        return f"{path} cannot be loaded: {error.__cause__ or error}"
     key = _DISPATCH_KEYS.get(device_type)
     if key is None or not torch._C._dispatch_has_kernel_for_dispatch_key("ijepa_fast::block_masks", key):
         return f"{path} has no code for {device_type}"
