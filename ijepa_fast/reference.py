@@ -284,9 +284,7 @@ def grad_norm(grads: list[Tensor], rows: Tensor | None = None, blocks: Tensor | 
     Args:
         rows, blocks: what ``ops.pointer_tables`` made for the list; only kernels read them, here and below.
     """
-    dtypes = [accumulation_dtype(g.dtype) for g in grads]
-    wide = torch.float64 if torch.float64 in dtypes else torch.float32
-    norms = [torch.linalg.vector_norm(g, dtype=dtype).to(wide) for g, dtype in zip(grads, dtypes, strict=True)]
+    norms = [torch.linalg.vector_norm(g, dtype=accumulation_dtype(g.dtype)) for g in grads]
     return torch.linalg.vector_norm(torch.stack(norms))
 
 

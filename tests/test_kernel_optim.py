@@ -92,8 +92,13 @@ shapes = st.lists(lengths.map(lambda n: (n,)) | st.tuples(st.integers(1, 9), st.
 seeds = st.integers(0, 2**31)
 
 
-def check_update(before: Lists, after: Lists, steps, scale: float) -> None:
-    """``after`` is one step of AdamW and EMA from ``before``, within rounding."""
+def check_update(before: Lists, after: Lists, steps, scale: float, roundings: int = 13) -> None:
+    """``after`` is one step of AdamW and EMA from ``before``, within rounding.
+
+    Args:
+        roundings: between the second moment and the size of the step. 13 if square roots and quotients are exact to
+            half a unit; on a GPU Triton's three quotients and two roots are off by up to two units: 3 * 3 + 2 * 2 more.
+    """
     exact = before.twin(torch.float64)
     reference.adamw_ema_(*exact.all(), SETTINGS, steps, MOMENTUM, torch.tensor(scale), YES)
     for i, param in enumerate(before.params):
@@ -104,7 +109,7 @@ def check_update(before: Lists, after: Lists, steps, scale: float) -> None:
         denominator = (exact.exp_avg_sqs[i] / (1 - beta2**n)).sqrt() + eps
         moved = rate * exact.exp_avgs[i].abs() / denominator
         exp_avg_error = 5 * u * (before.exp_avgs[i].double().abs() + grad)
-        param_error = 3 * u * (param.double().abs() + moved) + 13 * u * moved + rate / denominator * exp_avg_error
+        param_error = 3 * u * param.double().abs() + (3 + roundings) * u * moved + rate / denominator * exp_avg_error
         assert_within(after.exp_avgs[i], exact.exp_avgs[i], exp_avg_error)
         assert_within(after.exp_avg_sqs[i], exact.exp_avg_sqs[i], 7 * u * exact.exp_avg_sqs[i])
         assert_within(after.params[i], exact.params[i], param_error)
@@ -370,8 +375,7 @@ def test_adamw_ema_on_a_gpu(low):
             *after.all(), SETTINGS.cuda(), steps.cuda(), MOMENTUM.cuda(), torch.tensor(0.5).cuda(), YES.cuda()
         )
         results.append(Lists(*([t.cpu() for t in column] for column in after.all()[:7]), *after.all()[7:]))
-    # Triton's fp32 square roots and quotients are off by up to two units in the last place: allow for them.
-    check_update(before, results[0], steps, 0.5)
+    check_update(before, results[0], steps, 0.5, roundings=26)
     for other in results[1:]:
         for column, again in zip(results[0].all()[:7], other.all()[:7], strict=True):
             assert all(map(torch.equal, column, again))
