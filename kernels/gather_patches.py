@@ -52,27 +52,35 @@ def gather_patches_kernel(
     patches: tl.constexpr = (H // P) * grid_w
     wide: tl.constexpr = tl.float64 if out.dtype.element_ty == tl.float64 else accumulator(images)
     first = tl.program_id(0).to(tl.int64) * BLOCK_T
-    row = tl.arange(0, BLOCK_T)
     rows_left = (num_rows - first).to(tl.int32)
+
+    # Read as [y, (row, x)]: the lanes of a warp take the same line of pixels of neighbouring patches.
+    row = tl.arange(0, BLOCK_T)
     token = tl.load(indices + first + row, mask=row < rows_left, other=-1)
-    wanted = token >= 0
     patch = token % patches
     first_pixel = (token // patches).to(tl.int64) * (C * H * W) + patch // grid_w * (P * W) + patch % grid_w * P
+    first_pixel = tl.where(token >= 0, first_pixel, -P)
+    first_pixel = tl.reshape(tl.broadcast_to(first_pixel[:, None], [BLOCK_T, BLOCK_P]), [BLOCK_T * BLOCK_P])
+    # What the compiler no longer sees behind the reshape, and needs for wide loads.
+    first_pixel = tl.multiple_of(tl.max_constancy(first_pixel, BLOCK_P), P & -P)
+    wanted = first_pixel >= 0
+    x, y = tl.arange(0, BLOCK_T * BLOCK_P) % BLOCK_P, tl.arange(0, BLOCK_P)
+    source = images + (first_pixel + x)[None, :] + y[:, None] * W
+    readable = (wanted & (x < P))[None, :] & (y < P)[:, None]
 
-    # Read as [y, row, x]: the lanes of a warp take the same line of pixels of neighbouring patches.
-    y, x = tl.arange(0, BLOCK_P)[:, None, None], tl.arange(0, BLOCK_P)[None, None, :]
-    source = images + first_pixel[None, :, None] + (y * W + x)
-    readable = wanted[None, :, None] & (y < P) & (x < P)
-    # Written as [row, y, x]: the lanes of a warp take neighbouring columns.
-    y = tl.arange(0, BLOCK_P)[None, :, None]
-    destination = out + first * K + row[:, None, None] * K + (y * P + x)
-    writable = row[:, None, None] < tl.where((y < P) & (x < P), rows_left, 0)  # one comparison per store
+    # Written as [row, (y, x)]: the lanes of a warp take neighbouring columns.
+    y, x = tl.arange(0, BLOCK_P * BLOCK_P) // BLOCK_P, tl.arange(0, BLOCK_P * BLOCK_P) % BLOCK_P
+    destination = out + first * K + row[:, None] * K + (y * P + x)[None, :]
+    writable = row[:, None] < tl.where((y < P) & (x < P), rows_left, 0)[None, :]  # one comparison per store
+
     for channel in tl.static_range(C):
         pixels = tl.load(source + channel * (H * W), mask=readable, other=0).to(wide)
-        scale = tl.where(wanted, tl.full([], SCALES[channel], wide), 0)[None, :, None]
-        shift = tl.where(wanted, tl.full([], SHIFTS[channel], wide), 0)[None, :, None]
+        scale = tl.where(wanted, tl.full([], SCALES[channel], wide), 0)[None, :]
+        shift = tl.where(wanted, tl.full([], SHIFTS[channel], wide), 0)[None, :]
         values = (pixels * scale + shift).to(out.dtype.element_ty)
-        tl.store(destination + channel * (P * P), tl.permute(values, (1, 0, 2)), mask=writable)
+        values = tl.permute(tl.reshape(values, [BLOCK_P, BLOCK_T, BLOCK_P]), (1, 0, 2))
+        values = tl.reshape(values, [BLOCK_T, BLOCK_P * BLOCK_P])
+        tl.store(destination + channel * (P * P), values, mask=writable)
     if K > C * P * P:
         behind = C * P * P + tl.arange(0, 16)[None, :]
         zeros = tl.zeros([BLOCK_T, 16], out.dtype.element_ty)
