@@ -12,10 +12,6 @@ import torch.utils._device
 hypothesis.settings.register_profile("ijepa_fast", deadline=None, derandomize="CI" in os.environ)
 hypothesis.settings.load_profile("ijepa_fast")
 
-# Without a GPU kernels run in Triton's interpreter, which is chosen when triton is imported: by the first test module.
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
-
 # Tiny tensors gain nothing from threads, and on a busy machine the threads wait for one another.
 torch.set_num_threads(1)
 
@@ -66,20 +62,29 @@ def torch_draws_masks():
         yield
 
 
-_deselected_gpu_tests = 0
+_deselected: dict[str, list[pytest.Item]] = {}
+
+
+def pytest_configure(config):
+    # Triton reads this when it is imported, by the first test module. Tests marked `gpu` need kernels compiled.
+    if not torch.cuda.is_available() or "not gpu" in config.option.markexpr:
+        os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def pytest_collection_modifyitems(config, items):
-    global _deselected_gpu_tests
-    if torch.cuda.is_available():
-        return
-    gpu = [item for item in items if item.get_closest_marker("gpu")]
-    if gpu:
-        _deselected_gpu_tests = len(gpu)
-        items[:] = [item for item in items if item not in gpu]
-        config.hook.pytest_deselected(items=gpu)
+    reasons = {}
+    if not torch.cuda.is_available():
+        reasons["gpu"] = "torch sees no CUDA device"
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        reasons["interpreter"] = "this run compiles kernels for the GPU; run them with -m 'not gpu'"
+    for marker, reason in reasons.items():
+        chosen = [item for item in items if item.get_closest_marker(marker)]
+        if chosen:
+            _deselected[f"marked {marker} deselected: {reason}"] = chosen
+            items[:] = [item for item in items if item not in chosen]
+            config.hook.pytest_deselected(items=chosen)
 
 
 def pytest_terminal_summary(terminalreporter):
-    if _deselected_gpu_tests:
-        terminalreporter.write_line(f"{_deselected_gpu_tests} tests marked gpu deselected: torch sees no CUDA device")
+    for words, items in _deselected.items():
+        terminalreporter.write_line(f"{len(items)} tests {words}")

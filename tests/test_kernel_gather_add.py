@@ -18,6 +18,8 @@ from kernel_testing import (
 from ijepa_fast import reference
 from ijepa_fast.kernels import gather_add as kernels
 
+pytestmark = pytest.mark.interpreter
+
 
 def draw_case(rows: int, images: int, positions: int, width: int, seed: int):
     """x for gathering, x of packed rows, table and indices with padding rows and repetitions among them."""

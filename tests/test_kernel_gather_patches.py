@@ -17,6 +17,8 @@ from kernel_testing import (
 from ijepa_fast import reference
 from ijepa_fast.kernels import gather_patches as kernels
 
+pytestmark = pytest.mark.interpreter
+
 # In x * scale + shift the scale (twice) and the product are rounded; 1 / std is at most 4.5.
 MAGNITUDE = 3 * 4.5
 MEAN, STD = (0.485, 0.456, 0.406, 0.5), (0.229, 0.224, 0.225, 0.25)

@@ -18,6 +18,8 @@ from kernel_testing import (
 from ijepa_fast import reference
 from ijepa_fast.kernels import gelu as kernels
 
+pytestmark = pytest.mark.interpreter
+
 
 def draw_case(rows: int, width: int, with_bias: bool, seed: int):
     generator = torch.Generator().manual_seed(seed)

@@ -18,6 +18,8 @@ from kernel_testing import (
 from ijepa_fast import reference
 from ijepa_fast.kernels import layer_norm as kernels
 
+pytestmark = pytest.mark.interpreter
+
 EPS = 1e-6
 
 

@@ -20,6 +20,8 @@ from ijepa_fast.kernels import predictor_tokens as kernels
 from ijepa_fast.layout import predictor_layout
 from ijepa_fast.ragged import Ragged
 
+pytestmark = pytest.mark.interpreter
+
 
 def draw_case(context: list[int], targets: list[int], width: int, padding: int, seed: int):
     """Arguments of the op for images with these context lengths, each with the same target blocks."""
