@@ -220,6 +220,51 @@ def _varlen_attention_grad(ctx, grad, _grad_lse):
 
 
 varlen_attention.register_autograd(_varlen_attention_grad, setup_context=_varlen_attention_setup)
+_cuda_kernel(varlen_attention, "varlen_attention", "varlen_attention")
+_cuda_kernel(varlen_attention_backward, "varlen_attention_backward", "varlen_attention_backward")
+
+
+@torch.library.custom_op("ijepa_fast::varlen_self_attention", mutates_args=())
+def varlen_self_attention(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> tuple[Tensor, Tensor]:
+    with torch.autocast(qkv.device.type, enabled=False):
+        return reference.varlen_self_attention(qkv, cu_seqlens, max_seqlen)
+
+
+@varlen_self_attention.register_fake
+def _(qkv, cu_seqlens, max_seqlen):
+    rows, _, heads, head_dim = qkv.shape
+    lse = qkv.new_empty(rows, heads, dtype=reference.accumulation_dtype(qkv.dtype))
+    return qkv.new_empty(rows, heads, head_dim), lse
+
+
+@torch.library.custom_op("ijepa_fast::varlen_self_attention_backward", mutates_args=())
+def varlen_self_attention_backward(
+    grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor, max_seqlen: int
+) -> Tensor:
+    with torch.autocast(qkv.device.type, enabled=False):
+        return reference.varlen_self_attention_backward(grad, qkv, out, lse, cu_seqlens, max_seqlen)
+
+
+@varlen_self_attention_backward.register_fake
+def _(grad, qkv, out, lse, cu_seqlens, max_seqlen):
+    return qkv.new_empty(qkv.shape)
+
+
+def _varlen_self_attention_setup(ctx, inputs, output):
+    qkv, cu_seqlens, ctx.max_seqlen = inputs
+    out, lse = output
+    ctx.mark_non_differentiable(lse)
+    ctx.save_for_backward(qkv, out, lse, cu_seqlens)
+
+
+def _varlen_self_attention_grad(ctx, grad, _grad_lse):
+    grad_qkv = varlen_self_attention_backward(grad.contiguous(), *ctx.saved_tensors, ctx.max_seqlen)
+    return grad_qkv, None, None
+
+
+varlen_self_attention.register_autograd(_varlen_self_attention_grad, setup_context=_varlen_self_attention_setup)
+_cuda_kernel(varlen_self_attention, "varlen_attention", "varlen_self_attention")
+_cuda_kernel(varlen_self_attention_backward, "varlen_attention_backward", "varlen_self_attention_backward")
 
 
 @torch.library.custom_op("ijepa_fast::layer_norm", mutates_args=())

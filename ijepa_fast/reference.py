@@ -278,6 +278,19 @@ def varlen_attention_backward(
     )
 
 
+def varlen_self_attention(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> tuple[Tensor, Tensor]:
+    """``varlen_attention`` of the three parts of ``qkv`` [T, 3, H, Dh]: out [T, H, Dh] and log-sum-exp [T, H]."""
+    return varlen_attention(*qkv.unbind(1), cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
+
+
+def varlen_self_attention_backward(
+    grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor, max_seqlen: int
+) -> Tensor:
+    """Gradient of ``varlen_self_attention`` into ``qkv`` [T, 3, H, Dh]."""
+    bounds = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
+    return torch.stack(varlen_attention_backward(grad, *qkv.unbind(1), out, lse, *bounds), 1)
+
+
 def grad_norm(grads: list[Tensor], rows: Tensor | None = None, blocks: Tensor | None = None) -> Tensor:
     """L2 norm over all gradients together: a scalar, fp32 (fp64 if any gradient is).
 
