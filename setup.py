@@ -78,16 +78,21 @@ EXTRAS = {
         "tensorboard>=2.16",
         "tqdm>=4.66",
     ],
+    "shards": ["webdataset>=1.0"],
+    "huggingface": ["transformers>=4.56", "safetensors>=0.4.3"],
+    "lightning": ["lightning>=2.4"],
     "dev": ["ruff>=0.12"],
 }
-# setuptools: a test builds the wheel. transformers: a test holds that our kernels/ does not disturb it.
+# setuptools: a test builds the wheel.
 EXTRAS["test"] = [
     *EXTRAS["train"],
+    *EXTRAS["shards"],
+    *EXTRAS["huggingface"],
+    *EXTRAS["lightning"],
     "hypothesis>=6.100",
     "pytest>=8",
     "pytest-benchmark>=4",
     "setuptools>=70.1",
-    "transformers>=4.56",
 ]
 # The attention libraries are left out: each fits certain CUDA and torch builds only.
 EXTRAS["all"] = [*EXTRAS["test"], *EXTRAS["dev"]]
