@@ -2,13 +2,14 @@
 
     python fsdp_checks.py RANK WORLD_SIZE FOLDER
 
-writes FOLDER/RANK.json: name of the check -> "" or the traceback.
+writes FOLDER/RANK.json: name of the check -> "" or the traceback, up to the first that failed.
 """
 
 import copy
 import json
 import sys
 import traceback
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -21,6 +22,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
@@ -36,11 +38,11 @@ def network(dtype=torch.float32, seed=0):
     return nn.Sequential(nn.Linear(5, 7), nn.GELU(), nn.Linear(7, 3), nn.Linear(3, 1)).to(dtype)
 
 
-def shard(module):
+def shard(module, **options):
     for layer in module:
         if isinstance(layer, nn.Linear):
-            fully_shard(layer)
-    return fully_shard(module)
+            fully_shard(layer, **options)
+    return fully_shard(module, **options)
 
 
 def whole(tensor):
@@ -88,6 +90,19 @@ def check_training_is_that_of_the_whole_model():
     equal(sharded, plain, rtol=1e-5, atol=1e-6)
     equal(sharded_average, average, rtol=1e-5, atol=1e-6)
     assert any(p.to_local().numel() == 0 for p in sharded.parameters()) == (dist.get_rank() == 1)
+
+
+def check_replicated_shards_count_once():
+    """HSDP: gradients are whole (in one shard) on both ranks."""
+    mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("replicate", "shard"))
+    plain, sharded = network(), shard(network(), mesh=mesh)
+    expected, optimizer = (FusedAdamW(module.parameters(), **SETTINGS) for module in (plain, sharded))
+    backward(plain, 0)
+    backward(sharded, 0, dist.get_rank())
+    expected.step()
+    optimizer.step()
+    torch.testing.assert_close(optimizer.grad_norm, expected.grad_norm, rtol=1e-5, atol=0)
+    equal(sharded, plain, rtol=1e-5, atol=1e-6)
 
 
 def check_low_precision_shards_have_masters():
@@ -208,7 +223,8 @@ CHECKS = {name.removeprefix("check_"): check for name, check in globals().items(
 
 def main(rank: int, world_size: int, folder: Path) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
+    meeting = f"file://{folder}/store"
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=world_size, timeout=timedelta(minutes=2))
     outcomes = {}
     for name, check in CHECKS.items():
         try:
@@ -216,8 +232,10 @@ def main(rank: int, world_size: int, folder: Path) -> None:
             outcomes[name] = ""
         except Exception:
             outcomes[name] = traceback.format_exc()
+            break  # the other rank may be waiting in a collective: it gets an error now
     (folder / f"{rank}.json").write_text(json.dumps(outcomes))
-    dist.destroy_process_group()
+    if not any(outcomes.values()):
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

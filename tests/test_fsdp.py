@@ -25,7 +25,11 @@ def outcomes(tmp_path_factory):
         )
         for rank in range(2)
     ]
-    errors = [process.communicate(timeout=240)[1] for process in processes]
+    try:
+        errors = [process.communicate(timeout=300)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
     assert all(process.returncode == 0 for process in processes), errors[0][-3000:]
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 
@@ -33,4 +37,5 @@ def outcomes(tmp_path_factory):
 @pytest.mark.parametrize("check", CHECKS)
 def test_on_two_ranks(outcomes, check):
     for rank, found in enumerate(outcomes):
-        assert not found[check], f"rank {rank}: {found[check]}"
+        failure = found.get(check, "not reached")
+        assert not failure, f"rank {rank}: {failure}"

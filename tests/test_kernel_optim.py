@@ -14,6 +14,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from kernel_testing import LastProgram, huge, interpreted
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 
 from ijepa_fast import ops, reference
 from ijepa_fast.kernels import adamw_ema, ema, grad_norm, multi_tensor
@@ -348,6 +349,22 @@ def test_ops_survive_torch_compile():
     assert norms[0] == norms[1] and not torch.equal(expected.params[0], lists.params[0])
     for ours, theirs in zip(compiled.all()[:7], expected.all()[:7], strict=True):
         assert all(map(torch.equal, ours, theirs))
+
+
+def test_fake_cuda_tensors_need_no_gpu():
+    lists = draw_lists([(9,), (3, 4)], torch.float32, torch.float16, 3)
+    with FakeTensorMode():
+
+        def fake(tensor):
+            return torch.empty(tensor.shape, dtype=tensor.dtype, device="cuda")
+
+        columns = [[fake(t) for t in column] for column in lists.all()[:7]]
+        norm = ops.grad_norm(columns[1])
+        assert (norm.device.type, norm.shape, norm.dtype) == ("cuda", (), torch.float32)
+        assert ops.grad_norm([norm.double(), norm]).dtype == torch.float64
+        scalars = map(fake, (SETTINGS, torch.ones(2), MOMENTUM, MOMENTUM, YES))
+        assert ops.adamw_ema_(*columns, *lists.all()[7:], *scalars) is None
+        assert ops.ema_(columns[0], columns[2], fake(MOMENTUM)) is None
 
 
 def test_opcheck():

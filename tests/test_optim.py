@@ -180,6 +180,18 @@ def test_grad_scaler_gives_the_unscaled_step():
     assert scaler.get_scale() == 512.0
 
 
+def test_what_the_scaler_found_stops_the_step():
+    """Other optimizers of the same scaler, or other ranks, may have seen what is not in these gradients."""
+    module = network()
+    before = copy.deepcopy(module)
+    optimizer = FusedAdamW(module.parameters(), lr=0.1)
+    optimizer.grad_scale, optimizer.found_inf = torch.tensor(2.0), torch.tensor(1.0)
+    give_gradients(module, 0)
+    optimizer.step()
+    same(module, before, rtol=0, atol=0)
+    assert int(optimizer.skipped) == 1
+
+
 def test_main_grad_takes_the_place_of_grad():
     plain, main = network(), network()
     first, second = FusedAdamW(plain.parameters(), lr=0.01), FusedAdamW(main.parameters(), lr=0.01)
@@ -291,6 +303,7 @@ def test_gradients_in_another_memory_order():
 def test_weights_loaded_after_the_optimizer_was_made_count(dtype):
     module, average = network(dtype), network(dtype)
     optimizer = FusedAdamW(module.parameters(), ema=average.parameters(), lr=0.0, momentum=1.0)
+    optimizer.state_dict()  # makes masters and wide averages
     for target in (module, average):
         target.load_state_dict({name: value + 1 for name, value in target.state_dict().items()})
     loaded = copy.deepcopy((module, average))

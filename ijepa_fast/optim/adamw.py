@@ -181,11 +181,13 @@ class FusedAdamW(torch.optim.Optimizer):
         tensors on the GPU stay there and are read by the step, also in a replay.
         """
         values = self._scalar_values()
+        on_gpu = self._device.type == "cuda"
         if self._scalars is None:
-            self._scalars = torch.zeros(len(values), dtype=torch.float64, device=self._device)
+            # Only our kernels read them on the device; others would have to wait for it, and some have no fp64.
+            device = self._device if on_gpu else torch.device("cpu")
+            self._scalars = torch.zeros(len(values), dtype=torch.float64, device=device)
         on_host = [0.0 if isinstance(value, Tensor) and value.is_cuda else float(value) for value in values]
-        staged = torch.tensor(on_host, dtype=torch.float64, pin_memory=self._device.type == "cuda")
-        self._scalars.copy_(staged, non_blocking=True)
+        self._scalars.copy_(torch.tensor(on_host, dtype=torch.float64, pin_memory=on_gpu), non_blocking=True)
 
     def _scalar_values(self) -> list[float | Tensor]:
         values: list[float | Tensor] = []

@@ -47,7 +47,8 @@ class EMA:
                 is captured in a CUDA graph.
         """
         if not isinstance(momentum, Tensor):
-            momentum = torch.full((), momentum, dtype=torch.float64, device=self.targets[0].device)
+            device = self.targets[0].device
+            momentum = torch.full((), momentum, dtype=torch.float64, device=device if device.type == "cuda" else "cpu")
         targets = [local(target) for target in self.targets]
         averages = [self.averages.get(name, target) for name, target in zip(self._names, targets, strict=True)]
         sources = [local(source).detach() for source in self.sources]
