@@ -26,9 +26,12 @@ log = logging.getLogger(__name__)
 HALF = (torch.float16, torch.bfloat16)
 PRIORITY = {
     "cuda": ("triton", "flash_attn", "torch_varlen", "xformers", "sdpa", "reference"),
-    "cpu": ("sdpa", "reference"),
+    "cpu": ("cpu", "sdpa", "reference"),
 }
 """Per device type, fastest first. Not measured on a GPU yet: the order is that of the design."""
+
+OPS = ("triton", "cpu")
+"""Backends that are the package's own op on one kind of device; it also takes packed queries, keys and values."""
 
 
 class BackendUnavailable(RuntimeError):
@@ -150,6 +153,9 @@ def varlen_self_attention(
     qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, *, backend: str = "auto", uniform: bool = False
 ) -> Tensor:
     """``varlen_attention`` of packed [T, 3, H, Dh] queries, keys and values. Returns [T, H, Dh]."""
+    request = Request(qkv.device, qkv.dtype, qkv.shape[-1], max_seqlen)
+    if resolve(backend, request) in OPS:
+        return ops.varlen_self_attention(qkv, cu_seqlens, max_seqlen)[0]
     q, k, v = qkv.unbind(1)
     return varlen_attention(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, backend=backend, uniform=uniform)
 
@@ -328,6 +334,7 @@ BACKENDS: dict[str, Backend] = {
         Backend("flash_attn", _load_flash_attn, _refuse_unless(("cuda",), HALF, 256)),
         Backend("xformers", _load_xformers, _refuse_unless(("cuda",), (*HALF, torch.float32), 256)),
         Backend("torch_varlen", _load_torch_varlen, _refuse_unless(("cuda",), HALF, 256)),
+        Backend("cpu", _load_op, _refuse_unless(("cpu",), None)),
         Backend("sdpa", _load_sdpa, lambda request: None),
         Backend("reference", _load_reference, lambda request: None),
     )

@@ -1,7 +1,8 @@
 """The operators of the package, registered with torch: the only file that knows ``torch.library``.
 
 Each op stands with its shape rule (fake) and its autograd formula. What an op computes is defined in
-``reference.py``, which every device without a kernel of ours runs; CUDA tensors take the kernels.
+``reference.py``, which every device without a kernel of ours runs; CUDA tensors take the kernels, and attention on
+the CPU torch's fused kernel.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from importlib import import_module
 import torch
 from torch import Tensor
 
-from ijepa_fast import reference
+from ijepa_fast import cpu_attention, reference
 
 
 def _cuda_kernel(op: torch.library.CustomOpDef, module: str, function: str) -> None:
@@ -221,7 +222,9 @@ def _varlen_attention_grad(ctx, grad, _grad_lse):
 
 varlen_attention.register_autograd(_varlen_attention_grad, setup_context=_varlen_attention_setup)
 _cuda_kernel(varlen_attention, "varlen_attention", "varlen_attention")
+varlen_attention.register_kernel("cpu")(cpu_attention.varlen_attention)
 _cuda_kernel(varlen_attention_backward, "varlen_attention_backward", "varlen_attention_backward")
+varlen_attention_backward.register_kernel("cpu")(cpu_attention.varlen_attention_backward)
 
 
 @torch.library.custom_op("ijepa_fast::varlen_self_attention", mutates_args=())
@@ -264,7 +267,9 @@ def _varlen_self_attention_grad(ctx, grad, _grad_lse):
 
 varlen_self_attention.register_autograd(_varlen_self_attention_grad, setup_context=_varlen_self_attention_setup)
 _cuda_kernel(varlen_self_attention, "varlen_attention", "varlen_self_attention")
+varlen_self_attention.register_kernel("cpu")(cpu_attention.varlen_self_attention)
 _cuda_kernel(varlen_self_attention_backward, "varlen_attention_backward", "varlen_self_attention_backward")
+varlen_self_attention_backward.register_kernel("cpu")(cpu_attention.varlen_self_attention_backward)
 
 
 @torch.library.custom_op("ijepa_fast::layer_norm", mutates_args=())

@@ -22,9 +22,9 @@ from ijepa_fast.attention import (
     varlen_self_attention,
 )
 
-EVERYWHERE = ("sdpa", "reference")
+EVERYWHERE = ("cpu", "sdpa", "reference")
 CPU = torch.device("cpu")
-NAMES = {"triton", "flash_attn", "xformers", "torch_varlen", "sdpa", "reference"}
+NAMES = {"triton", "flash_attn", "xformers", "torch_varlen", "cpu", "sdpa", "reference"}
 
 
 def prefix_sums(lengths):

@@ -87,7 +87,7 @@ def test_smooth_l1_sees_both_sides_of_its_bend():
     assert 0.1 < (predicted.abs() < 1).double().mean() < 0.9
 
 
-@pytest.mark.parametrize("backend", ["sdpa", "reference"])
+@pytest.mark.parametrize("backend", ["cpu", "sdpa", "reference"])
 @pytest.mark.parametrize(
     "images_dtype",
     [

@@ -76,7 +76,7 @@ def poison_ops(monkeypatch):
 
 
 @pytest.mark.parametrize("all_targets", [True, False])
-@pytest.mark.parametrize("backend", ["sdpa", "reference"])
+@pytest.mark.parametrize("backend", ["cpu", "sdpa", "reference"])
 @pytest.mark.parametrize("num_contexts", [1, 2])
 def test_nan_in_padding_rows_reaches_no_gradient(monkeypatch, num_contexts, backend, all_targets):
     grid = (6, 6)

@@ -1,0 +1,89 @@
+"""Variable-length attention on the CPU: torch's fused kernel on one sequence after another, without padding.
+
+The definition is ``reference.varlen_attention``. Reading lengths costs nothing where the host is the device, and a
+sequence of a hundred tokens keeps the cores busy (heads times blocks of 32 queries).
+
+Legend: Tq, Tk packed rows of queries and keys, H heads, Dh head dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from ijepa_fast.reference import accumulation_dtype
+
+_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+def _sequences(cu_q: Tensor, cu_k: Tensor) -> Iterator[tuple[slice, slice]]:
+    """Rows of queries and of keys of every sequence that has both."""
+    bounds_q, bounds_k = cu_q.tolist(), cu_k.tolist()
+    for i in range(len(bounds_q) - 1):
+        rows_q, rows_k = slice(*bounds_q[i : i + 2]), slice(*bounds_k[i : i + 2])
+        if rows_q.start < rows_q.stop and rows_k.start < rows_k.stop:
+            yield rows_q, rows_k
+
+
+def _heads_first(x_THD: Tensor, rows: slice) -> Tensor:
+    return x_THD[rows].transpose(0, 1)[None]
+
+
+def varlen_attention(
+    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int
+) -> tuple[Tensor, Tensor]:
+    """As ``reference.varlen_attention``."""
+    out, used = torch.zeros(q.shape, dtype=q.dtype), int(cu_q[-1])
+    lse = torch.zeros(q.shape[:2], dtype=accumulation_dtype(q.dtype))
+    lse[:used] = float("-inf")
+    for rows_q, rows_k in _sequences(cu_q, cu_k):
+        part, part_lse = _forward(_heads_first(q, rows_q), _heads_first(k, rows_k), _heads_first(v, rows_k))
+        out[rows_q] = part[0].transpose(0, 1)
+        lse[rows_q] = part_lse[0].T
+    return out, lse
+
+
+def varlen_attention_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_q: Tensor,
+    cu_k: Tensor,
+    max_q: int,
+    max_k: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As ``reference.varlen_attention_backward``."""
+    grads = tuple(torch.zeros(x.shape, dtype=x.dtype) for x in (q, k, v))
+    _add_gradients(grads, grad, (q, k, v), out, lse, cu_q, cu_k)
+    return grads
+
+
+def varlen_self_attention(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> tuple[Tensor, Tensor]:
+    """As ``reference.varlen_self_attention``."""
+    return varlen_attention(*qkv.unbind(1), cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
+
+
+def varlen_self_attention_backward(
+    grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor, max_seqlen: int
+) -> Tensor:
+    """As ``reference.varlen_self_attention_backward``."""
+    grad_qkv = torch.zeros(qkv.shape, dtype=qkv.dtype)
+    _add_gradients(grad_qkv.unbind(1), grad, qkv.unbind(1), out, lse, cu_seqlens, cu_seqlens)
+    return grad_qkv
+
+
+def _add_gradients(grads: tuple[Tensor, ...], grad: Tensor, qkv, out: Tensor, lse: Tensor, cu_q, cu_k) -> None:
+    """Write the gradients of every sequence into ``grads``, which hold zeros."""
+    for rows_q, rows_k in _sequences(cu_q, cu_k):
+        rows = (rows_q, rows_k, rows_k)
+        inputs = [_heads_first(x, r) for x, r in zip(qkv, rows, strict=True)]
+        part_lse = lse[rows_q].T.contiguous()[None]
+        parts = _backward(_heads_first(grad, rows_q), *inputs, _heads_first(out, rows_q), part_lse, 0.0, False)
+        for target, part, r in zip(grads, parts, rows, strict=True):
+            target[r] = part[0].transpose(0, 1)
