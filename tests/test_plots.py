@@ -11,7 +11,17 @@ import torch
 from PIL import Image
 
 from ijepa_fast.masks import MaskConfig, Masks, MaskSampler
-from ijepa_fast.plots import pca_maps, plot_curves, plot_masks, plot_pca
+from ijepa_fast.plots import (
+    cosine_maps,
+    nearest_neighbours,
+    pca_maps,
+    plot_curves,
+    plot_masks,
+    plot_neighbours,
+    plot_pca,
+    plot_similarity,
+)
+from ijepa_fast.plots.sheet import viridis
 from ijepa_fast.ragged import Ragged
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -224,6 +234,118 @@ class TestPCA:
             pca_maps(torch.full((1, 6, 4), torch.nan), (2, 3))
         with pytest.raises(ValueError, match="2 images, but features of 3"):
             plot_pca(random_images(2, 4, 6), torch.randn(3, 6, 4), (2, 3))
+
+
+class TestSimilarity:
+    def test_maps_are_cosines_with_the_chosen_patch(self):
+        features = torch.randn(2, 6, 5, generator=torch.Generator().manual_seed(0))
+        maps = cosine_maps(features, (2, 3), [(0, 2), (1, 1)])
+        assert maps.shape == (2, 2, 2, 3) and maps.dtype == torch.float32
+        x = features.double().numpy()
+        for image in range(2):
+            for number, chosen in enumerate([2, 4]):
+                for patch in range(6):
+                    a, b = x[image, chosen], x[image, patch]
+                    expected = a @ b / np.sqrt((a @ a) * (b @ b))
+                    np.testing.assert_allclose(maps[image, number].flatten()[patch], expected, atol=1e-6)
+        torch.testing.assert_close(cosine_maps(7 * features, (2, 3), [(0, 2), (1, 1)]), maps)
+
+    @pytest.mark.parametrize(("count", "grid"), [(1, (4, 4)), (3, (2, 6)), (2, (6, 2))])
+    @pytest.mark.parametrize("with_before", [False, True])
+    def test_a_row_for_each_image_and_a_map_for_each_patch(self, tmp_path, count, grid, with_before):
+        images = random_images(count, grid[0] * 8, grid[1] * 8)
+        features = torch.randn(count, grid[0] * grid[1], 8, generator=torch.Generator().manual_seed(0))
+        before = 2 + features.sin() if with_before else None
+        patches = [(0, 1), (1, 0), (grid[0] - 1, grid[1] - 1)]
+        figure = plot_similarity(images, features, grid, patches, tmp_path / "similarity.png", before=before)
+        assert_png(tmp_path / "similarity.png", figure)
+        assert_apart_and_inside(figure)
+        kinds = [before, features] if with_before else [features]
+        *shown, scale = panels(figure)
+        assert len(shown) == count * (1 + 3 * len(kinds)) and scale.shape == (1, 64, 3)
+        assert shown[0].shape[:2] == (grid[0] * 8, grid[1] * 8)
+        maps = [cosine_maps(kind, grid, patches).numpy() for kind in kinds]
+        low = float(texts(figure)[-2])
+        assert 0 <= min(m.min() for m in maps) - low <= 0.05
+        # Row by row: the image, then for each patch its map of every kind.
+        expected = [m[image, number] for image in range(count) for number in range(3) for m in maps]
+        drawn = [panel for place, panel in enumerate(shown) if place % (1 + 3 * len(kinds))]
+        for panel, cosines in zip(drawn, expected, strict=True):
+            np.testing.assert_allclose(panel, viridis((cosines - low) / (1 - low)), atol=1e-6)
+
+    def test_features_that_are_all_alike_look_alike(self):
+        *shown, _ = panels(plot_similarity(random_images(1, 4, 6), torch.ones(1, 6, 4), (2, 3), [(0, 0)]))
+        assert np.ptp(shown[1].reshape(-1, 3), axis=0).max() == 0
+
+    def test_errors_name_the_value(self):
+        features = torch.randn(2, 6, 4, generator=torch.Generator().manual_seed(0))
+        with pytest.raises(ValueError, match="patch 2,0 is outside the 2 x 3 grid"):
+            cosine_maps(features, (2, 3), [(0, 0), (2, 0)])
+        with pytest.raises(ValueError, match="patch 0,-1 is outside"):
+            cosine_maps(features, (2, 3), [(0, -1)])
+        with pytest.raises(ValueError, match="no patch"):
+            cosine_maps(features, (2, 3), [])
+        with pytest.raises(ValueError, match=r"\[B, 8, D\] on a 2 x 4 grid, got \[2, 6, 4\]"):
+            cosine_maps(features, (2, 4), [(0, 0)])
+        with pytest.raises(ValueError, match="finite"):
+            cosine_maps(features / 0, (2, 3), [(0, 0)])
+        with pytest.raises(ValueError, match="3 images, but features of 2"):
+            plot_similarity(random_images(3, 4, 6), features, (2, 3), [(0, 0)])
+
+
+class TestNeighbours:
+    def test_the_most_similar_first_and_never_the_query(self):
+        angles = torch.tensor([0.0, 10, 25, 180, -5, 90]).deg2rad()
+        lengths = torch.tensor([1.0, 50, 2, 3, 0.1, 9])
+        features = torch.stack([angles.cos(), angles.sin()], dim=1) * lengths[:, None]
+        rows, similarities = nearest_neighbours(features, [0, 3], 3)
+        assert rows.tolist() == [[4, 1, 2], [5, 2, 1]]
+        expected = torch.tensor([[5.0, 10, 25], [90, 155, 170]]).deg2rad().cos()
+        torch.testing.assert_close(similarities, expected)
+
+    def test_equals_come_in_the_order_of_their_rows(self):
+        rows, similarities = nearest_neighbours(torch.ones(40, 3), [5, 0], 39)
+        assert rows.tolist() == [[i for i in range(40) if i != 5], list(range(1, 40))]
+        torch.testing.assert_close(similarities, torch.ones(2, 39))
+
+    @pytest.mark.parametrize("named", [False, True])
+    def test_a_row_for_each_query(self, tmp_path, named):
+        images = random_images(8, 12, 16)
+        rows = torch.tensor([[1, 2, 3], [5, 6, 7]])
+        names = {}
+        if named:
+            names = {"query_names": ["ant", "$x$ " * 9], "neighbour_names": [["ant", "bee", "ant"], ["$x$ " * 9] * 3]}
+        similarities = torch.tensor([[0.9, 0.8, -0.25], [1.0, 1.0, 1.0]])
+        figure = plot_neighbours(images[[0, 4]], images[rows], similarities, tmp_path / "neighbours.png", **names)
+        assert_png(tmp_path / "neighbours.png", figure)
+        assert_apart_and_inside(figure)
+        expected = (images.permute(0, 2, 3, 1).float() / 255).numpy()
+        for panel, image in zip(panels(figure), expected, strict=True):
+            np.testing.assert_allclose(panel, image, atol=1e-6)
+        captions = texts(figure)[4:]
+        if named:
+            long = "$x$ $x$ $x$ $x…"
+            assert captions[:4] == ["ant", "✓ ant\n0.90", "✗ bee\n0.80", "✓ ant\n-0.25"]
+            assert captions[4:] == [long, *[f"✓ {long}\n1.00"] * 3]
+        else:
+            assert captions == ["0.90", "0.80", "-0.25", "1.00", "1.00", "1.00"]
+
+    def test_errors_name_the_value(self):
+        with pytest.raises(ValueError, match="between 1 and 3, .*, got 4"):
+            nearest_neighbours(torch.ones(4, 2), [0], 4)
+        with pytest.raises(ValueError, match=r"rows of the 4 features, got \[-1\]"):
+            nearest_neighbours(torch.ones(4, 2), [-1], 1)
+        with pytest.raises(ValueError, match="finite"):
+            nearest_neighbours(torch.full((4, 2), torch.inf), [0], 1)
+        images = random_images(4, 8, 8)
+        with pytest.raises(ValueError, match=r"2 queries need neighbours \[2, k, 3, h, w\]"):
+            plot_neighbours(images[:2], images, torch.ones(2, 2))
+        with pytest.raises(ValueError, match="together"):
+            plot_neighbours(images[:1], images[None, 1:], torch.ones(1, 3), query_names=["ant"])
+        with pytest.raises(ValueError, match="1 queries with 3 neighbours"):
+            plot_neighbours(
+                images[:1], images[None, 1:], torch.ones(1, 3), query_names=["ant"], neighbour_names=[["ant"]]
+            )
 
 
 def test_matplotlib_is_imported_late_and_pyplot_never(tmp_path):
