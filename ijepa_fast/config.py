@@ -71,6 +71,7 @@ class ModelConfig:
             self.embed_dim,
             predictor_embed_dim=self.predictor_embed_dim,
             depth=self.predictor_depth,
+            target_dim=3 * self.patch_size**2 if objective.targets == "pixels" else None,
             **shared,
         )
         return IJEPA(encoder, predictor, objective)

@@ -1,23 +1,26 @@
 """I-JEPA: context encoder, target encoder, predictor and the loss between them (arXiv 2301.08243, section 3).
 
-Legend: B images, N patches per image, D width, Tc, Tt packed rows of context and targets, W ranks.
+Legend: B images, N patches per image, D width, p patch size, K width of a target (D, or 3 * p * p for pixels), M target
+blocks per image, T predicted rows, Tc, Tt packed rows of context and targets, W ranks.
 """
 
 from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args, get_type_hints
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ijepa_fast import ops
-from ijepa_fast.layout import predictor_layout
+from ijepa_fast.layout import PredictorLayout, predictor_layout
 from ijepa_fast.masks import Masks
-from ijepa_fast.ragged import Ragged
-from ijepa_fast.vit import Predictor, VisionTransformer
+from ijepa_fast.ragged import PADDING, Ragged
+from ijepa_fast.reference import accumulation_dtype
+from ijepa_fast.vit import Predictor, VisionTransformer, take_rows
 
 
 @dataclass(frozen=True)
@@ -31,14 +34,20 @@ class Objective:
     keep small data sets from collapsing; the official recipes do not use them.
 
     Args:
-        loss: distance between prediction and target features. The official code takes smooth_l1, the paper writes l2.
+        loss: distance between prediction and target. The official code takes smooth_l1, the paper writes l2.
         prediction_weight: weight of the prediction loss.
         variance_weight: weight of the variance term.
         covariance_weight: weight of the covariance term.
         target_std: standard deviation below which the variance term pushes.
         variance_eps: added to the variance before its root.
-        normalize_targets: layer-normalise the target features over their width, without affine parameters.
+        targets: what is predicted for a target patch: features (of this patch, by the target encoder), average (the
+            mean of its block's features, the same for every patch of the block) or pixels (of this patch; no target
+            encoder takes part, which then is a running average for evaluation alone).
+        normalize_targets: layer-normalise each patch's features (before any average) or pixels, without affine
+            parameters. Pixels are normalised with the encoder's mean and std in any case.
         target_eps: eps of that layer-norm.
+        target_selection: output (the target encoder sees the whole image, and the rows of the target blocks are taken
+            from its output, as in the paper) or input (it sees each target block alone).
     """
 
     loss: Literal["smooth_l1", "l2", "l1"] = "smooth_l1"
@@ -47,12 +56,20 @@ class Objective:
     covariance_weight: float = 0.0
     target_std: float = 1.0
     variance_eps: float = 1e-4
+    targets: Literal["features", "average", "pixels"] = "features"
     normalize_targets: bool = True
     target_eps: float = 1e-5
+    target_selection: Literal["output", "input"] = "output"
 
     def __post_init__(self) -> None:
-        if self.loss not in ("smooth_l1", "l2", "l1"):
-            raise ValueError(f"objective.loss must be smooth_l1, l2 or l1, got {self.loss!r}")
+        for name in ("loss", "targets", "target_selection"):
+            choices = get_args(get_type_hints(Objective)[name])
+            if getattr(self, name) not in choices:
+                raise ValueError(f"objective.{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
+        if self.targets == "pixels" and self.target_selection == "input":
+            raise ValueError(
+                "objective.target_selection input is for a target encoder, but objective.targets is pixels"
+            )
         for name in ("prediction_weight", "variance_weight", "covariance_weight", "target_std"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"objective.{name} must not be negative, got {getattr(self, name)}")
@@ -79,7 +96,7 @@ class IJEPA(nn.Module):
 
     Args:
         encoder: the context encoder; the target encoder starts as a frozen copy of it.
-        predictor: on the same patch grid and width.
+        predictor: on the same patch grid and width; to predict pixels, with a target_dim of in_chans * patch_size ** 2.
         objective: losses and their weights.
 
     Raises:
@@ -95,10 +112,17 @@ class IJEPA(nn.Module):
                 f"the predictor takes width {predictor.predictor_embed.in_features}, "
                 f"the encoder gives {encoder.embed_dim}"
             )
+        self.objective = objective or Objective()
+        pixel_values = encoder.in_chans * encoder.patch_size**2
+        target_dim = pixel_values if self.objective.targets == "pixels" else encoder.embed_dim
+        if predictor.predictor_proj.out_features != target_dim:
+            raise ValueError(
+                f"the predictor gives width {predictor.predictor_proj.out_features}, "
+                f"but targets of kind {self.objective.targets} have {target_dim}"
+            )
         self.context_encoder = encoder
         self.target_encoder = copy.deepcopy(encoder).requires_grad_(False)
         self.predictor = predictor
-        self.objective = objective or Objective()
 
     def forward(self, images: Tensor, masks: Masks, *, all_targets: bool = True) -> tuple[Losses, Tensor]:
         """Loss of one batch, and the pooled target features.
@@ -107,16 +131,18 @@ class IJEPA(nn.Module):
             images: [B, C, h, w], uint8 or normalised float.
             masks: context and target blocks of these images.
             all_targets: compute the target encoder's last block for every patch. False leaves out the rows that no
-                target block reads; the pooled features are then over target patches alone.
+                target block reads; the pooled features are then over target patches alone. Without effect where the
+                target encoder does not see whole images.
 
         Returns:
-            ``Losses``, and the average-pooled target features [B, D] (detached), for monitoring.
+            ``Losses``, and average-pooled features [B, D] (detached) for monitoring: the target encoder's, or the
+            context encoder's where pixels are predicted.
         """
         if masks.num_images != images.shape[0]:
             raise ValueError(f"the masks are for {masks.num_images} images, but there are {images.shape[0]}")
         context_blocks, target_blocks = masks.num_contexts, masks.num_targets
         layout = predictor_layout(masks.context, masks.targets, context_blocks, target_blocks)
-        target, pooled = self._targets(images, masks.targets, target_blocks, all_targets)
+        target, rows, pooled = self._targets(images, masks, layout, all_targets)
         context = self.context_encoder(images, masks.context)
         grid = self.context_encoder.grid_of(*images.shape[2:])
         prediction = self.predictor(context, layout, grid)
@@ -124,16 +150,18 @@ class IJEPA(nn.Module):
         prediction_loss = ops.target_loss(
             prediction,
             target,
-            layout.target_tokens if all_targets else layout.target_rows,
+            rows,
             layout.predicted.cu_seqlens,
             objective.loss,
-            objective.normalize_targets,
+            objective.normalize_targets and objective.targets != "average",
             objective.target_eps,
         )
         total = objective.prediction_weight * prediction_loss
         variance = covariance = torch.zeros_like(prediction_loss)
-        if objective.regularised:
+        if objective.regularised or pooled is None:
             features = mean_pool(context, masks.context.every(context_blocks))
+            pooled = features.detach() if pooled is None else pooled
+        if objective.regularised:
             variance, covariance = variance_covariance(
                 gather_ranks(features), objective.target_std, objective.variance_eps
             )
@@ -141,13 +169,39 @@ class IJEPA(nn.Module):
         return Losses(total, prediction_loss.detach(), variance.detach(), covariance.detach()), pooled
 
     @torch.no_grad()
-    def _targets(self, images: Tensor, targets: Ragged, blocks: int, all_targets: bool) -> tuple[Tensor, Tensor]:
-        if all_targets:
-            features = self.target_encoder(images)
-            return features.flatten(0, 1), features.mean(1, dtype=torch.float32)
-        per_image = targets.every(blocks)
-        features = self.target_encoder(images, queries=per_image)
-        return features, mean_pool(features, per_image)
+    def _targets(
+        self, images: Tensor, masks: Masks, layout: PredictorLayout, all_targets: bool
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Targets [R, K], which of their rows each prediction is compared with (int32 [T], -1 for padding), and pooled
+        features [B, D] (None without a target encoder)."""
+        encoder, objective, targets = self.target_encoder, self.objective, masks.targets
+        if objective.targets == "pixels":
+            dtype = accumulation_dtype(encoder.patch_embed.proj.weight.dtype)
+            pixels = encoder.patch_embed.pixels(images, targets.indices, dtype)
+            return pixels[:, : self.predictor.predictor_proj.out_features].contiguous(), layout.target_rows, None
+        per_image = targets.every(masks.num_targets)
+        if objective.target_selection == "output" and all_targets:
+            whole = encoder(images)
+            pooled, features = whole.mean(1, dtype=torch.float32), whole.flatten(0, 1)
+            if objective.targets == "features":
+                return features, layout.target_tokens, pooled
+            features = take_rows(features, targets.indices)
+        else:
+            if objective.target_selection == "output":
+                features = encoder(images, queries=per_image)
+            else:
+                features = encoder(images, targets)
+            pooled = mean_pool(features, per_image)
+        if objective.targets == "features":
+            return features, layout.target_rows, pooled
+        if objective.normalize_targets:
+            features = F.layer_norm(
+                features.to(accumulation_dtype(features.dtype)), features.shape[1:], eps=objective.target_eps
+            )
+        predicted = layout.predicted.sequence_ids()  # (image, context, target block)
+        blocks = masks.num_targets
+        rows = predicted // (masks.num_contexts * blocks) * blocks + predicted % blocks
+        return mean_pool(features, targets), rows.masked_fill(layout.target_rows < 0, PADDING).int(), pooled
 
 
 def mean_pool(x: Tensor, tokens: Ragged) -> Tensor:
@@ -155,7 +209,7 @@ def mean_pool(x: Tensor, tokens: Ragged) -> Tensor:
 
     A product with a [S, T] matrix, because a scattered sum has no fixed order on a GPU.
     """
-    wide = x if x.dtype == torch.float64 else x.float()
+    wide = x.to(accumulation_dtype(x.dtype))
     member = tokens.sequence_ids() == torch.arange(tokens.num_sequences, device=x.device)[:, None]
     weight = member.to(wide.dtype) / tokens.lengths.clamp(min=1)[:, None]
     return weight @ wide

@@ -114,11 +114,15 @@ class PatchEmbed(nn.Module):
 
     def forward(self, images: Tensor, indices: Tensor) -> Tensor:
         """images [B, C, h, w] (uint8: normalised here; float: taken as normalised), indices int32 [T] -> [T, D]."""
-        mean, std = (self.mean, self.std) if images.dtype == torch.uint8 else ([], [])
         weight = self.proj.weight
-        patches = ops.gather_patches(images, indices, self.patch_size, mean, std, weight.dtype)
+        patches = self.pixels(images, indices, weight.dtype)
         weight = F.pad(weight.flatten(1), (0, patches.shape[1] - weight[0].numel()))
         return F.linear(patches, weight, self.proj.bias.to(weight.dtype))
+
+    def pixels(self, images: Tensor, indices: Tensor, dtype: torch.dtype) -> Tensor:
+        """Normalised pixel values of the patches [T, K]; K = C * p * p rounded up, see ``reference.gather_patches``."""
+        mean, std = (self.mean, self.std) if images.dtype == torch.uint8 else ([], [])
+        return ops.gather_patches(images, indices, self.patch_size, mean, std, dtype)
 
 
 class Attention(nn.Module):
@@ -365,6 +369,7 @@ class Predictor(_Blocks):
         embed_dim: D, the encoder's width.
         predictor_embed_dim: Dp, a multiple of 4.
         depth, num_heads, mlp_ratio, qkv_bias, init, attention, activation_checkpointing: as in the encoder.
+        target_dim: width of what is predicted; None for the encoder's.
     """
 
     def __init__(
@@ -379,6 +384,7 @@ class Predictor(_Blocks):
         init: Init = "flat",
         attention: str = "auto",
         activation_checkpointing: bool = False,
+        target_dim: int | None = None,
     ):
         super().__init__()
         self._check(predictor_embed_dim, depth, num_heads, mlp_ratio, init, attention)
@@ -391,7 +397,7 @@ class Predictor(_Blocks):
             Block(predictor_embed_dim, num_heads, mlp_ratio, qkv_bias, attention) for _ in range(depth)
         )
         self.predictor_norm = LayerNorm(predictor_embed_dim)
-        self.predictor_proj = Linear(predictor_embed_dim, embed_dim)
+        self.predictor_proj = Linear(predictor_embed_dim, embed_dim if target_dim is None else target_dim)
         self._initialise(self.predictor_blocks, init)
         _normal(self.mask_token)
 
@@ -404,7 +410,7 @@ class Predictor(_Blocks):
             grid: patch grid of these images, if it is not the training grid.
 
         Returns:
-            [T, D], rows as in ``layout.predicted``; zeros on padding rows.
+            [T, target_dim], rows as in ``layout.predicted``; zeros on padding rows.
         """
         positions = resize_positions(self.predictor_pos_embed[0], self.grid, grid or self.grid)
         x = ops.predictor_tokens(
