@@ -91,6 +91,26 @@ class Losses(NamedTuple):
     covariance: Tensor
 
 
+class Prediction(NamedTuple):
+    """What ``IJEPA.predict`` gives for a batch.
+
+    Attributes:
+        values: [T, K]; the predictor's output, with the graph.
+        targets: [R, K]; what is predicted.
+        rows: int32 [T]; the row of ``targets`` each value is compared with, -1 for padding.
+        cu_seqlens: int32; prefix sums of the predicted blocks.
+        context: [Tc, D]; the context encoder's output, with the graph.
+        pooled: [B, D] average-pooled target features, detached; None without a target encoder.
+    """
+
+    values: Tensor
+    targets: Tensor
+    rows: Tensor
+    cu_seqlens: Tensor
+    context: Tensor
+    pooled: Tensor | None
+
+
 class IJEPA(nn.Module):
     """The three networks of I-JEPA. ``forward`` gives the loss of one batch.
 
@@ -138,20 +158,27 @@ class IJEPA(nn.Module):
             ``Losses``, and average-pooled features [B, D] (detached) for monitoring: the target encoder's, or the
             context encoder's where pixels are predicted.
         """
+        return self.losses(self.predict(images, masks, all_targets=all_targets), masks)
+
+    def predict(self, images: Tensor, masks: Masks, *, all_targets: bool = True) -> Prediction:
+        """The three networks on one batch; the arguments are those of ``forward``."""
         if masks.num_images != images.shape[0]:
             raise ValueError(f"the masks are for {masks.num_images} images, but there are {images.shape[0]}")
-        context_blocks, target_blocks = masks.num_contexts, masks.num_targets
-        layout = predictor_layout(masks.context, masks.targets, context_blocks, target_blocks)
-        target, rows, pooled = self._targets(images, masks, layout, all_targets)
+        layout = predictor_layout(masks.context, masks.targets, masks.num_contexts, masks.num_targets)
+        targets, rows, pooled = self._targets(images, masks, layout, all_targets)
         context = self.context_encoder(images, masks.context)
         grid = self.context_encoder.grid_of(*images.shape[2:])
-        prediction = self.predictor(context, layout, grid)
-        objective = self.objective
+        values = self.predictor(context, layout, grid)
+        return Prediction(values, targets, rows, layout.predicted.cu_seqlens, context, pooled)
+
+    def losses(self, predicted: Prediction, masks: Masks) -> tuple[Losses, Tensor]:
+        """What ``forward`` returns, from the prediction of a batch with these masks."""
+        objective, pooled = self.objective, predicted.pooled
         prediction_loss = ops.target_loss(
-            prediction,
-            target,
-            rows,
-            layout.predicted.cu_seqlens,
+            predicted.values,
+            predicted.targets,
+            predicted.rows,
+            predicted.cu_seqlens,
             objective.loss,
             objective.normalize_targets and objective.targets != "average",
             objective.target_eps,
@@ -159,7 +186,7 @@ class IJEPA(nn.Module):
         total = objective.prediction_weight * prediction_loss
         variance = covariance = torch.zeros_like(prediction_loss)
         if objective.regularised or pooled is None:
-            features = mean_pool(context, masks.context.every(context_blocks))
+            features = mean_pool(predicted.context, masks.context.every(masks.num_contexts))
             pooled = features.detach() if pooled is None else pooled
         if objective.regularised:
             variance, covariance = variance_covariance(
