@@ -44,7 +44,7 @@ STANDS_ON = {
     "logs": "",
     "judge": "plots evaluate config data",
     "train": "judge logs checkpoint distributed",
-    "interop": "jepa optim",
+    "interop": "jepa optim schedules",
     "doctor": "attention masks",
     "cli": "train interop doctor",
     "__main__": "cli",
