@@ -10,7 +10,6 @@ write zeros to the padding rows.
 
 from collections.abc import Iterator
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -137,7 +136,7 @@ def varlen_attention(
     check_inputs(q, k, v, cu_q, cu_k, max_q, max_k)
     k, v = with_equal_strides(k, v)
     out = q.new_empty(q.shape)
-    lse = torch.empty(q.shape[:2], dtype=accumulation_dtype(q.dtype), device=q.device)
+    lse = q.new_empty(q.shape[:2], dtype=accumulation_dtype(q.dtype))
     tile = tile_config(k, cu_k).forward
     launch(
         forward_kernel,

@@ -23,6 +23,8 @@ HEAD_DIM_PARTS = {24: (32, 0), 32: (32, 0), 64: (64, 0), 80: (64, 16), 88: (64, 
 """Head dim -> widths of the one or two tiles that its columns are loaded as."""
 
 MAX_GRID_Z = 65535
+MAX_ROW_STRIDE = 2**31 // MAX_SEQLEN
+"""Offsets within a sequence are 32-bit."""
 
 
 class Tile(NamedTuple):
@@ -130,6 +132,11 @@ def check_inputs(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, ma
             raise ValueError(
                 f"varlen_attention: the heads of a row of {name} must be contiguous and its rows start on multiples of "
                 f"{STRIDE_UNIT.value} elements, got strides {x.stride()}"
+            )
+        if x.stride(0) >= MAX_ROW_STRIDE:
+            raise ValueError(
+                f"varlen_attention: rows of {name} must be less than {MAX_ROW_STRIDE} elements apart, "
+                f"got strides {x.stride()}"
             )
     for name, x in (("cu_q", cu_q), ("cu_k", cu_k)):
         if x.dtype != torch.int32 or x.device != q.device or x.dim() != 1 or not x.is_contiguous():

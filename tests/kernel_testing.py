@@ -117,12 +117,13 @@ def rows_beyond_int32(width: int) -> int:
 
 
 def allocate_huge_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Matrices that launchers allocate take no memory until they are written."""
+    """Tensors of 2^24 elements or more that launchers allocate take no memory until they are written."""
     new_empty = Tensor.new_empty
 
     def new(self, *size, **options):
-        if len(size) == 2:
-            return huge(*size, options.get("dtype", self.dtype))
-        return new_empty(self, *size, **options)
+        shape = torch.Size(size[0] if isinstance(size[0], Sequence) else size)
+        if shape.numel() < 2**24:
+            return new_empty(self, shape, **options)
+        return huge(shape[0], shape[1:].numel(), options.get("dtype", self.dtype)).view(shape)
 
     monkeypatch.setattr(Tensor, "new_empty", new)
