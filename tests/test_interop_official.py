@@ -1,4 +1,4 @@
-"""Against the official code: numbers it gave for the run of official_case.py, with the same weights, images and masks."""
+"""Against the official code: the numbers it gave for the run of official_case.py, of the same weights and images."""
 
 import json
 from pathlib import Path

@@ -9,7 +9,7 @@ Position tables are parameters there, so they are numbered in the optimizer grou
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from ijepa_fast.interop.weights import (
-    POSITION_TABLES,
     WeightsError,
     check_fit,
     load_weights,
@@ -177,7 +176,7 @@ def save_checkpoint(
 
 
 def check_optimizer(state: object, optimizer: torch.optim.Optimizer, source: object) -> None:
-    """Raises WeightsError if ``optimizer.load_state_dict(state)`` would fail, or put a moment to the wrong parameter."""
+    """Raises WeightsError if a state is not for this optimizer: other groups, or moments of other shapes."""
     if not isinstance(state, Mapping) or not {"state", "param_groups"} <= state.keys():
         raise WeightsError(f"{source} has no optimizer state")
     sizes = [len(group["params"]) for group in state["param_groups"]]
