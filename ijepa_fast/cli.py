@@ -22,6 +22,7 @@ commands:
   probe      linear-probe accuracy of a checkpoint
   knn        k-NN accuracy of a checkpoint
   masks      draw the masks of a configuration
+  report     gather a run into one HTML page
   doctor     what is installed, and what is missing why
 
 `ijepa-fast COMMAND --help` describes the options of a command."""
@@ -30,7 +31,14 @@ commands:
 def main(argv: list[str] | None = None) -> int:
     """Run a command; the exit status is 0, 1 for errors, 2 for wrong usage, 75 for a stopped run."""
     argv = sys.argv[1:] if argv is None else argv
-    commands = {"pretrain": _pretrain, "probe": _probe, "knn": _knn, "masks": _masks, "doctor": _doctor}
+    commands = {
+        "pretrain": _pretrain,
+        "probe": _probe,
+        "knn": _knn,
+        "masks": _masks,
+        "report": _report,
+        "doctor": _doctor,
+    }
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE)
         return 0 if argv else EXIT_USAGE
@@ -194,6 +202,36 @@ def _masks(argv: list[str]) -> int:
 
     draw_masks(config, open_sources(config.data).train, parsed.out, parsed.count)
     print(parsed.out)
+    return 0
+
+
+def _report(argv: list[str]) -> int:
+    parser = _parser("report", "Gather a run, finished or not, into one self-contained HTML page.")
+    parser.add_argument("run", type=Path, help="Folder of the run.")
+    parser.add_argument("--out", type=Path | None, default=None, help="File to write; RUN/report.html by default.")
+    parser.add_argument("--images", type=int, default=6, help="Images in every picture.")
+    parser.add_argument(
+        "--patch",
+        action="append",
+        metavar="ROW,COLUMN",
+        help="Patch to draw similarity to, counted from 0 at the top left; repeat for more. By default three.",
+    )
+    parser.add_argument("--candidates", type=int, default=1000, help="Images among which neighbours are looked for.")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="Where to compute.")
+    parsed = _parse(parser, argv, ["out", "images", "patch", "candidates", "device"])
+    from ijepa_fast.report import parse_patch, write_report
+
+    patches = [parse_patch(text) for text in parsed.patch or ()]
+    print(
+        write_report(
+            parsed.run,
+            parsed.out,
+            images=parsed.images,
+            patches=patches,
+            candidates=parsed.candidates,
+            device=parsed.device,
+        )
+    )
     return 0
 
 

@@ -42,11 +42,13 @@ STANDS_ON = {
     "flops": "config",
     "checkpoint": "",
     "logs": "",
+    "environment": "",
     "judge": "plots evaluate config data",
     "train": "judge logs checkpoint distributed",
+    "report": "judge logs checkpoint distributed environment",
     "interop": "jepa optim schedules",
     "doctor": "attention masks",
-    "cli": "train interop doctor",
+    "cli": "train report interop doctor",
     "__main__": "cli",
     "__init__": "",  # names its modules as strings and imports them on first use
 }
@@ -57,6 +59,7 @@ THIRD_PARTY = {
     "plots": "torch numpy PIL matplotlib",
     "checkpoint": "torch numpy safetensors",
     "logs": "torch tqdm",
+    "report": "torch numpy PIL yaml",
     "cli": "jsonargparse yaml",
     "interop": "torch numpy safetensors transformers timm lightning",
 }

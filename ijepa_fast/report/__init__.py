@@ -1,0 +1,125 @@
+"""A run as one self-contained HTML page: the command ``ijepa-fast report``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from ijepa_fast.config import from_dict
+from ijepa_fast.data.datasets import Sources, open_sources
+from ijepa_fast.distributed import pick_device
+from ijepa_fast.environment import describe
+from ijepa_fast.logs import write_text
+from ijepa_fast.report.findings import findings
+from ijepa_fast.report.page import page
+from ijepa_fast.report.pictures import Trained, attempt, draw_pictures, load_trained
+from ijepa_fast.report.record import RunRecord, flat, read_run
+
+__all__ = ["parse_patch", "write_report"]
+
+
+def write_report(
+    folder: Path,
+    out: Path | None = None,
+    *,
+    images: int = 6,
+    patches: Sequence[tuple[int, int]] = (),
+    candidates: int = 1000,
+    device: str = "auto",
+) -> Path:
+    """Write the page of a run, finished or not; what cannot be shown is named on it, with the reason.
+
+    The same run, images and versions give the same file.
+
+    Args:
+        folder: of the run.
+        out: file to write; ``report.html`` in the folder by default.
+        images: rows or columns of the pictures.
+        patches: (row, column) of the patches whose similarity to the others is shown; some on the diagonal by default.
+        candidates: images among which the nearest neighbours of others are looked for.
+        device: auto, cpu or cuda.
+
+    Returns:
+        The path written.
+
+    Raises:
+        ValueError: the folder holds no run, a number is not positive, or a patch is outside the grid.
+        OSError: the file cannot be written.
+    """
+    for name, value in (("images", images), ("candidates", candidates)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    run = read_run(Path(folder))
+    trained = attempt(load_trained, run, pick_device(device, 0))
+    config = (trained[0].config, None) if trained[0] is not None else attempt(from_dict, run.config)
+    if config[0] is not None:
+        side = config[0].model.img_size // config[0].model.patch_size
+        for row, column in patches:
+            if not (0 <= row < side and 0 <= column < side):
+                raise ValueError(f"patch {row},{column} is outside the {side} x {side} grid (rows, columns from 0)")
+        sources = attempt(open_sources, config[0].data, config[0].evaluation.data)
+    else:
+        sources = (None, config[1])
+    pictures = draw_pictures(run, trained, sources, config, images=images, patches=patches, candidates=candidates)
+    warnings = findings(run)
+    if trained[0] is not None and sources[0] is not None and trained[0].data != sources[0].train.fingerprint:
+        warnings.append(
+            "The images are no longer those that the run was trained on; its pictures show what is there now."
+        )
+    html = page(
+        run,
+        warnings,
+        pictures,
+        facts=_facts(run, trained[0], sources[0]),
+        made_with=describe(),
+        classes=_classes(sources[0]),
+    )
+    out = run.folder / "report.html" if out is None else Path(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_text(out, html)
+    return out
+
+
+def parse_patch(text: str) -> tuple[int, int]:
+    """ "3,5" -> (3, 5). Raises ValueError for anything else."""
+    row, _, column = text.partition(",")
+    if not (row.strip().isdecimal() and column.strip().isdecimal()):
+        raise ValueError(f"a patch is ROW,COLUMN, counted from 0 at the top left, got {text!r}")
+    return int(row), int(column)
+
+
+def _classes(sources: Sources | None) -> int | None:
+    if sources is None or sources.test is None or sources.test.classes is None:
+        return None
+    return len(sources.test.classes)
+
+
+def _facts(run: RunRecord, trained: Trained | None, sources: Sources | None) -> dict[str, str]:
+    settings = flat(run.config)
+    facts = {}
+    if trained is not None:
+        model = trained.config.model
+        side = model.img_size // model.patch_size
+        weights = {
+            name: sum(p.numel() for p in getattr(trained.model, name).parameters())
+            for name in ("context_encoder", "predictor")
+        }
+        facts["encoder"] = (
+            f"ViT, width {model.embed_dim}, depth {model.depth}, {model.num_heads} heads, "
+            f"{weights['context_encoder'] / 1e6:.3g} M parameters"
+        )
+        facts["predictor"] = (
+            f"width {model.predictor_embed_dim}, depth {model.predictor_depth}, {weights['predictor'] / 1e6:.3g} M "
+            "parameters"
+        )
+        facts["input"] = f"{model.img_size} px in {side} x {side} patches of {model.patch_size} px"
+        facts["pictures of"] = f"checkpoint at step {trained.step:,}"
+    facts["data"] = str(settings.get("data"))
+    if sources is not None:
+        facts["training images"] = f"{len(sources.train):,}"
+        if sources.test is not None:
+            facts["held-out images"] = f"{len(sources.test):,}"
+    for name, key in (("context", "context_tokens_per_image"), ("targets", "target_tokens_per_image")):
+        if line := run.series(key):
+            facts[f"{name} tokens per image"] = f"{sum(value for _, value in line) / len(line):.1f}"
+    return facts
