@@ -47,8 +47,9 @@ STANDS_ON = {
     "train": "judge logs checkpoint distributed",
     "report": "judge logs checkpoint distributed environment",
     "interop": "jepa optim schedules",
+    "bench": "config attention",
     "doctor": "attention masks",
-    "cli": "train report interop doctor",
+    "cli": "train report interop doctor bench",
     "__main__": "cli",
     "__init__": "",  # names its modules as strings and imports them on first use
 }
@@ -64,7 +65,11 @@ THIRD_PARTY = {
     "interop": "torch numpy safetensors transformers timm lightning",
 }
 # Optional packages, imported by the function that needs them and never when the module is loaded.
-INSIDE_FUNCTIONS = {"attention": "flash_attn flash_attn_interface xformers", "doctor": "triton"}
+INSIDE_FUNCTIONS = {
+    "attention": "flash_attn flash_attn_interface xformers",
+    "bench": "flash_attn flash_attn_interface xformers",
+    "doctor": "triton",
+}
 
 
 class Import(NamedTuple):

@@ -1,0 +1,134 @@
+"""Variable-length attention at the lengths of context encoder, target encoder and predictor, beside other libraries.
+
+Legend: T packed rows, S sequences, H heads, Dh head dim.
+
+Queries, keys and values are slices of one packed [T, 3, H, Dh], as a projection leaves them; gradients go to each of
+the three. Other libraries are called directly, without the care that ``attention.py`` takes of padding rows, of which
+there are none here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch.nn.functional as F
+
+from ijepa_fast import attention, ops, reference
+from ijepa_fast.bench.cases import Batch, Case, Provider
+from ijepa_fast.ragged import Ragged
+
+
+def attention_cases(batch: Batch) -> list[Case]:
+    """Context, target encoder (dense) and predictor."""
+    sets = {
+        "context": (batch.masks.context, batch.model.embed_dim),
+        "target encoder": (
+            Ragged.full(batch.masks.num_images, batch.workload.patches, batch.device),
+            batch.model.embed_dim,
+        ),
+        "predictor": (batch.layout.tokens, batch.model.predictor_embed_dim),
+    }
+    return [_case(batch, part, tokens, width) for part, (tokens, width) in sets.items()]
+
+
+def _case(batch: Batch, part: str, tokens: Ragged, width: int) -> Case:
+    heads, cu = batch.model.num_heads, tokens.cu_seqlens
+    # The longest sequence there is: other libraries choose their tiles by it, and ours launches blocks for it.
+    longest = int(tokens.lengths.max())
+    bounds = (cu, cu, longest, longest)
+
+    def draw(generator):
+        qkv = batch.normal(generator, tokens.num_rows, 3, heads, width // heads)
+        return [x.detach() for x in qkv.unbind(1)]
+
+    def ours(q, k, v):
+        return ops.varlen_attention(q, k, v, *bounds)[0]
+
+    def exact(q, k, v):
+        return reference.varlen_attention(q, k, v, *bounds)[0]
+
+    request = attention.Request(batch.device, batch.dtype, width // heads, longest)
+    providers = {"ours": Provider(ours)}
+    for name, load in PEERS.items():
+        reason = _refusal(name, request)
+        function: Callable[..., Any] | None = None
+        if reason is None:
+            try:
+                function = load(tokens, longest)
+            except (ImportError, attention.BackendUnavailable) as error:
+                reason = str(error)
+        providers[name] = Provider(function or _never, unavailable=reason)
+    return Case("varlen_attention", part, batch.costs("varlen_attention", part), draw, 3, exact, providers)
+
+
+def _never(*_: Any) -> None:
+    raise AssertionError("an unavailable provider was called")
+
+
+def _refusal(name: str, request: attention.Request) -> str | None:
+    backend = attention.BACKENDS.get(name)
+    return None if backend is None else backend.refuse(request)
+
+
+def _sdpa(tokens: Ragged, longest: int) -> Callable[..., Any]:
+    """torch's scaled_dot_product_attention: dense where lengths are equal, else padded with a mask."""
+    attend = attention.BACKENDS["sdpa"].load()
+    cu = tokens.cu_seqlens
+    return lambda q, k, v: attend(q, k, v, cu, cu, longest, longest, tokens.uniform)
+
+
+def _torch_varlen(tokens: Ragged, longest: int) -> Callable[..., Any]:
+    from torch.nn.attention.varlen import varlen_attn
+
+    cu = tokens.cu_seqlens
+    return lambda q, k, v: varlen_attn(q, k, v, cu, cu, longest, longest)
+
+
+def _flash_attn(tokens: Ragged, longest: int) -> Callable[..., Any]:
+    """FlashAttention 4, 3 or 2, whichever is installed, newest first."""
+    cu = tokens.cu_seqlens
+    try:
+        from flash_attn.cute import flash_attn_varlen_func as attend
+    except ImportError:
+        try:
+            from flash_attn_interface import flash_attn_varlen_func as attend
+        except ImportError:
+            from flash_attn import flash_attn_varlen_func as attend
+
+    def run(q, k, v):
+        out = attend(q, k, v, cu_seqlens_q=cu, cu_seqlens_k=cu, max_seqlen_q=longest, max_seqlen_k=longest)
+        return out[0] if isinstance(out, tuple) else out
+
+    return run
+
+
+def _xformers(tokens: Ragged, longest: int) -> Callable[..., Any]:
+    from xformers.ops import memory_efficient_attention
+    from xformers.ops.fmha.attn_bias import BlockDiagonalMask
+
+    mask = BlockDiagonalMask.from_seqlens(tokens.lengths.tolist(), device=tokens.device)
+    return lambda q, k, v: memory_efficient_attention(q[None], k[None], v[None], attn_bias=mask)[0]
+
+
+def _cudnn(tokens: Ragged, longest: int) -> Callable[..., Any]:
+    """cuDNN's kernel through scaled_dot_product_attention, which takes equal lengths only."""
+    if not tokens.uniform or tokens.device.type != "cuda":
+        raise attention.BackendUnavailable("takes sequences of equal length on CUDA only")
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    def run(q, k, v):
+        q, k, v = (x.unflatten(0, (tokens.num_sequences, -1)).transpose(1, 2) for x in (q, k, v))
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(0, 1)
+
+    return run
+
+
+PEERS = {
+    "torch_varlen": _torch_varlen,
+    "sdpa": _sdpa,
+    "cudnn": _cudnn,
+    "flash_attn": _flash_attn,
+    "xformers": _xformers,
+}

@@ -1,0 +1,245 @@
+"""Times, the floors of the same run, and the machine they were taken on.
+
+GPU times are of two kinds. ``graph_times`` is device time: many calls on different data are captured in one CUDA graph,
+so that neither the host nor a warm L2 cache counts. ``event_times`` is what an eager caller sees: events around one
+call, after the L2 cache was overwritten; where the host launches more slowly than the device works, it includes that.
+CPU times are wall-clock.
+
+A results file is JSON:
+
+    {"schema": 1, "kind": "ops" | "masks" | ..., "machine": machine(...), ...}
+
+where every time is a ``Times`` as a dict: microseconds per call, 20th, 50th and 80th percentile over ``runs`` samples,
+and its method ("graph", "events" or "cpu").
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ijepa_fast import __version__
+
+SCHEMA = 1
+MATMUL_SIDE = {"cuda": 8192, "cpu": 1024}
+"""Side of the square product whose rate stands for the peak of the matrix units."""
+L2_SHARES = 4
+"""Data that passes between two uses of the same buffer, in sizes of the L2 cache."""
+MOST_SETS = 32
+"""Copies of a case's data, at most: tiny cases stay in the cache, and are not what device times are for."""
+WARM_UP = 3
+
+
+@dataclass(frozen=True)
+class Times:
+    """Microseconds per call."""
+
+    p20: float
+    p50: float
+    p80: float
+    runs: int
+    method: str
+
+    @staticmethod
+    def of(samples: Sequence[float], method: str) -> Times:
+        """From at least two samples in microseconds."""
+        deciles = statistics.quantiles(samples, n=10, method="inclusive")
+        values = deciles[1], statistics.median(samples), deciles[7]
+        return Times(*(round(value, 4) for value in values), len(samples), method)
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@contextmanager
+def side_stream(device: torch.device) -> Iterator[None]:
+    """On CUDA, a stream of its own: autograd runs a backward pass on the stream of its forward pass, and a CUDA graph
+    cannot be captured on the default one, so whatever is captured must have been prepared here."""
+    if device.type != "cuda":
+        yield
+        return
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        yield
+    torch.cuda.current_stream(device).wait_stream(stream)
+
+
+def cpu_times(call: Callable[[], Any], seconds: float = 0.2, least: int = 5) -> Times:
+    """Wall-clock time of a call, repeated for about ``seconds`` and at least ``least`` times."""
+    call()
+    samples: list[float] = []
+    until = time.perf_counter() + seconds
+    while len(samples) < least or time.perf_counter() < until:
+        start = time.perf_counter()
+        call()
+        samples.append((time.perf_counter() - start) * 1e6)
+    return Times.of(samples, "cpu")
+
+
+def event_times(call: Callable[[], Any], runs: int = 20) -> Times:
+    """Time between two events around one eager call on the current stream, with a cold L2 cache."""
+    for _ in range(WARM_UP):
+        call()
+    flush = torch.empty(L2_SHARES * l2_bytes(), dtype=torch.uint8, device="cuda")
+    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(runs)]
+    for start, end in events:
+        flush.zero_()
+        start.record()
+        call()
+        end.record()
+    torch.cuda.synchronize()
+    return Times.of([start.elapsed_time(end) * 1e3 for start, end in events], "events")
+
+
+def graph_times(calls: Sequence[Callable[[], Any]], runs: int = 30) -> Times:
+    """Device time of one call: all ``calls``, which use different data, in one CUDA graph.
+
+    Call it within ``side_stream``, in which the calls were prepared; ``cold_sets`` says how many keep the cache cold.
+    """
+    for call in calls:
+        call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+        # Kept until the end, so that no call writes where another just did.
+        results = [call() for call in calls]
+    for _ in range(WARM_UP):
+        graph.replay()
+    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(runs)]
+    for start, end in events:
+        start.record()
+        graph.replay()
+        end.record()
+    torch.cuda.synchronize()
+    del results
+    return Times.of([start.elapsed_time(end) * 1e3 / len(calls) for start, end in events], "graph")
+
+
+def cold_sets(num_bytes: float) -> int:
+    """How many sets of data, of ``num_bytes`` each, must take turns for each to find a cold L2 cache."""
+    return max(1, min(MOST_SETS, -(-L2_SHARES * l2_bytes() // max(int(num_bytes), 1))))
+
+
+def l2_bytes() -> int:
+    return torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
+
+
+def copy_times(num_bytes: float, device: torch.device) -> Times:
+    """Time of a plain copy that moves ``num_bytes`` in all, half of them read and half written."""
+    half = max(int(num_bytes) // 32 * 16, 16)
+    sets = cold_sets(num_bytes) if device.type == "cuda" else 1
+    pairs = [[torch.randint(256, (half,), dtype=torch.uint8, device=device) for _ in range(2)] for _ in range(sets)]
+    calls = [lambda pair=pair: pair[0].copy_(pair[1]) for pair in pairs]
+    return graph_times(calls) if device.type == "cuda" else cpu_times(calls[0])
+
+
+def matmul_rate(device: torch.device) -> float:
+    """FLOP/s of a large product of random matrices: bf16 on CUDA, fp32 on the CPU."""
+    side = MATMUL_SIDE[device.type]
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    times = graph_times([lambda: a @ b] * 4, runs=10) if device.type == "cuda" else cpu_times(lambda: a @ b)
+    return 2 * side**3 / (times.p50 * 1e-6)
+
+
+def machine(device: torch.device | str) -> dict[str, Any]:
+    """What a reader must know of where the times were taken. Settings are read, never changed.
+
+    The commit is that of the checkout the package stands in, or what IJEPA_FAST_COMMIT says where there is none.
+    """
+    device = torch.device(device)
+    commit, dirty = _commit()
+    found: dict[str, Any] = {
+        "device": device.type,
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "ijepa_fast": __version__,
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "commit": commit,
+        "dirty": dirty,
+    }
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        found |= {
+            "gpu": properties.name,
+            "capability": f"{properties.major}.{properties.minor}",
+            "multiprocessors": properties.multi_processor_count,
+            "memory_gib": round(properties.total_memory / 2**30, 1),
+            "l2_mb": round(properties.L2_cache_size / 1e6, 1),
+            "cuda": torch.version.cuda,
+            **_nvidia_smi(),
+        }
+    return found
+
+
+_SMI_FIELDS = ("driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "power.limit", "temperature.gpu")
+
+
+def _nvidia_smi() -> dict[str, Any]:
+    """Driver and clocks as nvidia-smi reads them; the driver alone as None where it cannot be asked."""
+    command = ["nvidia-smi", f"--query-gpu={','.join(_SMI_FIELDS)}", "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return {"driver": None}
+    values = [value.strip() for value in done.stdout.split("\n")[0].split(",")]
+    if done.returncode or len(values) != len(_SMI_FIELDS):
+        return {"driver": None}
+    return {"driver": values[0], "nvidia_smi": dict(zip(_SMI_FIELDS[1:], values[1:], strict=True))}
+
+
+def _commit() -> tuple[str | None, bool | None]:
+    """Commit and whether files differ from it; results and what git ignores do not count."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return os.environ.get("IJEPA_FAST_COMMIT"), None
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, timeout=60).stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results")
+        return git("rev-parse", "HEAD") or None, bool(changed)
+    except (OSError, subprocess.TimeoutExpired):
+        return os.environ.get("IJEPA_FAST_COMMIT"), None
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or "unknown"
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or "unknown")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def write_json(path: Path, report: dict[str, Any]) -> None:
+    """Replace ``path`` at once, so that a run that is cut off leaves whole files."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(report, indent=1) + "\n")
+    partial.replace(path)

@@ -1,0 +1,294 @@
+"""Check every provider of every op, time it, and put it beside its peers and the floors of the same run."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ijepa_fast.bench.attention_cases import attention_cases
+from ijepa_fast.bench.cases import Batch, Case, Provider, row_cases
+from ijepa_fast.bench.floors import MODELS, TITLES
+from ijepa_fast.bench.measure import (
+    Times,
+    cold_sets,
+    copy_times,
+    cpu_times,
+    event_times,
+    graph_times,
+    matmul_rate,
+    side_stream,
+)
+from ijepa_fast.bench.optimizer_cases import optimizer_cases
+
+GROUPS = {"rows": row_cases, "attention": attention_cases, "optimizer": optimizer_cases}
+"""Cases by what they work on."""
+BATCH = {"cuda": 128, "cpu": 2}
+EAGER_ERROR = 8
+"""Machine epsilons of its dtype that plain torch may be off by: it rounds after every operation."""
+
+
+class WrongResult(AssertionError):
+    """A provider does not compute what the reference computes. It is not timed."""
+
+
+def cases(model: str, device: torch.device, images: int | None = None, groups: Sequence[str] = tuple(GROUPS)):
+    """All cases of a model. A smaller batch than the benchmark's own is for users with less memory."""
+    batch = Batch.draw(MODELS[model], images or BATCH[device.type], device)
+    return [case for group in groups for case in GROUPS[group](batch)]
+
+
+def prepare(case: Case, provider: Provider, mode: str, seed: int, device: torch.device) -> Callable[[], Any]:
+    """A call without arguments, on data drawn from ``seed``, that does what ``mode`` says and returns its results.
+
+    "forward" returns what the provider returns, "backward" and "both" the gradients of the case's leaves.
+    """
+    generator = torch.Generator(device).manual_seed(seed)
+    drawn = case.draw(generator)
+    arguments = [*(leaf.requires_grad_() for leaf in drawn[: case.leaves]), *drawn[case.leaves :]]
+    if provider.prepare is not None:
+        arguments = provider.prepare(*arguments)
+    leaves = arguments[: case.leaves]
+
+    def forward():
+        with torch.no_grad():
+            return provider.function(*arguments)
+
+    if mode == "forward":
+        return forward
+    results = flat(provider.function(*arguments))
+    # Drawn after the inputs and rounded to what every dtype can hold, so equal for all providers and the reference.
+    grads = [torch.randn(r.shape, generator=generator, device=device).bfloat16().to(r.dtype) for r in results]
+    if mode == "backward":
+        return lambda: torch.autograd.grad(results, leaves, grads, retain_graph=True)
+    return lambda: torch.autograd.grad(flat(provider.function(*arguments)), leaves, grads)
+
+
+def flat(result: Any) -> list[Tensor]:
+    return [result] if isinstance(result, Tensor) else list(result)
+
+
+def exact_results(case: Case, mode: str, seed: int, device: torch.device) -> list[Tensor]:
+    """What is right, for the data of ``seed`` as drawn, computed in a wider dtype (fp64 on the CPU, else fp32)."""
+    if case.in_place:
+        return flat(prepare(case, Provider(case.reference), mode, seed, device)())
+    wide = torch.float64 if device.type == "cpu" else torch.float32
+
+    def widened(*arguments):
+        return [x.detach().to(wide).requires_grad_(x.requires_grad) if _floating(x) else x for x in arguments]
+
+    return flat(prepare(case, Provider(case.reference, widened), mode, seed, device)())
+
+
+def _floating(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def error(results: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
+    """Largest relative L2 distance over the results, in machine epsilons of each one's dtype; NaN if anything is."""
+    largest = 0.0
+    for result, wanted in zip(results, exact, strict=True):
+        if result.shape != wanted.shape:
+            raise WrongResult(f"a result has shape {list(result.shape)} instead of {list(wanted.shape)}")
+        scale = torch.linalg.vector_norm(wanted, dtype=torch.float64)
+        distance = torch.linalg.vector_norm(result.to(wanted.dtype) - wanted, dtype=torch.float64)
+        relative = float(distance / scale.clamp(min=torch.finfo(torch.float32).tiny))
+        if relative != relative:
+            return relative
+        largest = max(largest, relative / torch.finfo(result.dtype).eps)
+    return largest
+
+
+def check(case: Case, name: str, mode: str, device: torch.device, seed: int = 1) -> tuple[float, float]:
+    """(error, allowed error) of a provider in machine epsilons, on data that is not timed.
+
+    Allowed is twice the error of plain torch in the same dtype, or two epsilons if that is more; plain torch itself,
+    and the libraries, may round after every operation.
+
+    Raises:
+        WrongResult: it is off by more.
+    """
+    exact = exact_results(case, mode, seed, device)
+
+    def error_of(provider: str) -> float:
+        return error(flat(prepare(case, case.providers[provider], mode, seed, device)()), exact)
+
+    plain = "eager" if "eager" in case.providers else None
+    allowed = 2.0 * max(1.0, error_of(plain)) if name == "ours" and plain else float(EAGER_ERROR)
+    found = error_of(name)
+    if not found <= allowed:  # NaN is not
+        raise WrongResult(f"{case.key}, {mode}: {name} is {found:.3g} epsilons off, {allowed:.3g} are allowed")
+    return found, allowed
+
+
+def time_provider(case: Case, name: str, mode: str, device: torch.device) -> tuple[dict[str, Times], str | None]:
+    """Times by method, and why a CUDA graph could not be captured. A GPU gives "events" and, if it could, "graph"."""
+    provider = case.providers[name]
+    if device.type == "cpu":
+        return {"cpu": cpu_times(prepare(case, provider, mode, 2, device))}, None
+    sets = cold_sets(case.costs[mode].bytes)
+    calls = [prepare(case, provider, mode, 2 + number, device) for number in range(sets)]
+    times = {"events": event_times(calls[0])}
+    try:
+        return times | {"graph": graph_times(calls)}, None
+    except Exception as problem:
+        return times, in_words(problem)
+
+
+class Floors:
+    """Rates of this machine in this run: a plain copy of a given size, and a large matrix product."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.matmul = matmul_rate(device)
+        self._copies: dict[int, float] = {}
+
+    def of(self, case: Case, mode: str) -> tuple[float, str]:
+        """Microseconds, and which of "copy" and "matmul" is the larger."""
+        cost = case.costs[mode]
+        size = int(cost.bytes)
+        if size not in self._copies:
+            self._copies[size] = copy_times(size, self.device).p50
+        matmul = cost.flops / self.matmul * 1e6
+        return max((self._copies[size], "copy"), (matmul, "matmul"))
+
+
+def row(model: str, case: Case, name: str, mode: str, floors: Floors, device: torch.device) -> dict[str, Any]:
+    """One provider of one case: checked, timed, with its rates. What went wrong, instead of times, under "failed".
+
+    Nothing that a provider raises ends the run: the others' results are worth having.
+    """
+    found: dict[str, Any] = {
+        "model": TITLES[model],
+        "op": case.op,
+        "case": case.name,
+        "mode": mode,
+        "provider": name,
+        "bytes": int(case.costs[mode].bytes),
+        "flops": int(case.costs[mode].flops),
+    }
+    if reason := case.providers[name].unavailable:
+        return found | {"unavailable": reason}
+    try:
+        found["error_eps"], found["allowed_eps"] = (round(x, 4) for x in check(case, name, mode, device))
+        times, uncaptured = time_provider(case, name, mode, device)
+        floor, kind = floors.of(case, mode)
+    except Exception as problem:
+        return found | {"failed": in_words(problem)}
+    if uncaptured:
+        found["not_captured"] = uncaptured
+    best = best_of(times)
+    found["times"] = {method: value.as_dict() for method, value in times.items()}
+    found["gb_per_s"] = round(found["bytes"] / best.p50 / 1e3, 2)
+    if found["flops"]:
+        found["tflop_per_s"] = round(found["flops"] / best.p50 / 1e6, 3)
+    return found | {"floor_us": round(floor, 3), "floor": kind, "of_floor": round(floor / best.p50, 4)}
+
+
+def best_of(times: Mapping[str, Any]) -> Any:
+    """Device time where there is one."""
+    return next(times[method] for method in ("graph", "cpu", "events") if method in times)
+
+
+def in_words(problem: Exception) -> str:
+    """Type and first line."""
+    return f"{type(problem).__name__}: {problem}".splitlines()[0]
+
+
+def rows(
+    models: Sequence[str],
+    device: torch.device,
+    *,
+    images: int | None = None,
+    groups: Sequence[str] = tuple(GROUPS),
+    modes: Sequence[str] = ("forward", "backward", "both"),
+    providers: Callable[[str], bool] = lambda name: True,
+    seconds: float = float("inf"),
+) -> Iterator[dict[str, Any]]:
+    """Rows of the table, as they are measured.
+
+    Args:
+        models: names in ``floors.MODELS``.
+        images: per batch; ``BATCH`` by default.
+        groups: names in ``GROUPS``.
+        providers: which of them, by name.
+        seconds: nothing is begun after so long; what is left out comes as rows with "left_out".
+    """
+    until = time.monotonic() + seconds
+    with _settings(), side_stream(device):
+        floors = Floors(device)
+        for model in models:
+            for group in groups:
+                for case in cases(model, device, images, [group]):
+                    for mode in (mode for mode in modes if mode in case.costs):
+                        for name in filter(providers, case.providers):
+                            if time.monotonic() < until:
+                                yield row(model, case, name, mode, floors, device)
+                            else:
+                                yield {"model": TITLES[model], "op": case.op, "case": case.name, "mode": mode,
+                                       "provider": name, "left_out": f"no time after {seconds:.0f} s"}  # fmt: skip
+                            _tidy(device)
+
+
+@contextlib.contextmanager
+def _settings() -> Iterator[None]:
+    """A compiled function whose backward pass runs more than once must not give its buffers away."""
+    from torch._functorch import config
+
+    with config.patch(donated_buffer=False):
+        yield
+
+
+def _tidy(device: torch.device) -> None:
+    torch.compiler.reset()  # torch.compile gives up on a piece of code that was specialised too often
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def with_ratios(table: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of "ours" get "faster_than": peer -> its time over ours."""
+
+    def place(row):
+        return row["model"], row["op"], row["case"], row["mode"]
+
+    def median(row):
+        return best_of(row["times"])["p50"]
+
+    timed: dict[tuple, dict[str, float]] = {}
+    for r in table:
+        if "times" in r:
+            timed.setdefault(place(r), {})[r["provider"]] = median(r)
+    found = []
+    for r in table:
+        if r["provider"] == "ours" and "times" in r:
+            peers = {name: t for name, t in timed[place(r)].items() if name != "ours"}
+            r = r | {"faster_than": {name: round(t / median(r), 3) for name, t in peers.items()}}
+        found.append(r)
+    return found
+
+
+def text(table: Sequence[dict[str, Any]]) -> str:
+    """The table for a person."""
+    head = (
+        f"{'model':<9}{'op':<18}{'case':<23}{'pass':<10}{'provider':<13}{'us':>11}{'GB/s':>9}{'TFLOP/s':>9}{'floor':>8}"
+    )
+    lines, missing = [head, "-" * len(head)], {}
+    for r in table:
+        start = f"{r['model']:<9}{r['op']:<18}{r['case']:<23}{r['mode']:<10}{r['provider']:<13}"
+        if "unavailable" in r:
+            missing.setdefault((r["provider"], r["unavailable"]), []).append(r["case"])
+        elif "times" in r:
+            flops = f"{r['tflop_per_s']:>9.1f}" if "tflop_per_s" in r else " " * 9
+            time = best_of(r["times"])["p50"]
+            lines.append(f"{start}{time:>11.1f}{r['gb_per_s']:>9.1f}{flops}{r['of_floor']:>8.0%}")
+        else:
+            kind = "failed" if "failed" in r else "left_out"
+            lines.append(f"{start}  {kind.replace('_', ' ')}: {r[kind]}")
+    lines += [f"no {name} for {', '.join(dict.fromkeys(of))}: {reason}" for (name, reason), of in missing.items()]
+    return "\n".join(lines)
