@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ijepa_fast import ops
-from ijepa_fast.attention import check_name, varlen_attention, varlen_self_attention
+from ijepa_fast.attention import check_backend, varlen_attention, varlen_self_attention
 from ijepa_fast.layout import PredictorLayout, predictor_layout
 from ijepa_fast.ragged import Ragged
 
@@ -208,7 +208,7 @@ class _Blocks(nn.Module):
             raise ValueError(f"init must be 'flat' or 'depth_scaled', got {init!r}")
         if num_heads < 1 or embed_dim % num_heads:
             raise ValueError(f"width {embed_dim} cannot be split into {num_heads} heads")
-        check_name(backend)
+        check_backend(backend)
 
     def _initialise(self, blocks: nn.ModuleList, init: Init) -> None:
         """Normal weights of std 0.02 cut at +-2 (absolute), zero biases, unit norms.

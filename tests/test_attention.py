@@ -5,25 +5,30 @@ Legend: Tq, Tk packed rows of queries and keys, H heads, Dh head dim.
 
 import logging
 import math
+import sys
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ijepa_fast import attention, ops
+from ijepa_fast import attention, attention_backends, ops
 from ijepa_fast.attention import (
     BACKENDS,
     BackendUnavailable,
+    Preference,
     Request,
     available_backends,
+    check_backend,
     resolve,
     varlen_attention,
     varlen_self_attention,
 )
+from ijepa_fast.kernels import varlen_attention_launch
+from ijepa_fast.vit import VisionTransformer
 
 EVERYWHERE = ("cpu", "sdpa", "reference")
-CPU = torch.device("cpu")
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 NAMES = {"triton", "flash_attn", "xformers", "torch_varlen", "cpu", "sdpa", "reference"}
 
 
@@ -210,15 +215,85 @@ def test_head_dims_and_dtypes_that_a_library_lacks_are_refused():
     assert BACKENDS["sdpa"].reason(Request(cuda, torch.float32, 20, 64)) is None
 
 
+@pytest.mark.parametrize("head_dim", attention_backends.KERNEL_HEAD_DIMS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_triton_takes_what_its_kernels_are_made_for(dtype, head_dim):
+    assert BACKENDS["triton"].refuse(Request(CUDA, dtype, head_dim, 1024)) is None
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        (Request(CPU, torch.bfloat16, 64, 256), "runs on cuda, not on cpu"),
+        (Request(CUDA, torch.float32, 64, 256), "computes in float16, bfloat16, not torch.float32"),
+        (Request(CUDA, torch.bfloat16, 48, 256), "kernels for head dims 24, 32, 64, 80, 88, 96, 128, not 48"),
+        (Request(CUDA, torch.bfloat16, 64, 1025), "kernels for up to 1024 tokens, not 1025"),
+    ],
+)
+def test_triton_says_what_its_kernels_are_not_made_for(request_, message):
+    assert message in BACKENDS["triton"].reason(request_)
+    with pytest.raises(BackendUnavailable, match=message):
+        resolve("triton", request_)
+
+
+def test_limits_are_those_of_the_kernels():
+    assert attention_backends.KERNEL_HEAD_DIMS == tuple(varlen_attention_launch.HEAD_DIM_PARTS)
+    assert attention_backends.KERNEL_MAX_SEQLEN == varlen_attention_launch.MAX_SEQLEN
+    assert set(attention_backends.HALF) == set(varlen_attention_launch.DTYPES)
+
+
+@pytest.mark.parametrize("name", ["triton", "cpu"])
+def test_backends_of_the_package_take_packed_queries_keys_and_values_as_they_are(name, monkeypatch):
+    """Where the kernels cannot run, the op's CPU function stands for them behind the name "triton"."""
+    monkeypatch.setattr(BACKENDS[name], "refuse", lambda request: None)
+    qkv, cu_seqlens = torch.randn(5, 3, 2, 24), prefix_sums([2, 3])
+    separate = varlen_attention(*qkv.unbind(1), cu_seqlens, cu_seqlens, 3, 3, backend=name)
+    seen = []
+    op = ops.varlen_self_attention
+    monkeypatch.setattr(ops, "varlen_self_attention", lambda *a: seen.append(a) or op(*a))
+    out = varlen_self_attention(qkv, cu_seqlens, 3, backend=name)
+    assert torch.equal(out, separate)
+    assert seen[0][0] is qkv
+
+
 @pytest.fixture
-def fresh_resolve():
-    resolve.cache_clear()
-    yield
-    resolve.cache_clear()
+def nothing_loaded(monkeypatch):
+    """A process in which no backend was loaded and no choice logged."""
+    for backend in BACKENDS.values():
+        monkeypatch.setattr(backend, "attend", None)
+        monkeypatch.setattr(backend, "missing", None)
+    monkeypatch.setattr(attention, "_logged", set())
 
 
-def test_auto_takes_the_first_that_can_run_and_logs_what_it_passed_over(monkeypatch, caplog, fresh_resolve):
-    monkeypatch.setitem(attention.PRIORITY, "cpu", ("flash_attn", "reference", "sdpa"))
+@pytest.mark.parametrize(
+    ("hip", "capability", "reason"),
+    [("6.4", None, "made for NVIDIA GPUs"), (None, (7, 5), "compute capability 8.0 or later, this one has 7.5")],
+)
+def test_triton_says_which_gpus_it_lacks_kernels_for(hip, capability, reason, monkeypatch, nothing_loaded):
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    with pytest.raises(BackendUnavailable, match=reason):
+        check_backend("triton")
+
+
+def test_a_backend_that_cannot_be_imported_raises_when_the_model_is_built(monkeypatch, nothing_loaded):
+    monkeypatch.setitem(sys.modules, "xformers", None)  # makes `import xformers` fail, installed or not
+    with pytest.raises(BackendUnavailable, match="'xformers' cannot run here: .*xformers"):
+        VisionTransformer(img_size=8, patch_size=4, embed_dim=8, depth=1, num_heads=1, attention="xformers")
+    VisionTransformer(img_size=8, patch_size=4, embed_dim=8, depth=1, num_heads=1, attention="sdpa")
+
+
+def test_a_backend_is_loaded_once(monkeypatch, nothing_loaded):
+    loads = []
+    monkeypatch.setattr(BACKENDS["sdpa"], "load", lambda: loads.append(1) or ATTEND["sdpa"])
+    for _ in range(2):
+        assert resolve("sdpa", Request(CPU, torch.float32, 64, 128)) == "sdpa"
+    assert loads == [1]
+
+
+def test_auto_takes_the_first_that_can_run_and_logs_what_it_passed_over(monkeypatch, caplog, nothing_loaded):
+    monkeypatch.setattr(attention, "PRIORITY", (Preference(("flash_attn", "reference", "sdpa")),))
     request = Request(CPU, torch.float32, 64, 128)
     with caplog.at_level(logging.INFO, logger=attention.__name__):
         assert resolve("auto", request) == "reference"
@@ -227,10 +302,48 @@ def test_auto_takes_the_first_that_can_run_and_logs_what_it_passed_over(monkeypa
     assert "reference" in record.message and "flash_attn" in record.message and "not on cpu" in record.message
 
 
-def test_auto_without_any_candidate_gives_every_reason(monkeypatch, fresh_resolve):
-    monkeypatch.setitem(attention.PRIORITY, "cpu", ("flash_attn", "torch_varlen"))
+def test_auto_uses_the_first_row_that_holds(monkeypatch):
+    rows = (
+        Preference(("reference",), device="cuda"),
+        Preference(("reference",), dtypes=(torch.float16,)),
+        Preference(("reference",), head_dims=(24, 80), longest=100),
+        Preference(("sdpa",)),
+    )
+    monkeypatch.setattr(attention, "PRIORITY", rows)
+    chosen = {
+        Request(CUDA, torch.float32, 64, 128): "reference",
+        Request(CPU, torch.float16, 64, 128): "reference",
+        Request(CPU, torch.float32, 80, 100): "reference",
+        Request(CPU, torch.float32, 80, 101): "sdpa",
+        Request(CPU, torch.float32, 64, 100): "sdpa",
+    }
+    assert {request: resolve("auto", request) for request in chosen} == chosen
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda", "mps"])
+def test_every_device_ends_at_backends_that_run_everywhere(device):
+    request = Request(torch.device(device), torch.float32, 20, 4096)
+    row = next(row for row in attention.PRIORITY if row.holds_for(request))
+    assert set(row.backends) <= set(BACKENDS) and row.backends[-2:] == ("sdpa", "reference")
+
+
+def test_auto_without_any_candidate_gives_every_reason(monkeypatch):
+    monkeypatch.setattr(attention, "PRIORITY", (Preference(("flash_attn", "torch_varlen")),))
     with pytest.raises(BackendUnavailable, match="flash_attn.*torch_varlen"):
         resolve("auto", Request(CPU, torch.float32, 64, 128))
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+def test_auto_compiles_in_one_graph_without_warnings(loaded, recwarn, nothing_loaded):
+    torch.compiler.reset()
+    qkv, cu_seqlens = torch.randn(5, 3, 2, 8), prefix_sums([2, 3])
+    if loaded:
+        varlen_self_attention(qkv, cu_seqlens, 3)
+    compiled = torch.compile(varlen_self_attention, fullgraph=True, backend="aot_eager")
+    for longest in (3, 4, 5):  # the third time the length is symbolic
+        out = compiled(qkv, cu_seqlens, longest)
+        assert torch.equal(out, varlen_self_attention(qkv, cu_seqlens, longest))
+    assert not [str(w.message) for w in recwarn if "lru_cache" in str(w.message) or "dynamo" in str(w.message)]
 
 
 @pytest.mark.gpu

@@ -23,7 +23,8 @@ STANDS_ON = {
     "cpu_attention": "reference",
     "ops": "cpu_attention kernels",
     "layout": "ragged",
-    "attention": "ops",
+    "attention_backends": "ops",
+    "attention": "attention_backends",
     "mask_geometry": "ops",
     "mask_sampling": "mask_geometry",
     "extension": "mask_sampling",
@@ -66,7 +67,7 @@ THIRD_PARTY = {
 }
 # Optional packages, imported by the function that needs them and never when the module is loaded.
 INSIDE_FUNCTIONS = {
-    "attention": "flash_attn flash_attn_interface xformers",
+    "attention_backends": "flash_attn flash_attn_interface xformers",
     "bench": "flash_attn flash_attn_interface xformers",
     "doctor": "triton",
 }
@@ -179,7 +180,7 @@ def test_the_kernels_package_itself_is_one_docstring():
         ("kernels", "from ijepa_fast.ragged import Ragged"),
         ("kernels", "import numpy"),
         ("train", "from ijepa_fast.interop import official"),
-        ("attention", "import xformers.ops"),
+        ("attention_backends", "import xformers.ops"),
         ("nowhere", "import math"),
     ],
 )
@@ -191,7 +192,7 @@ def test_the_rule_sees_what_is_forbidden(component, source):
     ("component", "source"),
     [
         ("vit", "from ijepa_fast import ops\nfrom ijepa_fast.ragged import Ragged\nimport torch.nn.functional as F"),
-        ("attention", "def load():\n    from xformers.ops import memory_efficient_attention"),
+        ("attention_backends", "def load():\n    from xformers.ops import memory_efficient_attention"),
         ("kernels", "import argparse\nimport triton.language as tl\nfrom ijepa_fast.kernels.ema import launch"),
         ("data", "from .source import Source"),
         ("cli", "from ijepa_fast import __version__"),
