@@ -28,6 +28,7 @@ class Case:
     make: Callable[[torch.dtype], tuple]
     module: str | None = None  # of ijepa_fast.kernels, if a kernel is registered
     differentiable: bool = True
+    backward_module: str | None = None  # if it is another one
 
 
 def normal(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
@@ -70,6 +71,23 @@ def varlen_attention(dtype):
     return q, k, v, indices(0, 3, 3, 6), indices(0, 2, 4, 7), 3, 3
 
 
+def varlen_self_attention(dtype):
+    return normal(7, 3, 2, 8, dtype=dtype), indices(0, 3, 3, 6), 3
+
+
+def varlen_attention_backward(dtype):
+    arguments = varlen_attention(dtype)
+    out, lse = reference.varlen_attention(*arguments)
+    q, k, v, *bounds = arguments
+    return normal(*q.shape, dtype=dtype, seed=3), q, k, v, out, lse, *bounds
+
+
+def varlen_self_attention_backward(dtype):
+    qkv, *bounds = varlen_self_attention(dtype)
+    out, lse = reference.varlen_self_attention(qkv, *bounds)
+    return normal(*out.shape, dtype=dtype, seed=3), qkv, out, lse, *bounds
+
+
 def layer_norm(dtype):
     rows = (normal(5, WIDTH, dtype=dtype, seed=i) for i in range(2))
     return *rows, *(normal(WIDTH, dtype=dtype, seed=2 + i) for i in range(3)), 1e-6
@@ -95,7 +113,24 @@ CASES = {
     "target_loss": Case(ops.target_loss, target_loss, "target_loss"),
     "target_loss_l2": Case(ops.target_loss, lambda dtype: target_loss(dtype, "l2"), "target_loss"),
     "target_loss_l1": Case(ops.target_loss, lambda dtype: target_loss(dtype, "l1"), "target_loss"),
-    "varlen_attention": Case(ops.varlen_attention, varlen_attention),
+    "varlen_attention": Case(
+        ops.varlen_attention, varlen_attention, "varlen_attention", backward_module="varlen_attention_backward"
+    ),
+    "varlen_attention_backward": Case(
+        ops.varlen_attention_backward, varlen_attention_backward, "varlen_attention_backward", differentiable=False
+    ),
+    "varlen_self_attention": Case(
+        ops.varlen_self_attention,
+        varlen_self_attention,
+        "varlen_attention",
+        backward_module="varlen_attention_backward",
+    ),
+    "varlen_self_attention_backward": Case(
+        ops.varlen_self_attention_backward,
+        varlen_self_attention_backward,
+        "varlen_attention_backward",
+        differentiable=False,
+    ),
     "layer_norm": Case(ops.layer_norm, layer_norm, "layer_norm"),
     "layer_norm_plain": Case(ops.layer_norm, plain_layer_norm, "layer_norm"),
     "bias_gelu": Case(ops.bias_gelu, bias_gelu, "gelu"),
@@ -206,9 +241,14 @@ def test_fake_cuda_tensors_give_the_shapes_and_dtypes_of_the_reference(case):
 
 
 def kernel_functions() -> list[tuple[str, str]]:
-    modules = {case.op._opoverload._schema.name.split("::")[1]: case.module for case in CASES.values() if case.module}
-    found = list(modules.items())
-    return found + [(f"{name}_backward", module) for name, module in found if hasattr(ops, f"{name}_backward")]
+    found = set()
+    for case in CASES.values():
+        name = case.op._opoverload._schema.name.split("::")[1]
+        if case.module:
+            found.add((name, case.module))
+        if case.module and hasattr(ops, f"{name}_backward"):
+            found.add((f"{name}_backward", case.backward_module or case.module))
+    return sorted(found)
 
 
 @pytest.mark.parametrize(("name", "module"), kernel_functions())
