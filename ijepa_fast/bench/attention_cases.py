@@ -48,34 +48,31 @@ def _case(batch: Batch, part: str, tokens: Ragged, width: int) -> Case:
     def exact(q, k, v):
         return reference.varlen_attention(q, k, v, *bounds)[0]
 
-    request = attention.Request(batch.device, batch.dtype, width // heads, longest)
     providers = {"ours": Provider(ours)}
-    for name, load in PEERS.items():
-        reason = _refusal(name, request)
-        function: Callable[..., Any] | None = None
-        if reason is None:
-            try:
-                function = load(tokens, longest)
-            except (ImportError, attention.BackendUnavailable) as error:
-                reason = str(error)
-        providers[name] = Provider(function or _never, unavailable=reason)
+    for name, (load, on_cpu) in PEERS.items():
+        try:
+            if not (on_cpu or batch.device.type == "cuda"):
+                raise Unavailable("runs on CUDA only")
+            providers[name] = Provider(load(tokens, longest))
+        except (ImportError, Unavailable) as reason:
+            providers[name] = Provider(_never, unavailable=str(reason))
     return Case("varlen_attention", part, batch.costs("varlen_attention", part), draw, 3, exact, providers)
+
+
+class Unavailable(Exception):
+    """A library cannot run this case; the message says why."""
 
 
 def _never(*_: Any) -> None:
     raise AssertionError("an unavailable provider was called")
 
 
-def _refusal(name: str, request: attention.Request) -> str | None:
-    backend = attention.BACKENDS.get(name)
-    return None if backend is None else backend.refuse(request)
-
-
 def _sdpa(tokens: Ragged, longest: int) -> Callable[..., Any]:
     """torch's scaled_dot_product_attention: dense where lengths are equal, else padded with a mask."""
-    attend = attention.BACKENDS["sdpa"].load()
     cu = tokens.cu_seqlens
-    return lambda q, k, v: attend(q, k, v, cu, cu, longest, longest, tokens.uniform)
+    return lambda q, k, v: attention.varlen_attention(
+        q, k, v, cu, cu, longest, longest, backend="sdpa", uniform=tokens.uniform
+    )
 
 
 def _torch_varlen(tokens: Ragged, longest: int) -> Callable[..., Any]:
@@ -113,8 +110,8 @@ def _xformers(tokens: Ragged, longest: int) -> Callable[..., Any]:
 
 def _cudnn(tokens: Ragged, longest: int) -> Callable[..., Any]:
     """cuDNN's kernel through scaled_dot_product_attention, which takes equal lengths only."""
-    if not tokens.uniform or tokens.device.type != "cuda":
-        raise attention.BackendUnavailable("takes sequences of equal length on CUDA only")
+    if not tokens.uniform:
+        raise Unavailable("takes sequences of equal length only")
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     def run(q, k, v):
@@ -126,9 +123,10 @@ def _cudnn(tokens: Ragged, longest: int) -> Callable[..., Any]:
 
 
 PEERS = {
-    "torch_varlen": _torch_varlen,
-    "sdpa": _sdpa,
-    "cudnn": _cudnn,
-    "flash_attn": _flash_attn,
-    "xformers": _xformers,
+    "torch_varlen": (_torch_varlen, False),
+    "sdpa": (_sdpa, True),
+    "cudnn": (_cudnn, False),
+    "flash_attn": (_flash_attn, False),
+    "xformers": (_xformers, False),
 }
+"""Name -> (what makes a function of q, k and v; whether it runs on the CPU)."""

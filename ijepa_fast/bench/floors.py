@@ -31,11 +31,13 @@ def _vit(size: str, patch_size: int) -> ModelConfig:
 
 
 MODELS = {
-    "vit_b16": _vit("base", 16),
-    "vit_l16": _vit("large", 16),
-    "vit_h14": _vit("huge", 14),
-    "vit_g16": _vit("giant", 16),
-    # For machines without a GPU, and for tests: one head dim that is no power of two, and a patch that is none.
+    "ViT-B/16": _vit("base", 16),
+    "ViT-L/16": _vit("large", 16),
+    "ViT-H/14": _vit("huge", 14),
+    "ViT-g/16": _vit("giant", 16),
+}
+TINY = {
+    # For machines without a GPU, and for tests: head dims and a patch that are no powers of two.
     "tiny": ModelConfig(
         img_size=168,
         patch_size=14,
@@ -46,8 +48,6 @@ MODELS = {
         predictor_depth=2,
     ),
 }
-"""Models by the name that benchmarks use."""
-TITLES = {"vit_b16": "ViT-B/16", "vit_l16": "ViT-L/16", "vit_h14": "ViT-H/14", "vit_g16": "ViT-g/16", "tiny": "tiny"}
 
 
 @dataclass(frozen=True)

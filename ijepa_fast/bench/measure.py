@@ -143,7 +143,10 @@ def copy_times(num_bytes: float, device: torch.device) -> Times:
     sets = cold_sets(num_bytes) if device.type == "cuda" else 1
     pairs = [[torch.randint(256, (half,), dtype=torch.uint8, device=device) for _ in range(2)] for _ in range(sets)]
     calls = [lambda pair=pair: pair[0].copy_(pair[1]) for pair in pairs]
-    return graph_times(calls) if device.type == "cuda" else cpu_times(calls[0])
+    if device.type != "cuda":
+        return cpu_times(calls[0])
+    with side_stream(device):
+        return graph_times(calls)
 
 
 def matmul_rate(device: torch.device) -> float:
@@ -151,7 +154,11 @@ def matmul_rate(device: torch.device) -> float:
     side = MATMUL_SIDE[device.type]
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
-    times = graph_times([lambda: a @ b] * 4, runs=10) if device.type == "cuda" else cpu_times(lambda: a @ b)
+    if device.type == "cuda":
+        with side_stream(device):
+            times = graph_times([lambda: a @ b] * 4, runs=10)
+    else:
+        times = cpu_times(lambda: a @ b)
     return 2 * side**3 / (times.p50 * 1e-6)
 
 

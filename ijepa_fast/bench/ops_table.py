@@ -13,7 +13,6 @@ from torch import Tensor
 
 from ijepa_fast.bench.attention_cases import attention_cases
 from ijepa_fast.bench.cases import Batch, Case, Provider, row_cases
-from ijepa_fast.bench.floors import MODELS, TITLES
 from ijepa_fast.bench.measure import (
     Times,
     cold_sets,
@@ -25,6 +24,8 @@ from ijepa_fast.bench.measure import (
     side_stream,
 )
 from ijepa_fast.bench.optimizer_cases import optimizer_cases
+from ijepa_fast.config import ModelConfig
+from ijepa_fast.masks import MaskConfig
 
 GROUPS = {"rows": row_cases, "attention": attention_cases, "optimizer": optimizer_cases}
 """Cases by what they work on."""
@@ -37,9 +38,7 @@ class WrongResult(AssertionError):
     """A provider does not compute what the reference computes. It is not timed."""
 
 
-def cases(model: str, device: torch.device, images: int | None = None, groups: Sequence[str] = tuple(GROUPS)):
-    """All cases of a model. A smaller batch than the benchmark's own is for users with less memory."""
-    batch = Batch.draw(MODELS[model], images or BATCH[device.type], device)
+def cases(batch: Batch, groups: Sequence[str] = tuple(GROUPS)) -> list[Case]:
     return [case for group in groups for case in GROUPS[group](batch)]
 
 
@@ -164,7 +163,7 @@ def row(model: str, case: Case, name: str, mode: str, floors: Floors, device: to
     Nothing that a provider raises ends the run: the others' results are worth having.
     """
     found: dict[str, Any] = {
-        "model": TITLES[model],
+        "model": model,
         "op": case.op,
         "case": case.name,
         "mode": mode,
@@ -201,10 +200,11 @@ def in_words(problem: Exception) -> str:
 
 
 def rows(
-    models: Sequence[str],
+    models: Mapping[str, ModelConfig],
     device: torch.device,
     *,
     images: int | None = None,
+    masks: MaskConfig | None = None,
     groups: Sequence[str] = tuple(GROUPS),
     modes: Sequence[str] = ("forward", "backward", "both"),
     providers: Callable[[str], bool] = lambda name: True,
@@ -213,8 +213,9 @@ def rows(
     """Rows of the table, as they are measured.
 
     Args:
-        models: names in ``floors.MODELS``.
+        models: by the name that stands in the rows.
         images: per batch; ``BATCH`` by default.
+        masks: ``MaskConfig()`` by default.
         groups: names in ``GROUPS``.
         providers: which of them, by name.
         seconds: nothing is begun after so long; what is left out comes as rows with "left_out".
@@ -222,15 +223,16 @@ def rows(
     until = time.monotonic() + seconds
     with _settings(), side_stream(device):
         floors = Floors(device)
-        for model in models:
+        for model, config in models.items():
+            batch = Batch.draw(config, images or BATCH[device.type], device, masks)
             for group in groups:
-                for case in cases(model, device, images, [group]):
+                for case in GROUPS[group](batch):
                     for mode in (mode for mode in modes if mode in case.costs):
                         for name in filter(providers, case.providers):
                             if time.monotonic() < until:
                                 yield row(model, case, name, mode, floors, device)
                             else:
-                                yield {"model": TITLES[model], "op": case.op, "case": case.name, "mode": mode,
+                                yield {"model": model, "op": case.op, "case": case.name, "mode": mode,
                                        "provider": name, "left_out": f"no time after {seconds:.0f} s"}  # fmt: skip
                             _tidy(device)
 
