@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from ijepa_fast.config import from_dict
+from ijepa_fast.config import RunConfig, from_dict
 from ijepa_fast.data.datasets import Sources, open_sources
 from ijepa_fast.distributed import pick_device
 from ijepa_fast.environment import describe
 from ijepa_fast.logs import write_text
 from ijepa_fast.report.findings import findings
 from ijepa_fast.report.page import page
-from ijepa_fast.report.pictures import Trained, attempt, draw_pictures, load_trained
+from ijepa_fast.report.pictures import Attempt, Trained, attempt, draw_pictures, load_trained
 from ijepa_fast.report.record import RunRecord, flat, read_run
 
 __all__ = ["parse_patch", "write_report"]
@@ -51,18 +51,17 @@ def write_report(
             raise ValueError(f"{name} must be at least 1, got {value}")
     run = read_run(Path(folder))
     trained = attempt(load_trained, run, pick_device(device, 0))
-    config = (trained[0].config, None) if trained[0] is not None else attempt(from_dict, run.config)
-    if config[0] is not None:
-        side = config[0].model.img_size // config[0].model.patch_size
+    config = attempt(_config, run) if trained.failure else Attempt(trained.value.config, None)
+    sources = Attempt(None, config.failure)
+    if not config.failure:
+        side = _grid_side(config.value)
         for row, column in patches:
             if not (0 <= row < side and 0 <= column < side):
                 raise ValueError(f"patch {row},{column} is outside the {side} x {side} grid (rows, columns from 0)")
-        sources = attempt(open_sources, config[0].data, config[0].evaluation.data)
-    else:
-        sources = (None, config[1])
+        sources = attempt(open_sources, config.value.data, config.value.evaluation.data)
     pictures = draw_pictures(run, trained, sources, config, images=images, patches=patches, candidates=candidates)
     warnings = findings(run)
-    if trained[0] is not None and sources[0] is not None and trained[0].data != sources[0].train.fingerprint:
+    if trained.value and sources.value and trained.value.data != sources.value.train.fingerprint:
         warnings.append(
             "The images are no longer those that the run was trained on; its pictures show what is there now."
         )
@@ -70,9 +69,9 @@ def write_report(
         run,
         warnings,
         pictures,
-        facts=_facts(run, trained[0], sources[0]),
+        facts=_facts(run, trained.value, sources.value),
         made_with=describe(),
-        classes=_classes(sources[0]),
+        classes=_classes(sources.value),
     )
     out = run.folder / "report.html" if out is None else Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -88,6 +87,21 @@ def parse_patch(text: str) -> tuple[int, int]:
     return int(row), int(column)
 
 
+def _config(run: RunRecord) -> RunConfig:
+    if not run.config:
+        raise ValueError("the settings of the run are not known")
+    try:
+        config = from_dict(run.config)
+        _grid_side(config)
+    except (ValueError, TypeError, AttributeError, ArithmeticError) as error:
+        raise ValueError(f"config.yaml does not fit this version: {error}") from error
+    return config
+
+
+def _grid_side(config: RunConfig) -> int:
+    return config.model.img_size // config.model.patch_size
+
+
 def _classes(sources: Sources | None) -> int | None:
     if sources is None or sources.test is None or sources.test.classes is None:
         return None
@@ -99,7 +113,7 @@ def _facts(run: RunRecord, trained: Trained | None, sources: Sources | None) -> 
     facts = {}
     if trained is not None:
         model = trained.config.model
-        side = model.img_size // model.patch_size
+        side = _grid_side(trained.config)
         weights = {
             name: sum(p.numel() for p in getattr(trained.model, name).parameters())
             for name in ("context_encoder", "predictor")

@@ -75,10 +75,11 @@ def _accuracy(run: RunRecord) -> list[str]:
 
 def _losses_of_data(run: RunRecord) -> list[str]:
     found = []
-    bad = (run.summary or {}).get("bad_files") or {}
+    bad = (run.summary or {}).get("bad_files")
+    bad = bad if isinstance(bad, dict) else {}
     count = len(bad) or int(max((value for _, value in run.series("bad_files")), default=0))
     if count:
-        listed = "; ".join(f"{name} ({reason})" for name, reason in list(dict(bad).items())[:_EXAMPLES])
+        listed = "; ".join(f"{name} ({reason})" for name, reason in list(bad.items())[:_EXAMPLES])
         found.append(f"{count:,} images could not be decoded and were skipped" + (f": {listed}." if listed else "."))
     if skipped := max((value for _, value in run.series("skipped")), default=0):
         found.append(f"{skipped:,.0f} updates were skipped, because their gradients were not finite.")

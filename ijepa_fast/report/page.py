@@ -260,7 +260,7 @@ def _configuration(run: RunRecord) -> str:
 <tbody>{rows}</tbody></table></div>"""
 
     differing = [name for name in settings if name in changed]
-    same = f"{len(differing)} of {len(settings)} settings differ from the defaults, the official ViT-B/16 recipe."
+    same = f"{len(differing)} of {len(settings)} settings differ from the defaults."
     return f"""<p class="note">{same}</p>{table(differing, False, "Changed settings")}
 <details><summary>All {len(settings)} settings, the changed ones marked</summary>
 {table(settings, True, "All settings")}</details>"""

@@ -8,6 +8,7 @@ from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,7 +19,6 @@ from ijepa_fast import checkpoint as checkpoints
 from ijepa_fast import plots
 from ijepa_fast.config import RunConfig, from_dict
 from ijepa_fast.data import EvalLoader, Source
-from ijepa_fast.data.datasets import Sources
 from ijepa_fast.evaluate import pool_features
 from ijepa_fast.jepa import IJEPA
 from ijepa_fast.judge import draw_masks, picture_images
@@ -88,41 +88,45 @@ def default_patches(grid: tuple[int, int]) -> list[tuple[int, int]]:
     return list(dict.fromkeys((height * quarter // 4, width * quarter // 4) for quarter in (1, 2, 3)))
 
 
-def attempt(what: Callable, *arguments) -> tuple:
-    """(result, None), or (None, why there is none)."""
+class Attempt(NamedTuple):
+    """A result, or None and the reason why there is none."""
+
+    value: Any
+    failure: str | None
+
+
+def attempt(what: Callable, *arguments) -> Attempt:
+    """Call ``what``; whatever data, files or machine are to blame for becomes a reason."""
     try:
-        return what(*arguments), None
-    except (ValueError, TypeError, OSError, RuntimeError, ImportError) as error:
-        return None, " ".join(str(error).split()) or type(error).__name__
+        return Attempt(what(*arguments), None)
+    except (ValueError, OSError, RuntimeError, ImportError) as error:
+        return Attempt(None, " ".join(str(error).split()) or type(error).__name__)
 
 
 def draw_pictures(
     run: RunRecord,
-    trained: tuple[Trained | None, str | None],
-    sources: tuple[Sources | None, str | None],
-    config: tuple[RunConfig | None, str | None],
+    trained: Attempt,
+    sources: Attempt,
+    config: Attempt,
     *,
     images: int,
-    patches: Sequence[tuple[int, int]] | None,
+    patches: Sequence[tuple[int, int]],
     candidates: int,
 ) -> list[Picture]:
     """PCA maps, similarity maps, neighbours and masks; one that cannot be drawn says why instead.
 
     Args:
         run: whose pictures.
-        trained, sources, config: each as ``attempt`` gives it.
+        trained, sources, config: attempts at a ``Trained``, ``Sources`` and a ``RunConfig``.
         images: how many are shown.
-        patches: chosen patches of the similarity maps, or None for ``default_patches``.
+        patches: chosen patches of the similarity maps, or none for ``default_patches``.
         candidates: images among which neighbours are looked for.
     """
-    model, no_model = trained
-    data, no_data = sources
-    settings, no_settings = config
-    shown = None
-    no_features = no_model or no_data
-    if no_features is None:
-        source = data.train if data.test is None else data.test
-        shown, no_features = attempt(_Shown, model, source, images, candidates)
+    no_masks = config.failure or sources.failure
+    shown = Attempt(None, trained.failure or sources.failure)
+    if shown.failure is None:
+        source = sources.value.train if sources.value.test is None else sources.value.test
+        shown = attempt(_Shown, trained.value, source, images, candidates)
     pictures = []
     with TemporaryDirectory() as scratch:
         out = Path(scratch) / "picture.png"
@@ -136,16 +140,16 @@ def draw_pictures(
                     pictures.append(Picture(title, *told, out.read_bytes()))
                     return
             kept = run.folder / saved if saved else None
-            if kept is not None and attempt(_check_image, kept)[1] is None:
+            if kept is not None and attempt(_check_image, kept).failure is None:
                 caption = f"Drawn when the run ended; it cannot be drawn anew: {reason}"
                 pictures.append(Picture(title, caption, f"{title}, as the run itself drew them", kept.read_bytes()))
             else:
                 pictures.append(Picture(title, f"Left out: {reason}"))
 
-        add("PCA maps of patch features", "pca.png", no_features, lambda: shown.pca(out))
-        add("Similarity to chosen patches", None, no_features, lambda: shown.similarity(out, patches))
-        add("Nearest neighbours", None, no_features, lambda: shown.neighbours(out))
-        add("Masks", "masks.png", no_data or no_settings, lambda: _masks(settings, data.train, out, images))
+        add("PCA maps of patch features", "pca.png", shown.failure, lambda: shown.value.pca(out))
+        add("Similarity to chosen patches", None, shown.failure, lambda: shown.value.similarity(out, patches))
+        add("Nearest neighbours", None, shown.failure, lambda: shown.value.neighbours(out))
+        add("Masks", "masks.png", no_masks, lambda: _masks(config.value, sources.value.train, out, images))
     return pictures
 
 
@@ -193,7 +197,7 @@ class _Shown:
             f"{len(self.images)} images, and below each its patch features as colours, before and after training",
         )
 
-    def similarity(self, out: Path, patches: Sequence[tuple[int, int]] | None) -> tuple[str, str]:
+    def similarity(self, out: Path, patches: Sequence[tuple[int, int]]) -> tuple[str, str]:
         patches = patches or default_patches(self.encoder.grid)
         plots.plot_similarity(self.images, self.after, self.encoder.grid, patches, out, before=self.before)
         return (

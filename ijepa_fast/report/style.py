@@ -43,10 +43,12 @@ thead th { font-size: .85rem; color: var(--muted); white-space: nowrap; }
 tbody th { font-weight: 400; }
 .figures td, .figures thead th:not(:first-child) { text-align: right; white-space: nowrap; }
 .figures tr.own > * { font-weight: 600; }
-.results { table-layout: fixed; min-width: 24rem; }
+.results { table-layout: fixed; }
 .results thead th:nth-child(2), .results thead th:nth-child(3) { width: 30%; }
 .results thead th:nth-child(4) { width: 12%; }
-.bar { background: linear-gradient(90deg, var(--bar) calc(var(--share) * (100% - 4.25rem)), transparent 0) no-repeat; }
+.bar {
+  background: linear-gradient(var(--bar), var(--bar)) no-repeat 0 / calc(var(--share) * (100% - 4.25rem)) 100%;
+}
 .settings td { font: .85rem/1.6 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
 .settings tbody th { font: .85rem/1.6 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
 .settings td:nth-child(2) { min-width: 7rem; }
@@ -73,6 +75,10 @@ footer { margin-top: 3rem; font-size: .85rem; color: var(--muted); }
   body { padding: 1rem .9rem 3rem; }
   .tiles { grid-template-columns: 1fr 1fr; }
   .tiles dd { font-size: 1.35rem; }
+  .results { table-layout: auto; min-width: 0; }
+  .results thead th:nth-child(n) { width: auto; }
+  .bar { background: none; }
+  th, td { padding: .35rem .4rem; }
 }
 @media print {
   :root { color-scheme: light; --paper: #fff; --card: #fff; --ink: #000; --muted: #444; --edge: #bbb; --grid: #ddd;
