@@ -23,6 +23,7 @@ commands:
   knn        k-NN accuracy of a checkpoint
   masks      draw the masks of a configuration
   report     gather a run into one HTML page
+  bench      how fast training and every op is on this machine
   doctor     what is installed, and what is missing why
 
 `ijepa-fast COMMAND --help` describes the options of a command."""
@@ -37,6 +38,7 @@ def main(argv: list[str] | None = None) -> int:
         "knn": _knn,
         "masks": _masks,
         "report": _report,
+        "bench": _bench,
         "doctor": _doctor,
     }
     if not argv or argv[0] in ("-h", "--help"):
@@ -231,6 +233,32 @@ def _report(argv: list[str]) -> int:
             candidates=parsed.candidates,
             device=parsed.device,
         )
+    )
+    return 0
+
+
+def _bench(argv: list[str]) -> int:
+    from ijepa_fast.bench.command import RECIPES, bench
+    from ijepa_fast.distributed import pick_device
+
+    parser = _run_parser("bench", "Images per second of a recipe's training step, and a table of all ops.")
+    parser.add_argument("--images", type=int | None, default=None, help="Images per step, by default 128 (CPU: 16).")
+    parser.add_argument("--seconds", type=float, default=90.0, help="Time for everything.")
+    parser.add_argument("--compile", type=bool, default=False, help="Time torch.compile beside the ops.")
+    parser.add_argument("--json", type=Path | None, default=None, help="File to write.")
+    named = [argument for argument in argv if argument.startswith("--config")]
+    if not named:
+        argv = ["--config", RECIPES[pick_device("auto", 0).type], *argv]
+    config, parsed = _run_config(parser, argv)
+    name = argv[argv.index("--config") + 1] if "--config" in argv else named[0].partition("=")[2]
+    bench(
+        config,
+        Path(name).stem,
+        pick_device(config.train.device, 0),
+        images=parsed.images,
+        seconds=parsed.seconds,
+        compiled=parsed.compile,
+        path=parsed.json,
     )
     return 0
 

@@ -234,7 +234,7 @@ def rows(
                             else:
                                 yield {"model": model, "op": case.op, "case": case.name, "mode": mode,
                                        "provider": name, "left_out": f"no time after {seconds:.0f} s"}  # fmt: skip
-                            _tidy(device)
+                            _tidy(device, name)
 
 
 @contextlib.contextmanager
@@ -246,10 +246,11 @@ def _settings() -> Iterator[None]:
         yield
 
 
-def _tidy(device: torch.device) -> None:
-    torch.compiler.reset()  # torch.compile gives up on a piece of code that was specialised too often
-    gc.collect()
+def _tidy(device: torch.device, provider: str) -> None:
+    if provider == "compile":
+        torch.compiler.reset()  # torch.compile gives up on a piece of code that was specialised too often
     if device.type == "cuda":
+        gc.collect()
         torch.cuda.empty_cache()
 
 
@@ -275,22 +276,30 @@ def with_ratios(table: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
-def text(table: Sequence[dict[str, Any]]) -> str:
-    """The table for a person."""
-    head = (
-        f"{'model':<9}{'op':<18}{'case':<23}{'pass':<10}{'provider':<13}{'us':>11}{'GB/s':>9}{'TFLOP/s':>9}{'floor':>8}"
-    )
-    lines, missing = [head, "-" * len(head)], {}
-    for r in table:
-        start = f"{r['model']:<9}{r['op']:<18}{r['case']:<23}{r['mode']:<10}{r['provider']:<13}"
-        if "unavailable" in r:
-            missing.setdefault((r["provider"], r["unavailable"]), []).append(r["case"])
-        elif "times" in r:
-            flops = f"{r['tflop_per_s']:>9.1f}" if "tflop_per_s" in r else " " * 9
-            time = best_of(r["times"])["p50"]
-            lines.append(f"{start}{time:>11.1f}{r['gb_per_s']:>9.1f}{flops}{r['of_floor']:>8.0%}")
-        else:
-            kind = "failed" if "failed" in r else "left_out"
-            lines.append(f"{start}  {kind.replace('_', ' ')}: {r[kind]}")
-    lines += [f"no {name} for {', '.join(dict.fromkeys(of))}: {reason}" for (name, reason), of in missing.items()]
-    return "\n".join(lines)
+NAMES = f"{'op':<18}{'case':<23}{'pass':<10}{'provider':<13}"
+
+
+def header() -> str:
+    """Of the table for a person. "floor" is the floor's time over the measured one."""
+    head = f"{NAMES}{'us':>11}{'GB/s':>9}{'TFLOP/s':>9}{'floor':>8}"
+    return f"{head}\n{'-' * len(head)}"
+
+
+def line(row: Mapping[str, Any]) -> str:
+    """Of a row that was measured, or failed."""
+    start = f"{row['op']:<18}{row['case']:<23}{row['mode']:<10}{row['provider']:<13}"
+    if "failed" in row:
+        return f"{start}  failed: {row['failed']}"
+    flops = f"{row['tflop_per_s']:>9.1f}" if "tflop_per_s" in row else " " * 9
+    return f"{start}{best_of(row['times'])['p50']:>11.1f}{row['gb_per_s']:>9.1f}{flops}{row['of_floor']:>8.0%}"
+
+
+def remarks(table: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What was not measured, and why."""
+    found: dict[str, list[str]] = {}
+    for row in table:
+        if "unavailable" in row:
+            found.setdefault(f"no {row['provider']}: {row['unavailable']}", []).append(row["case"])
+        elif "left_out" in row:
+            found.setdefault(f"left out: {row['left_out']}", []).append(row["op"])
+    return [f"{reason} ({', '.join(dict.fromkeys(what))})" for reason, what in found.items()]

@@ -1,0 +1,84 @@
+"""Whole training steps of a configuration on random images: images per second and memory."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+
+from ijepa_fast.bench.measure import Times
+from ijepa_fast.config import RunConfig
+from ijepa_fast.masks import MaskSampler
+from ijepa_fast.optim import FusedAdamW, parameter_groups
+from ijepa_fast.step import PRECISION_DTYPES, TrainStep
+from ijepa_fast.vit import cast_weights
+
+WARM_UP, LEAST = 3, 5
+STEPS = 1000  # of the schedules
+
+
+def step_rate(config: RunConfig, device: torch.device, images: int, seconds: float = 20.0) -> dict[str, Any]:
+    """Train ``config`` on ``images`` random images per step for about ``seconds``.
+
+    Drawing the masks, the loss, the update and the EMA are part of a step; loading and cropping images are not.
+
+    Returns:
+        "times" (``Times`` of a step; method "steps"), "images_per_second" (median), "context_tokens" and
+        "target_tokens" per image, and on CUDA "peak_memory_gib".
+
+    Raises:
+        ValueError: settings that do not fit together.
+        RuntimeError: the loss was not finite.
+    """
+    torch.manual_seed(config.seed)
+    model = config.model.build(config.objective).to(device)
+    cast_weights(model, PRECISION_DTYPES[config.train.precision])
+    optim = config.optim
+    optimizer = FusedAdamW(
+        parameter_groups(model, optim.layer_decay),
+        betas=optim.betas,
+        eps=optim.eps,
+        max_grad_norm=optim.max_grad_norm,
+    )
+    step = TrainStep(
+        model,
+        optimizer,
+        MaskSampler(config.masks, model.context_encoder.grid),
+        optim.schedules(STEPS, STEPS // 100),
+        seed=config.seed,
+        scaler=torch.amp.GradScaler(device.type) if config.train.precision == "fp16" else None,
+        all_targets=False,
+    )
+    side = config.model.img_size
+    pixels = torch.randint(256, (images, 3, side, side), dtype=torch.uint8, device=device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    samples: list[float] = []
+    context = targets = number = 0
+    until = float("inf")
+    while len(samples) < LEAST or time.perf_counter() < until:
+        start = time.perf_counter()
+        result = step(pixels, number)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        number += 1
+        if number == WARM_UP:
+            until = time.perf_counter() + seconds
+        if number > WARM_UP:
+            samples.append((time.perf_counter() - start) * 1e6)
+            context, targets = context + result.tokens[0], targets + result.tokens[1]
+    if int(step.first_bad_step) >= 0:
+        raise RuntimeError(f"the loss of step {int(step.first_bad_step)} was not finite")
+    times = Times.of(samples, "steps")
+    found = {
+        "images": images,
+        "precision": config.train.precision,
+        "times": times.as_dict(),
+        "images_per_second": round(images / times.p50 * 1e6, 2),
+        "context_tokens": round(context / len(samples) / images, 2),
+        "target_tokens": round(targets / len(samples) / images, 2),
+    }
+    if device.type == "cuda":
+        found["peak_memory_gib"] = round(torch.cuda.max_memory_allocated(device) / 2**30, 2)
+    return found
