@@ -47,7 +47,7 @@ STANDS_ON = {
     "judge": "plots evaluate config data",
     "train": "judge logs checkpoint distributed",
     "report": "judge logs checkpoint distributed environment",
-    "interop": "jepa optim schedules",
+    "interop": "config checkpoint",
     "bench": "config attention",
     "doctor": "attention masks",
     "cli": "train report interop doctor bench",
@@ -63,7 +63,7 @@ THIRD_PARTY = {
     "logs": "torch tqdm",
     "report": "torch numpy PIL yaml",
     "cli": "jsonargparse yaml",
-    "interop": "torch numpy safetensors transformers timm lightning",
+    "interop": "torch numpy safetensors yaml transformers timm lightning",
 }
 # Optional packages, imported by the function that needs them and never when the module is loaded.
 INSIDE_FUNCTIONS = {

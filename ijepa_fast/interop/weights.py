@@ -102,17 +102,18 @@ def read_pickle(path: Path | str) -> object:
         WeightsError: the file is damaged, or refused because it asks for code to be run.
         OSError: it cannot be opened.
     """
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        if asked := re.search(r"(?:GLOBAL|global) (\w[\w.]*)|Unsupported (?:operand|class) (\S+)", str(error)):
-            raise WeightsError(
-                f"{path} is refused: loading it would run code ({asked[1] or asked[2]}), and weights need none. Ask "
-                "whoever wrote it for the tensors alone (torch.save of a state_dict, or safetensors)"
-            ) from None
-        raise WeightsError(f"{path} is damaged or not a file of weights") from error
-    except (RuntimeError, EOFError, KeyError, UnicodeDecodeError) as error:
-        raise WeightsError(f"{path} is damaged or not a file of weights: {error}") from error
+    with open(path, "rb") as file:
+        try:
+            return torch.load(file, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as error:
+            if asked := re.search(r"(?:GLOBAL|global) (\w[\w.]*)|Unsupported (?:operand|class) (\S+)", str(error)):
+                raise WeightsError(
+                    f"{path} is refused: loading it would run code ({asked[1] or asked[2]}), and weights need none. "
+                    "Ask whoever wrote it for the tensors alone (torch.save of a state_dict, or safetensors)"
+                ) from None
+            raise WeightsError(f"{path} is damaged or not a file of weights") from error
+        except Exception as error:  # whatever an unpickler meets in bytes that are no pickle
+            raise WeightsError(f"{path} is damaged or not a file of weights: {error}") from error
 
 
 def read_safetensors(path: Path | str) -> tuple[dict[str, Tensor], dict[str, str]]:

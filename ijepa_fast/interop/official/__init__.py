@@ -4,6 +4,7 @@ Written from a description of the interface; no line is from the official code (
 See docs/official.md.
 """
 
+from ijepa_fast.interop.official.accelerate import accelerate
 from ijepa_fast.interop.official.checkpoint import load_checkpoint, save_checkpoint
 from ijepa_fast.interop.official.collate import DeviceMaskCollator, MaskCollator
 from ijepa_fast.interop.official.models import (
@@ -21,7 +22,13 @@ from ijepa_fast.interop.official.models import (
     vit_small,
     vit_tiny,
 )
-from ijepa_fast.interop.official.optim import CosineWDSchedule, WarmupCosineSchedule, init_opt, parameter_groups
+from ijepa_fast.interop.official.optim import (
+    CosineWDSchedule,
+    WarmupCosineSchedule,
+    grad_logger,
+    init_opt,
+    parameter_groups,
+)
 
 __all__ = [
     "CosineWDSchedule",
@@ -31,7 +38,9 @@ __all__ = [
     "VisionTransformer",
     "VisionTransformerPredictor",
     "WarmupCosineSchedule",
+    "accelerate",
     "apply_masks",
+    "grad_logger",
     "init_model",
     "init_opt",
     "load_checkpoint",

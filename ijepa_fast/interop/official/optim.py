@@ -6,8 +6,11 @@ a run has index 1 (``ijepa_fast.schedules`` has the same values as functions of 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from types import SimpleNamespace
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ijepa_fast.optim import FusedAdamW, decays
 from ijepa_fast.schedules import interpolate
@@ -112,6 +115,8 @@ def init_opt(
         ipe_scale: stretches the schedules beyond the last epoch.
     """
     optimizer = FusedAdamW(parameter_groups(encoder, predictor))
+    # Left to the scaler, as with torch's AdamW: the official loop logs the gradients after the step, unscaled.
+    optimizer._step_supports_amp_scaling = False
     length = int(ipe_scale * num_epochs * iterations_per_epoch)
     schedule = WarmupCosineSchedule(
         optimizer, int(warmup * iterations_per_epoch), start_lr, ref_lr, T_max=length, final_lr=final_lr
@@ -119,3 +124,25 @@ def init_opt(
     device = next(encoder.parameters()).device.type
     scaler = torch.amp.GradScaler(device) if use_bfloat16 else None
     return optimizer, scaler, schedule, CosineWDSchedule(optimizer, wd, length, final_wd)
+
+
+def grad_logger(named_params: Iterable[tuple[str, Tensor]]) -> SimpleNamespace:
+    """Norms of the weights' gradients, with one wait for the device (the official function has one per weight).
+
+    Biases and other 1-D parameters are left out.
+
+    Returns:
+        first_layer and last_layer (of the first and last qkv weight; 0 if there is none), min, max, avg, sum, count.
+    """
+    graded = [(name, p.grad) for name, p in named_params if p.grad is not None and decays(p)]
+    norms = torch.stack(torch._foreach_norm([grad for _, grad in graded])).tolist() if graded else []
+    of_qkv = [norm for (name, _), norm in zip(graded, norms, strict=True) if "qkv" in name] or [0.0]
+    return SimpleNamespace(
+        first_layer=of_qkv[0],
+        last_layer=of_qkv[-1],
+        min=min(norms, default=float("inf")),
+        max=max(norms, default=float("-inf")),
+        avg=sum(norms) / max(len(norms), 1),
+        sum=sum(norms),
+        count=len(norms),
+    )
