@@ -9,13 +9,18 @@ from importlib import import_module
 __version__ = "0.1.0"
 
 _MODULE_OF = {
+    "EMA": "optim",
+    "FusedAdamW": "optim",
     "IJEPA": "jepa",
+    "JEPAModel": "interop.jepa_model",
     "MaskConfig": "masks",
     "MaskSampler": "masks",
     "Masks": "masks",
     "Predictor": "vit",
     "Ragged": "ragged",
     "VisionTransformer": "vit",
+    "parameter_groups": "optim",
+    "varlen_attention": "attention",
 }
 __all__ = ["__version__", *_MODULE_OF]
 

@@ -47,7 +47,7 @@ STANDS_ON = {
     "judge": "plots evaluate config data",
     "train": "judge logs checkpoint distributed",
     "report": "judge logs checkpoint distributed environment",
-    "interop": "config checkpoint",
+    "interop": "config checkpoint evaluate",
     "bench": "config attention",
     "doctor": "attention masks",
     "cli": "train report interop doctor bench",

@@ -47,6 +47,7 @@ class FusedAdamW(torch.optim.Optimizer):
         grad_norm: scalar on the device, total norm of the last step's (unscaled) gradients before clipping.
         skipped: fp32 scalar on the device, number of steps left out because of non-finite gradients.
         blocked: scalar on the device or None; while it is not 0, steps change nothing.
+        averages: parameter -> its EMA tensor; not to be changed.
 
     A parameter with an attribute ``main_grad`` (fp32, as Megatron-LM names it) is stepped with that gradient instead
     of ``.grad``.
@@ -72,7 +73,7 @@ class FusedAdamW(torch.optim.Optimizer):
         self.momentum, self.max_grad_norm, self.flat_gradients = momentum, max_grad_norm, flat_gradients
         self.grad_norm: Tensor | None = None
         self.blocked: Tensor | None = None
-        self._averages: dict[nn.Parameter, Tensor] = {}
+        self.averages: dict[nn.Parameter, Tensor] = {}
         self._flat_buffers: list[Tensor] = []
         self._flat_views: dict[nn.Parameter, Tensor] = {}
         self._plan: Plan | None = None
@@ -127,7 +128,7 @@ class FusedAdamW(torch.optim.Optimizer):
                 raise ValueError(
                     f"the EMA of a {parameter.dtype} parameter must be {wide} or low precision, not {average.dtype}"
                 )
-            self._averages[parameter] = average
+            self.averages[parameter] = average
 
     @torch.no_grad()
     def _state_of(self, parameter: nn.Parameter) -> dict[str, Tensor]:
@@ -140,7 +141,7 @@ class FusedAdamW(torch.optim.Optimizer):
                 state[name] = torch.zeros_like(parameter, dtype=wide)
         if parameter.dtype != wide and "master" not in state:
             state["master"] = parameter.detach().to(wide)
-        average = self._averages.get(parameter)
+        average = self.averages.get(parameter)
         if average is not None and average.dtype != wide and "ema" not in state:
             state["ema"] = average.detach().to(wide)
         for name, value in state.items():
@@ -212,7 +213,7 @@ class FusedAdamW(torch.optim.Optimizer):
         return self._plan
 
     def _member(self, parameter: nn.Parameter, group: int) -> Member:
-        state, average = self._state_of(parameter), self._averages.get(parameter)
+        state, average = self._state_of(parameter), self.averages.get(parameter)
         wide_average = state.get("ema", average)
         return Member(
             parameter,
