@@ -103,14 +103,19 @@ def _run_parser(command: str, description: str):
 
 def _run_config(parser, argv: list[str]):
     """(RunConfig, namespace as parsed) from flags and --config FILE or RECIPE."""
-    from ijepa_fast.config import RunConfig, find_recipe, flatten
+    import yaml
+
+    from ijepa_fast.config import RunConfig, flatten, read_recipe
+
+    def text(recipe: str) -> str:
+        return yaml.safe_dump(read_recipe(recipe), sort_keys=False)
 
     named = []
     for i, argument in enumerate(argv):
         if i and argv[i - 1] == "--config":
-            argument = str(find_recipe(argument))
+            argument = text(argument)
         elif argument.startswith("--config="):
-            argument = f"--config={find_recipe(argument.partition('=')[2])}"
+            argument = f"--config={text(argument.partition('=')[2])}"
         named.append(argument)
     parsed = _parse(parser, named, list(flatten(RunConfig())))
     values = parser.instantiate(parsed)

@@ -351,3 +351,44 @@ def find_recipe(name: str) -> Path:
     near = difflib.get_close_matches(name, shipped, n=3, cutoff=0.4)
     hint = f"did you mean {' or '.join(near)}?" if near else f"recipes: {', '.join(shipped)}"
     raise ValueError(f"{name!r} is neither a file nor a recipe; {hint}")
+
+
+def read_recipe(name: str) -> dict:
+    """Nested settings of a YAML file or shipped recipe: what ``from_dict`` takes.
+
+    A file may name a recipe, or another file (relative to its own folder), as its ``base``: it then holds only what
+    differs from that.
+
+    Raises:
+        ValueError: there is no such file or recipe, it is not YAML with settings, or it is its own base.
+    """
+    return _read_recipe(name, ())
+
+
+def _read_recipe(name: str, above: tuple[Path, ...]) -> dict:
+    import yaml
+
+    path = find_recipe(name).resolve()
+    if path in above:
+        raise ValueError(f"{name!r} is its own base: {' <- '.join(map(str, (*above, path)))}")
+    try:
+        values = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold settings (name: value), got {type(values).__name__}")
+    base = values.pop("base", None)
+    if base is None:
+        return values
+    if base not in recipes():
+        base = str(path.parent / base)
+    return _merged(_read_recipe(base, (*above, path)), values)
+
+
+def _merged(base: dict, changed: dict) -> dict:
+    """``base`` with the settings of ``changed``, section by section."""
+    both = dict(base)
+    for name, value in changed.items():
+        is_section = isinstance(value, dict) and isinstance(base.get(name), dict)
+        both[name] = _merged(base[name], value) if is_section else value
+    return both

@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import jsonargparse
 import pytest
-import yaml
 
 from ijepa_fast.config import (
     CHANGEABLE,
@@ -15,6 +14,7 @@ from ijepa_fast.config import (
     find_recipe,
     flatten,
     from_dict,
+    read_recipe,
     recipes,
 )
 from ijepa_fast.masks import MaskConfig
@@ -23,7 +23,7 @@ OFFICIAL = {"vith14_in1k": 128, "vith16_448_in1k": 16, "vith14_in22k": 32, "vitg
 
 
 def read(name) -> RunConfig:
-    return from_dict(yaml.safe_load(find_recipe(name).read_text()))
+    return from_dict(read_recipe(name))
 
 
 @pytest.mark.parametrize("name", recipes())
@@ -70,6 +70,32 @@ def test_jsonargparse_reads_the_same_configuration():
 def test_unknown_recipe_names_the_nearest():
     with pytest.raises(ValueError, match="neither a file nor a recipe; did you mean vitb16_in1k"):
         find_recipe("vitb16_in1")
+
+
+def test_a_base_is_a_recipe_or_a_file_beside_and_sections_are_merged(tmp_path):
+    (tmp_path / "own").mkdir()
+    (tmp_path / "common.yaml").write_text("base: demo\noptim: {lr: 0.5, betas: [0.8, 0.9]}\n")
+    (tmp_path / "own" / "run.yaml").write_text("base: ../common.yaml\noptim: {lr: 0.25}\ntrain: {steps: 3}\n")
+    demo, config = read("demo"), read(str(tmp_path / "own" / "run.yaml"))
+    optim = replace(demo.optim, lr=0.25, betas=(0.8, 0.9))
+    assert config == replace(demo, optim=optim, train=replace(demo.train, steps=3))
+    assert read_recipe("demo")["optim"]["lr"] == demo.optim.lr
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("base: nothing_here\n", "neither a file nor a recipe"),
+        ("base: this.yaml\n", "its own base.*this.yaml"),
+        ("- a list\n", "this.yaml must hold settings .* got list"),
+        ("", "must hold settings .* got NoneType"),
+        ("optim: {lr: 1\n", "this.yaml is not YAML"),
+    ],
+)
+def test_files_that_are_no_recipes(tmp_path, text, message):
+    (tmp_path / "this.yaml").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        read_recipe(str(tmp_path / "this.yaml"))
 
 
 def test_changes_are_told_apart():

@@ -1,0 +1,268 @@
+"""Train and probe a list of recipes for several seeds, and put the results into one table.
+
+    python -m benchmarks.ablations [--recipes 'ablations/*'] [--seeds 0 1 2] [--out runs/ablations] [--jobs 2]
+
+A recipe is a name (or a pattern of names) of the shipped ones, or a YAML file. Every run has a folder of its own below
+--out. Started again, the command continues an unfinished run and passes over the finished ones. Jobs are processes of
+one thread each, so that figures do not depend on their number.
+
+Reported are k-NN and linear-probe accuracy of the target encoder on held-out images, and the rank of its features:
+OUT/ablations.json holds every run, OUT/ablations.md and OUT/ablations.png show the means over the seeds. The first
+recipe is what the others are compared with, seed by seed.
+
+    python -m benchmarks.ablations --table benchmarks/results/ablations.json --doc docs/ablations.md --png FILE
+
+writes table and picture of a results file anew, the table between the two comments in FILE that mark its place.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import json
+import multiprocessing
+import os
+import platform
+import statistics
+import subprocess
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import torch
+
+import ijepa_fast
+from ijepa_fast.config import RunConfig, flatten, from_dict, read_recipe, recipes
+from ijepa_fast.data.datasets import Sources, open_sources
+from ijepa_fast.judge import judge
+from ijepa_fast.logs import write_json
+from ijepa_fast.train import load_trained, pretrain
+
+DOC_START, DOC_END = "<!-- table of benchmarks/ablations.py -->\n", "<!-- end of table -->"
+
+
+def chosen_recipes(wanted: list[str]) -> list[str]:
+    """Names that the patterns stand for, each once; files stay as they are. A baseline comes first.
+
+    Raises:
+        ValueError: a pattern fits no recipe and names no file, or two names end alike (runs are filed by that end).
+    """
+    chosen = []
+    for pattern in wanted:
+        found = fnmatch.filter(recipes(), pattern) or ([pattern] if Path(pattern).is_file() else [])
+        if not found:
+            raise ValueError(f"{pattern!r} fits no recipe and is no file; recipes: {', '.join(recipes())}")
+        chosen += sorted(found, key=lambda name: (not name.endswith("/baseline"), name))
+    chosen = list(dict.fromkeys(chosen))
+    if len(set(map(short, chosen))) < len(chosen):
+        raise ValueError(f"recipes must differ in the last part of their names: {', '.join(chosen)}")
+    return chosen
+
+
+def run_config(recipe: str, seed: int, out: Path, data: str | None = None) -> RunConfig:
+    """The recipe in its folder below ``out``. It is judged here, not by ``pretrain``: once, and without pictures."""
+    config = from_dict(read_recipe(recipe))
+    return replace(
+        config,
+        data=data or config.data,
+        output=str(out / short(recipe) / f"seed{seed}"),
+        seed=seed,
+        resume="auto",
+        overwrite=False,
+        evaluation=replace(config.evaluation, before_and_after=False, pictures=False, bank=0),
+    )
+
+
+def finished(config: RunConfig, kind: str) -> dict | None:
+    """The figures of this run, if they were taken before with the same settings."""
+    path = Path(config.output, f"{kind}.json")
+    if not path.exists():
+        return None
+    saved = json.loads(path.read_text())
+    return saved["figures"] if saved["settings"] == flatten(config) else None
+
+
+def run(config: RunConfig, kind: str) -> dict:
+    """Figures of the "trained" or "untrained" target encoder of a run, made now where there are none yet."""
+    if figures := finished(config, kind):
+        return figures
+    sources = sources_of(config.data, config.evaluation.data)
+    if sources.test is None:
+        raise ValueError(f"{config.data} has no labelled test images, which ablations are judged by")
+    figures = {"seed": config.seed}
+    if kind == "trained":
+        summary = pretrain(config)
+        figures |= {"steps": summary["steps"], "seconds": summary["seconds"]}
+        model, *_ = load_trained(Path(config.output))
+    else:
+        torch.manual_seed(config.seed)  # as pretrain does
+        model = config.model.build(config.objective)
+    figures |= judge(model.target_encoder, sources, config)
+    path = Path(config.output, f"{kind}.json")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, {"settings": flatten(config), "figures": figures})
+    return figures
+
+
+@cache
+def sources_of(data: str | None, evaluation_data: str | None) -> Sources:
+    return open_sources(data, evaluation_data)
+
+
+def run_all(configs: dict[str, list[RunConfig]], jobs: int) -> dict[tuple[str, str], list[dict]]:
+    """Figures by recipe and kind, in the order of the seeds; untrained ones of the first recipe alone."""
+    wanted = [(next(iter(configs)), "untrained"), *((name, "trained") for name in configs)]
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+        pending = {key: [pool.submit(run, config, key[1]) for config in configs[key[0]]] for key in wanted}
+        results = {}
+        for key, futures in pending.items():
+            results[key] = [future.result() for future in futures]
+            print(*key, json.dumps(results[key]), flush=True)
+    return results
+
+
+def report_of(configs: dict[str, list[RunConfig]], results: dict[tuple[str, str], list[dict]]) -> dict:
+    """What the results file holds."""
+    baseline = next(iter(configs))
+    first = configs[baseline][0]
+    return {
+        "kind": "ablations",
+        "data": first.data,
+        "machine": machine(),
+        "settings": {name: value for name, value in flatten(first).items() if name not in ("output", "seed")},
+        "untrained": results[baseline, "untrained"],
+        "recipes": [
+            {
+                "recipe": name,
+                "changes": changes(first, of[0]),
+                "runs": results[name, "trained"],
+            }
+            for name, of in configs.items()
+        ],
+    }
+
+
+def changes(baseline: RunConfig, other: RunConfig) -> dict[str, object]:
+    """Settings of ``other`` that ``baseline`` has not, the place of the results apart."""
+    before = flatten(baseline)
+    return {k: v for k, v in flatten(other).items() if v != before[k] and k not in ("output", "seed")}
+
+
+def machine() -> dict:
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
+    return {
+        "cpu": _cpu_name(),
+        "threads_per_run": 1,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "ijepa_fast": ijepa_fast.__version__,
+        "commit": commit.stdout.strip() or None,
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def short(recipe: str) -> str:
+    return recipe.rpartition("/")[2].removesuffix(".yaml")
+
+
+def _spread(runs: list[dict], figure: str, unit: float) -> str:
+    values = [unit * run[figure] for run in runs]
+    mean = f"{statistics.mean(values):.1f}"
+    return f"{mean} ± {statistics.stdev(values):.1f}" if len(values) > 1 else mean
+
+
+def markdown_table(report: dict) -> str:
+    """Means and sample standard deviations over the seeds; the last column has the seeds themselves."""
+    baseline = report["recipes"][0]["runs"]
+    seeds = ", ".join(str(run["seed"]) for run in baseline)
+    lines = [
+        f"| recipe | changed | probe, % | k-NN, % | rank | probe - baseline, seeds {seeds} |",
+        "|---|---|---|---|---|---|",
+    ]
+    entries = [("untrained", {}, report["untrained"])]
+    entries += [(short(entry["recipe"]), entry["changes"], entry["runs"]) for entry in report["recipes"]]
+    for name, changed, runs in entries:
+        settings = ", ".join(f"{setting} {value}" for setting, value in changed.items())
+        cells = [_spread(runs, "probe", 100), _spread(runs, "knn", 100), _spread(runs, "rank", 1)]
+        gaps = (100 * (run["probe"] - base["probe"]) for run, base in zip(runs, baseline, strict=True))
+        cells.append("" if runs is baseline else ", ".join(f"{gap:+.1f}" for gap in gaps))
+        lines.append(f"| {' | '.join([name, settings, *cells])} |")
+    return "\n".join(lines) + "\n"
+
+
+def draw(report: dict, path: Path) -> None:
+    """Probe and k-NN accuracy of every recipe: a dot per seed, a bar at their mean."""
+    from matplotlib.figure import Figure
+
+    entries = report["recipes"][::-1]
+    figure = Figure(figsize=(8, 0.9 + 0.27 * len(entries)), dpi=160)
+    panels = figure.subplots(1, 2, sharey=True)
+    for axes, (name, title) in zip(panels, (("probe", "Linear probe, %"), ("knn", "k-NN, %")), strict=True):
+        for runs, style in ((report["recipes"][0]["runs"], "-"), (report["untrained"], ":")):
+            axes.axvline(100 * statistics.mean(r[name] for r in runs), color="#6b7280", lw=1, ls=style, zorder=0)
+        for row, entry in enumerate(entries):
+            values = [100 * r[name] for r in entry["runs"]]
+            axes.plot(values, [row] * len(values), "o", color="#2563eb", markersize=3.5, alpha=0.55, markeredgewidth=0)
+            axes.plot([statistics.mean(values)] * 2, [row - 0.3, row + 0.3], color="#1f2328", linewidth=1.6)
+        axes.set_title(title, fontsize=9, loc="left", color="#1f2328")
+        axes.tick_params(labelsize=7.5, length=0, colors="#1f2328")
+        axes.grid(axis="x", color="#e5e7eb", linewidth=0.7)
+        axes.set_axisbelow(True)
+        for spine in axes.spines.values():
+            spine.set_visible(False)
+    panels[0].set_yticks(range(len(entries)), [short(e["recipe"]) for e in entries])
+    figure.tight_layout(pad=0.6)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+
+
+def write_into(document: Path, table: str, start: str = DOC_START, end: str = DOC_END) -> None:
+    """Replace what stands between the two comments that mark the table's place. ValueError if they are not there."""
+    text = document.read_text()
+    head, found, rest = text.partition(start)
+    _, found_end, tail = rest.partition(end)
+    if not (found and found_end):
+        raise ValueError(f"{document} lacks the comments {start.strip()!r} and {end!r} around the table's place")
+    document.write_text(head + start + table + end + tail)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipes", nargs="+", default=["ablations/*"], help="names, patterns of names, or YAML files")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--out", type=Path, default=Path("runs/ablations"), help="folder of runs and results")
+    parser.add_argument("--data", help="images instead of the recipes' own")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time, one thread each")
+    parser.add_argument("--table", type=Path, help="train nothing: take the results of this file")
+    parser.add_argument("--doc", type=Path, help="write the table into this file, too")
+    parser.add_argument("--png", type=Path, help="write the picture here instead of OUT/ablations.png")
+    arguments = parser.parse_args()
+    if arguments.table:
+        report = json.loads(arguments.table.read_text())
+    else:
+        names = chosen_recipes(arguments.recipes)
+        configs = {n: [run_config(n, s, arguments.out, arguments.data) for s in arguments.seeds] for n in names}
+        report = report_of(configs, run_all(configs, arguments.jobs))
+        (arguments.out / "ablations.json").write_text(json.dumps(report, indent=2) + "\n")
+    table = markdown_table(report)
+    if arguments.doc:
+        write_into(arguments.doc, table)
+    if not arguments.table:
+        (arguments.out / "ablations.md").write_text(table)
+    draw(report, arguments.png or arguments.out / "ablations.png")
+    print(table)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
