@@ -12,12 +12,13 @@ endif
 export PIP_ARGS
 
 .NOTPARALLEL:
-.PHONY: help setup demo test test-all lint bench ext clean
+.PHONY: help setup demo test test-all lint kernels bench ext clean
 
 help:
 	@echo "make demo      train I-JEPA on the embedded images; pictures and figures in runs/demo"
 	@echo "make test      the tests that take minutes (test-all: every test that needs no GPU)"
 	@echo "make lint      ruff: style and format"
+	@echo "make kernels   compile the Triton kernels for sm_90, without a GPU, and judge the machine code"
 	@echo "make bench     the tests, then the microbenchmarks"
 	@echo "make ext       the optional C++/CUDA extension, which draws masks faster (needs a C++ compiler)"
 	@echo "make setup     the set-up alone, which every target does by itself"
@@ -38,6 +39,9 @@ test-all:
 lint:
 	@$(in_environment) --extras dev -- -m ruff check .
 	@$(in_environment) --extras dev -- -m ruff format --check .
+
+kernels:
+	@$(in_environment) --extras train,test -- tools/kernel_check.py $(ARGS)
 
 bench: test
 	@$(in_environment) --extras train,test -- -m pytest benchmarks --benchmark-only $(ARGS)

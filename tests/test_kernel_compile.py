@@ -1,5 +1,6 @@
 """The ahead-of-time compilation of kernels: what it reports, and that it sees each fault it is there to see."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -138,3 +139,76 @@ def test_command(tmp_path):
 def test_unknown_architecture_is_refused():
     done = run("-m", "ijepa_fast.kernels.compile", "--arch", "sm_75")
     assert done.returncode == 2 and "sm_75" in done.stderr
+
+
+class Processes:
+    """Stands for ``subprocess.run``: pip, and a compile tool that reports what the test wants of each Triton."""
+
+    def __init__(self, failures: dict[str, list[str]], installed: str = "3.9.0", brought: str = "3.6.0"):
+        self.failures, self.installed, self.brought = failures, installed, brought
+        self.commands = []
+
+    def __call__(self, command, env=None, **options):
+        self.commands.append(command)
+        if "pip" in command:
+            return subprocess.CompletedProcess(command, 0)
+        assert "TRITON_INTERPRET" not in env and Path(env["TRITON_CACHE_DIR"]) != Path.home() / ".triton"
+        version = self.brought if "PYTHONPATH" in env else self.installed
+        found = self.failures.get(version, [])
+        if found is not None:
+            kernel = {"name": "ema_kernel", "arch": "sm_90", "failures": found}
+            report = {"triton": version, "kernels": [kernel]}
+            Path(command[command.index("--json") + 1]).write_text(json.dumps(report))
+        return subprocess.CompletedProcess(command, 1 if found else 0, stdout="the table")
+
+
+@pytest.fixture
+def kernel_check():
+    spec = importlib.util.spec_from_file_location("kernel_check", ROOT / "tools" / "kernel_check.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def check_kernels(kernel_check, monkeypatch, *arguments: str, **kwargs) -> tuple[int, list[list[str]]]:
+    processes = Processes(**kwargs)
+    monkeypatch.setattr(kernel_check.subprocess, "run", processes)
+    return kernel_check.main(list(arguments)), processes.commands
+
+
+def test_the_check_compiles_with_the_installed_and_with_the_oldest_triton(kernel_check, monkeypatch, capsys):
+    code, (first, pip, second) = check_kernels(kernel_check, monkeypatch, "--arch", "sm_80", "sm_100", failures={})
+    assert code == 0 and pip[-1] == "triton==3.6.0"
+    assert first[first.index("--arch") :][:3] == second[second.index("--arch") :][:3] == ["--arch", "sm_80", "sm_100"]
+    assert "Triton 3.9.0: 1 kernels" in capsys.readouterr().out
+
+
+def test_the_check_compiles_once_where_the_oldest_triton_is_the_installed_one(kernel_check, monkeypatch):
+    code, commands = check_kernels(kernel_check, monkeypatch, failures={}, installed="3.6.0")
+    assert code == 0 and len(commands) == 1 and "sm_90" in commands[0]
+
+
+@pytest.mark.parametrize(
+    ("processes", "message"),
+    [
+        ({"failures": {"3.9.0": ["it spills"]}}, "Triton 3.9.0: ema_kernel sm_90: it spills"),
+        ({"failures": {"3.6.0": ["it spills"]}}, "Triton 3.6.0: ema_kernel sm_90: it spills"),
+        ({"failures": {"3.6.0": None}}, "and no report:\nthe table"),
+        ({"failures": {}, "brought": "3.9.0"}, "3.9.0 compiled where 3.6.0 was installed"),
+    ],
+)
+def test_the_check_fails_on_findings_of_either_triton(kernel_check, monkeypatch, capsys, processes, message):
+    code, _ = check_kernels(kernel_check, monkeypatch, **processes)
+    assert code == 1 and message in capsys.readouterr().err
+
+
+def test_the_check_fails_where_the_tool_fails_without_a_finding_of_a_kernel(kernel_check, monkeypatch, capsys):
+    """A kernel that stands in no compile_specs."""
+
+    def run(command, **options):
+        done = Processes({})(command, **options)
+        return subprocess.CompletedProcess(command, 0 if "pip" in command else 1, stdout=done.stdout)
+
+    monkeypatch.setattr(kernel_check.subprocess, "run", run)
+    assert kernel_check.main([]) == 1
+    assert "ended with 1 and 1 kernels:\nthe table" in capsys.readouterr().err
