@@ -115,8 +115,10 @@ def run_all(configs: dict[str, list[RunConfig]], jobs: int) -> dict[tuple[str, s
     """Figures by recipe and kind, in the order of the seeds; untrained ones of the first recipe alone."""
     wanted = [(next(iter(configs)), "untrained"), *((name, "trained") for name in configs)]
     with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), torch.set_num_threads, (1,)) as pool:
-        pending = {key: [pool.submit(run, config, key[1]) for config in configs[key[0]]] for key in wanted}
-        results = {}
+        pending, results = {key: [] for key in wanted}, {}
+        for seed in range(len(configs[wanted[0][0]])):  # so that a broken-off command leaves whole comparisons
+            for name, kind in wanted:
+                pending[name, kind].append(pool.submit(run, configs[name][seed], kind))
         for key, futures in pending.items():
             results[key] = [future.result() for future in futures]
             print(*key, json.dumps(results[key]), flush=True)

@@ -69,6 +69,7 @@ THIRD_PARTY = {
 INSIDE_FUNCTIONS = {
     "attention_backends": "flash_attn flash_attn_interface xformers",
     "bench": "flash_attn flash_attn_interface xformers",
+    "config": "yaml",
     "doctor": "triton",
 }
 
