@@ -4,5 +4,6 @@
 
 ``floors.py`` says what each op must move and compute, in closed form; ``cases.py`` (``attention_cases.py``,
 ``optimizer_cases.py``) holds its inputs and the ways to compute it; ``measure.py`` times; ``ops_table.py`` checks every
-provider against a reference, then times it beside the floors of the same run.
+provider against a reference, then times it beside the floors of the same run; ``training.py`` times whole
+steps.
 """

@@ -12,6 +12,7 @@ import torch
 
 from ijepa_fast.bench import ops_table
 from ijepa_fast.bench.measure import SCHEMA, machine, write_json
+from ijepa_fast.bench.rows import header, line, remarks, with_ratios
 from ijepa_fast.bench.training import step_rate
 from ijepa_fast.config import RunConfig
 
@@ -62,7 +63,7 @@ def bench(
         f"{step['context_tokens']:.1f} context tokens per image)"
         + (f", {step['peak_memory_gib']} GiB" if "peak_memory_gib" in step else "")
     )
-    say(ops_table.header())
+    say(header())
     table = []
     for row in ops_table.rows(
         {name: config.model},
@@ -75,10 +76,10 @@ def bench(
     ):
         table.append(row)
         if "times" in row or "failed" in row:
-            say(ops_table.line(row))
-    for line in ops_table.remarks(table):
-        say(line)
-    report["rows"] = ops_table.with_ratios(table)
+            say(line(row))
+    for remark in remarks(table):
+        say(remark)
+    report["rows"] = with_ratios(table)
     if path is not None:
         write_json(path, report)
     return report

@@ -24,6 +24,7 @@ from ijepa_fast.bench.measure import (
     side_stream,
 )
 from ijepa_fast.bench.optimizer_cases import optimizer_cases
+from ijepa_fast.bench.rows import best_of
 from ijepa_fast.config import ModelConfig
 from ijepa_fast.masks import MaskConfig
 
@@ -189,11 +190,6 @@ def row(model: str, case: Case, name: str, mode: str, floors: Floors, device: to
     return found | {"floor_us": round(floor, 3), "floor": kind, "of_floor": round(floor / best.p50, 4)}
 
 
-def best_of(times: Mapping[str, Any]) -> Any:
-    """Device time where there is one."""
-    return next(times[method] for method in ("graph", "cpu", "events") if method in times)
-
-
 def in_words(problem: Exception) -> str:
     """Type and first line."""
     return f"{type(problem).__name__}: {problem}".splitlines()[0]
@@ -252,54 +248,3 @@ def _tidy(device: torch.device, provider: str) -> None:
     if device.type == "cuda":
         gc.collect()
         torch.cuda.empty_cache()
-
-
-def with_ratios(table: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows of "ours" get "faster_than": peer -> its time over ours."""
-
-    def place(row):
-        return row["model"], row["op"], row["case"], row["mode"]
-
-    def median(row):
-        return best_of(row["times"])["p50"]
-
-    timed: dict[tuple, dict[str, float]] = {}
-    for r in table:
-        if "times" in r:
-            timed.setdefault(place(r), {})[r["provider"]] = median(r)
-    found = []
-    for r in table:
-        if r["provider"] == "ours" and "times" in r:
-            peers = {name: t for name, t in timed[place(r)].items() if name != "ours"}
-            r = r | {"faster_than": {name: round(t / median(r), 3) for name, t in peers.items()}}
-        found.append(r)
-    return found
-
-
-NAMES = f"{'op':<18}{'case':<23}{'pass':<10}{'provider':<13}"
-
-
-def header() -> str:
-    """Of the table for a person. "floor" is the floor's time over the measured one."""
-    head = f"{NAMES}{'us':>11}{'GB/s':>9}{'TFLOP/s':>9}{'floor':>8}"
-    return f"{head}\n{'-' * len(head)}"
-
-
-def line(row: Mapping[str, Any]) -> str:
-    """Of a row that was measured, or failed."""
-    start = f"{row['op']:<18}{row['case']:<23}{row['mode']:<10}{row['provider']:<13}"
-    if "failed" in row:
-        return f"{start}  failed: {row['failed']}"
-    flops = f"{row['tflop_per_s']:>9.1f}" if "tflop_per_s" in row else " " * 9
-    return f"{start}{best_of(row['times'])['p50']:>11.1f}{row['gb_per_s']:>9.1f}{flops}{row['of_floor']:>8.0%}"
-
-
-def remarks(table: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What was not measured, and why."""
-    found: dict[str, list[str]] = {}
-    for row in table:
-        if "unavailable" in row:
-            found.setdefault(f"no {row['provider']}: {row['unavailable']}", []).append(row["case"])
-        elif "left_out" in row:
-            found.setdefault(f"left out: {row['left_out']}", []).append(row["op"])
-    return [f"{reason} ({', '.join(dict.fromkeys(what))})" for reason, what in found.items()]

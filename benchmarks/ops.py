@@ -1,0 +1,62 @@
+"""Every op beside its peers, written after each row.
+
+    python -m benchmarks.ops --models ViT-H/14 --device cuda --json FILE
+    python -m benchmarks.ops --models tiny --device cpu
+
+``ijepa_fast/bench/`` says what is measured and how; ``ijepa-fast bench`` shows the same for a recipe's model.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ijepa_fast.bench import ops_table
+from ijepa_fast.bench.floors import MODELS, MODES, TINY
+from ijepa_fast.bench.measure import SCHEMA, machine, write_json
+from ijepa_fast.bench.rows import header, line, remarks, with_ratios
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    known = {**MODELS, **TINY}
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=known, default=list(MODELS))
+    parser.add_argument("--groups", nargs="+", choices=ops_table.GROUPS, default=list(ops_table.GROUPS))
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
+    parser.add_argument("--providers", nargs="+", help="only these")
+    parser.add_argument("--without", nargs="+", default=[], help="not these providers")
+    parser.add_argument("--images", type=int, help="per batch; 128 on CUDA, 2 on the CPU by default")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin nothing after so long")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--json", type=Path, help="file to write, whole after every row")
+    options = parser.parse_args(argv)
+    device = torch.device(options.device)
+    report: dict[str, Any] = {"schema": SCHEMA, "kind": "ops", "machine": machine(device), "rows": []}
+    measured: list[dict[str, Any]] = []
+    for row in ops_table.rows(
+        {name: known[name] for name in options.models},
+        device,
+        images=options.images,
+        groups=options.groups,
+        modes=options.modes,
+        providers=lambda name: name in (options.providers or [name]) and name not in options.without,
+        seconds=options.seconds,
+    ):
+        if not measured:
+            print(header())
+        measured.append(row)
+        report["rows"] = with_ratios(measured)
+        if options.json:
+            write_json(options.json, report)
+        if "times" in row or "failed" in row:
+            print(line(row), flush=True)
+    print("\n".join(remarks(measured)))
+    return report
+
+
+if __name__ == "__main__":
+    main()
