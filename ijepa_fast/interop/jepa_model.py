@@ -1,6 +1,6 @@
 """``JEPAModel``: the whole of I-JEPA as one ``nn.Module`` for training loops of your own.
 
-Legend: B images, N patches per image, D width, T packed rows.
+Legend: B images, N patches per image.
 """
 
 from __future__ import annotations
@@ -8,26 +8,23 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ijepa_fast.evaluate import rank_me
 from ijepa_fast.interop.jepa_config import JEPAConfig
+from ijepa_fast.interop.jepa_parts import Encoder, Metrics, cosine_similarity
 from ijepa_fast.interop.optimizer_steps import watch
 from ijepa_fast.interop.weights import WeightsError, load_weights, read_safetensors
-from ijepa_fast.jepa import IJEPA, Losses, Objective, Prediction
-from ijepa_fast.mask_geometry import pack_mask
+from ijepa_fast.jepa import IJEPA, Losses, Objective
 from ijepa_fast.masks import Masks, MaskSampler
 from ijepa_fast.optim import EMA, FusedAdamW
-from ijepa_fast.ragged import Ragged
-from ijepa_fast.vit import Predictor, VisionTransformer
+from ijepa_fast.vit import Predictor
 
 log = logging.getLogger(__name__)
 
@@ -38,71 +35,6 @@ _ROWS = 128
 """Away from the CPU, packed rows are rounded up to a multiple of this, so that shapes recur."""
 _PATIENCE = 1000
 """Training calls without an update of the target encoder after which the log says so."""
-
-
-class Encoder(VisionTransformer):
-    """``VisionTransformer`` that also takes a mask of patches."""
-
-    def forward(
-        self,
-        images: Tensor,
-        mask: Tensor | Sequence[Tensor] | Ragged | None = None,
-        queries: Ragged | None = None,
-    ) -> Tensor:
-        """Features of patches.
-
-        Args:
-            images: [B, C, h, w]; uint8 is normalised here, float is taken as normalised.
-            mask: the patches that the encoder sees, the others are as if they were not there. None: all. Bool [B, N]:
-                those that are True. int64 [B, K], or a list of such: these patches (the official layout). A ``Ragged``
-                of token indices: packed sets.
-            queries: as in ``VisionTransformer``.
-
-        Returns:
-            None: [B, N, D]. Bool: [B, N, D] with zeros at the patches that were not seen. int64: [B, K, D], or
-            [len(mask) * B, K, D]. Ragged: [T, D].
-        """
-        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-            return super().forward(images, mask, queries)
-        rows, columns = self._grid_of_images(images)
-        if mask.shape != (len(images), rows * columns):
-            raise ValueError(f"a bool mask must be [{len(images)}, {rows * columns}], got {list(mask.shape)}")
-        tokens = pack_mask(mask[:, None], mask.sum(1, dtype=torch.int32)[:, None], mask.shape[1], None)
-        seen = super().forward(images, tokens, queries)
-        dense = seen.new_zeros(mask.numel(), seen.shape[1]).index_copy(0, tokens.indices.long(), seen)
-        return dense.unflatten(0, mask.shape)
-
-
-class Metrics(Mapping[str, Tensor]):
-    """What a call of ``JEPAModel`` measured: scalars on the device, without gradients. The host waits for the device
-    when a value is read, and not before; ``rank`` is computed only then.
-
-    Keys:
-        loss: what is minimised.
-        prediction_loss, variance_loss, covariance_loss: its terms, where there is more than the first.
-        feature_std: of the target encoder's average-pooled features over the images of the batch, mean over features.
-        rank: RankMe of these features (arXiv 2210.02885), between 1 (collapsed) and min(B, D).
-        cosine_similarity: between prediction and layer-normalised target, mean over target patches.
-        tokens: patches of all contexts and targets in the batch.
-        momentum: of the target encoder's next update.
-    """
-
-    def __init__(self, values: dict[str, Tensor], pooled: Tensor):
-        self._values, self._pooled = values, pooled
-
-    def __getitem__(self, name: str) -> Tensor:
-        if name == "rank" and name not in self._values:
-            self._values[name] = torch.tensor(rank_me(self._pooled), device=self._pooled.device)
-        return self._values[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(dict.fromkeys([*self._values, "rank"]))
-
-    def __len__(self) -> int:
-        return len({*self._values, "rank"})
-
-    def __repr__(self) -> str:
-        return f"{{{', '.join(f'{name}: {float(value):.4g}' for name, value in self.items())}}}"
 
 
 class JEPAModel(IJEPA):
@@ -223,7 +155,7 @@ class JEPAModel(IJEPA):
 
     def _compute(self, images: Tensor, masks: Masks) -> tuple[Losses, Tensor, Tensor]:
         predicted = self.predict(images, masks)
-        return *self.losses(predicted, masks), _similarity(predicted, self.objective.target_eps)
+        return *self.losses(predicted, masks), cosine_similarity(predicted, self.objective.target_eps)
 
     @torch.compiler.disable
     @torch.no_grad()
@@ -407,13 +339,3 @@ def _performed(optimizer: Optimizer) -> Tensor | bool:
             performed = performed & (optimizer.blocked == 0)
     found_inf = getattr(optimizer, "found_inf", None)  # GradScaler leaves it there for the time of the step
     return performed if found_inf is None else performed & (found_inf == 0)
-
-
-@torch.no_grad()
-def _similarity(predicted: Prediction, eps: float) -> Tensor:
-    """Mean cosine similarity of predictions and layer-normalised targets over the rows that are no padding."""
-    used = predicted.rows >= 0
-    targets = predicted.targets[predicted.rows.clamp(min=0)].float()
-    targets = F.layer_norm(targets, targets.shape[-1:], eps=eps)
-    similarity = F.cosine_similarity(predicted.values.float(), targets, dim=-1)
-    return (similarity * used).sum() / used.sum().clamp(min=1)
