@@ -4,12 +4,11 @@ Legend: Tq, Tk packed rows of queries and keys, H heads, Dh head dim.
 """
 
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
 
 import pytest
 import torch
 import triton
+from attention_oracle import AttentionCase, finite, magnitudes, plain
 from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
 from kernel_testing import (
@@ -34,84 +33,7 @@ HEAD_DIMS = tuple(launch_file.HEAD_DIM_PARTS)
 assert HEAD_DIMS == (24, 32, 64, 80, 88, 96, 128)
 
 
-class Case(NamedTuple):
-    """Lengths of the sequences' queries and keys, and what else decides how the kernels run."""
-
-    lengths_q: Sequence[int]
-    lengths_k: Sequence[int]
-    head_dim: int = 24
-    heads: int = 2
-    padding_q: int = 0
-    padding_k: int = 0
-    slack: int = 0  # of max_q and max_k over the longest sequence
-    lengths: str = "short"  # the row of the table
-    seed: int = 0
-
-    def values(self) -> list[Tensor]:
-        """q, k, v and the gradient of the output; padding rows are NaN."""
-        generator = torch.Generator().manual_seed(self.seed)
-        used_q, used_k = sum(self.lengths_q), sum(self.lengths_k)
-
-        def normal(used: int, padding: int) -> Tensor:
-            values = torch.randn(used, self.heads, self.head_dim, generator=generator)
-            return torch.cat([values, torch.full((padding, self.heads, self.head_dim), math.nan)])
-
-        q, grad = (normal(used_q, self.padding_q) for _ in range(2))
-        k, v = (normal(used_k, self.padding_k) for _ in range(2))
-        return [q, k, v, grad]
-
-    def bounds(self) -> tuple[Tensor, Tensor, int, int]:
-        longest = (max(lengths, default=0) + self.slack for lengths in (self.lengths_q, self.lengths_k))
-        return prefix_sums(self.lengths_q), prefix_sums(self.lengths_k), *longest
-
-
-def prefix_sums(lengths: Sequence[int]) -> Tensor:
-    return torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
-
-
-def wide(x: Tensor) -> Tensor:
-    return x.double() if x.dtype == torch.float64 else x.float()
-
-
-def per_sequence(case: Case):
-    """The rows of queries and keys of each sequence that has both."""
-    first_q = first_k = 0
-    for length_q, length_k in zip(case.lengths_q, case.lengths_k, strict=True):
-        if length_q and length_k:
-            yield slice(first_q, first_q + length_q), slice(first_k, first_k + length_k)
-        first_q, first_k = first_q + length_q, first_k + length_k
-
-
-def plain(case: Case):
-    """Attention sequence by sequence with torch's softmax and autograd, in the dtype it is given."""
-
-    def run(q, k, v, grad):
-        q, k, v = leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-        used_q = sum(case.lengths_q)
-        out = torch.zeros(q.shape, dtype=q.dtype)
-        lse = wide(q.new_zeros(q.shape[:2]))
-        lse[:used_q] = -math.inf
-        dq, dk, dv = (torch.zeros(x.shape, dtype=x.dtype) for x in leaves)
-        for rows_q, rows_k in per_sequence(case):
-            scores = torch.einsum("qhd,khd->hqk", q[rows_q], k[rows_k]) * case.head_dim**-0.5
-            part = torch.einsum("hqk,khd->qhd", scores.softmax(-1), v[rows_k])
-            grads = torch.autograd.grad(part, leaves, grad[rows_q])
-            with torch.no_grad():
-                out[rows_q] = part
-                exact_scores = torch.einsum("qhd,khd->qhk", wide(q)[rows_q], wide(k)[rows_k]) * case.head_dim**-0.5
-                lse[rows_q] = exact_scores.logsumexp(-1)
-                dq[rows_q], dk[rows_k], dv[rows_k] = grads[0][rows_q], grads[1][rows_k], grads[2][rows_k]
-        return out, finite(lse), dq, dk, dv
-
-    return run
-
-
-def finite(lse: Tensor) -> Tensor:
-    """-inf, which queries without keys have, as a number that nothing else is close to."""
-    return lse.masked_fill(lse == -math.inf, -1e4)
-
-
-def kernels(case: Case):
+def kernels(case: AttentionCase):
     """Forward, then backward from its results; padding rows of what the backward is given are NaN too."""
 
     def run(q, k, v, grad):
@@ -120,50 +42,16 @@ def kernels(case: Case):
             patch.setattr(launch_file, "SHORT", 10**6 if case.lengths == "short" else 0)
             out, lse = varlen_attention(q, k, v, *bounds)
             saved_out, saved_lse = out.clone(), lse.clone()
-            saved_out[sum(case.lengths_q) :], saved_lse[sum(case.lengths_q) :] = math.nan, math.nan
+            saved_out[case.used[0] :], saved_lse[case.used[0] :] = math.nan, math.nan
             grads = varlen_attention_backward(grad, q, k, v, saved_out, saved_lse, *bounds)
-        used = sum(case.lengths_q), sum(case.lengths_k)
-        for result, rows in zip((out, lse, *grads), (used[0], used[0], used[0], used[1], used[1]), strict=True):
-            assert result[rows:].eq(0).all()
+        for result, queries in zip((out, lse, *grads), (True, True, True, False, False), strict=True):
+            assert result[case.used[0 if queries else 1] :].eq(0).all()
         return out, finite(lse), *grads
 
     return run
 
 
-def magnitudes(case: Case, dtype: torch.dtype) -> list[float]:
-    """The sums behind each result with every term taken positive, in units of fp32's rounding.
-
-    Softmax weights, their gradients and the output that the backward reads are rounded to ``dtype``. A weight is the
-    exponential of a score minus the log-sum-exp, so their roundings, in fp32 at least, count as often as they are
-    large. The log-sum-exp consists of the scores' products, rounded twice, and of itself, twice more.
-    """
-    unit = torch.finfo(dtype).eps / torch.finfo(torch.float32).eps if dtype == torch.float16 else 1
-    q, k, v, grad = (x.double().abs() for x in case.values())
-    signed_q, signed_k, *_ = (x.double() for x in case.values())
-    largest = [0.0] * 5
-    scale = case.head_dim**-0.5
-    for rows_q, rows_k in per_sequence(case):
-        scores = torch.einsum("qhd,khd->hqk", signed_q[rows_q], signed_k[rows_k]) * scale
-        weights, lse = scores.softmax(-1), scores.logsumexp(-1)
-        out_size = torch.einsum("hqk,khd->qhd", weights, v[rows_k])
-        products = torch.einsum("qhd,khd->hqk", q[rows_q], k[rows_k]) * scale
-        weights = weights * (unit + scores.abs() + lse.abs()[..., None])
-        out = torch.einsum("hqk,khd->qhd", weights, v[rows_k])
-        dweights = (
-            torch.einsum("qhd,khd->hqk", grad[rows_q], v[rows_k]) + (grad[rows_q] * out_size).sum(-1).T[..., None]
-        )
-        sums = [
-            out,
-            2 * products + 2 * lse.abs()[..., None],
-            scale * torch.einsum("hqk,khd->qhd", weights * dweights, k[rows_k]),
-            scale * torch.einsum("hqk,qhd->khd", weights * dweights, q[rows_q]),
-            torch.einsum("hqk,qhd->khd", weights, grad[rows_q]),
-        ]
-        largest = [max(bound, float(terms.max())) for bound, terms in zip(largest, sums, strict=True)]
-    return largest
-
-
-def check(case: Case, dtype: torch.dtype) -> None:
+def check(case: AttentionCase, dtype: torch.dtype) -> None:
     assert_close_to_reference(kernels(case), plain(case), case.values(), dtype, magnitudes=magnitudes(case, dtype))
 
 
@@ -175,7 +63,7 @@ def cases(draw, longest: int):
         pairs = [(length, length) for length, _ in pairs]
     lengths_q, lengths_k = ([pair[i] for pair in pairs] for i in range(2))
     few = st.integers(0, 3)
-    return Case(
+    return AttentionCase(
         lengths_q,
         lengths_k,
         draw(st.sampled_from(HEAD_DIMS)),
@@ -189,11 +77,11 @@ def cases(draw, longest: int):
 NO_SHRINKING = (Phase.explicit, Phase.generate)  # it takes minutes here, and the drawn cases are small as they are
 
 EXAMPLES = (
-    Case([], [], padding_q=2, padding_k=3),
-    Case([0, 0], [0, 0], padding_q=1, padding_k=1),
-    Case([1], [1]),
-    Case([3, 0, 2], [0, 4, 1], head_dim=80, padding_q=1, padding_k=2),
-    Case([66, 1], [65, 70], head_dim=24, slack=70, lengths="long"),
+    AttentionCase([], [], padding_q=2, padding_k=3),
+    AttentionCase([0, 0], [0, 0], padding_q=1, padding_k=1),
+    AttentionCase([1], [1]),
+    AttentionCase([3, 0, 2], [0, 4, 1], head_dim=80, padding_q=1, padding_k=2),
+    AttentionCase([66, 1], [65, 70], head_dim=24, slack=70, lengths="long"),
 )
 
 
@@ -213,7 +101,7 @@ def test_any_lengths(dtype, case):
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 def test_every_head_dim_over_more_than_one_tile(head_dim, lengths):
     tile = 65 if lengths == "short" else 129
-    check(Case([tile], [66], head_dim, heads=1, padding_q=1, padding_k=1, lengths=lengths), torch.float16)
+    check(AttentionCase([tile], [66], head_dim, heads=1, padding_q=1, padding_k=1, lengths=lengths), torch.float16)
 
 
 @pytest.mark.slow
@@ -230,7 +118,9 @@ def test_any_lengths_thoroughly(dtype, case):
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_tiles_of_every_architecture(arch, head_dim, lengths, monkeypatch):
     monkeypatch.setattr(launch_file, "architecture", lambda: arch)
-    check(Case([130, 3], [67, 129], head_dim, heads=1, padding_q=1, padding_k=1, lengths=lengths), torch.float32)
+    check(
+        AttentionCase([130, 3], [67, 129], head_dim, heads=1, padding_q=1, padding_k=1, lengths=lengths), torch.float32
+    )
 
 
 def test_the_mean_length_chooses_the_row_of_the_table():
@@ -243,10 +133,10 @@ def test_the_mean_length_chooses_the_row_of_the_table():
     assert chosen(2 * launch_file.SHORT + 1, 2) == long
 
 
-SELF = Case([5, 0, 9], [5, 0, 9], head_dim=80, padding_q=2, padding_k=2)
+SELF = AttentionCase([5, 0, 9], [5, 0, 9], head_dim=80, padding_q=2, padding_k=2)
 
 
-def packed(case: Case, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def packed(case: AttentionCase, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """The queries, keys and values of a case as [T, 3, H, Dh], and the gradient of the output."""
     *parts, grad = (x.to(dtype) for x in case.values())
     return torch.stack(parts, 1), grad
@@ -282,7 +172,7 @@ overflows = pytest.mark.filterwarnings("ignore:overflow encountered", "ignore:in
 @pytest.mark.parametrize("sign", [1, -1])
 def test_scores_far_apart_neither_overflow_nor_vanish(sign, dtype):
     """Scores of +-50 * 50 * sqrt(Dh): the largest weight is 1 and all others 0, or all scores are far below 0."""
-    case = Case([2], [3], head_dim=32, heads=1)
+    case = AttentionCase([2], [3], head_dim=32, heads=1)
     _, _, v, grad = (x.to(dtype) for x in case.values())
     q = torch.full((2, 1, 32), 50.0, dtype=dtype)
     k = sign * 50.0 * torch.tensor([1.0, 1.5, 0.5], dtype=dtype)[:, None, None].expand(3, 1, 32).contiguous()
@@ -302,7 +192,7 @@ def test_scores_far_apart_neither_overflow_nor_vanish(sign, dtype):
 @overflows
 def test_keys_past_the_end_do_not_overflow_where_every_score_is_far_below_zero():
     """exp2(0 - lse) of a key that is not there is infinite at lse = -200."""
-    case = Case([3], [2], head_dim=24, heads=1)
+    case = AttentionCase([3], [2], head_dim=24, heads=1)
     q, k, v, grad = case.values()
     q, k = torch.full_like(q, 20.0), torch.full_like(k, -2.0)
     k[1] *= 1.01
@@ -311,7 +201,7 @@ def test_keys_past_the_end_do_not_overflow_where_every_score_is_far_below_zero()
 
 
 def test_more_sequences_than_one_launch_holds(monkeypatch):
-    case = Case([2, 0, 1, 3, 1], [1, 2, 0, 1, 4], padding_q=2, padding_k=1)
+    case = AttentionCase([2, 0, 1, 3, 1], [1, 2, 0, 1, 4], padding_q=2, padding_k=1)
     arguments = [x.half() for x in case.values()]
     wanted = kernels(case)(*arguments)
     for programs in (2, 3):  # six sequences with that of the padding: three launches, or two full ones
@@ -327,7 +217,7 @@ def test_offsets_beyond_int32(monkeypatch):
         huge(rows, width, torch.float16).view(rows, 1, width),
         huge(rows, width, torch.float16).view(rows, 1, width),
     )
-    small = Case([4], [4], head_dim=width, heads=1)
+    small = AttentionCase([4], [4], head_dim=width, heads=1)
     values, _, _, small_grad = (x.half() for x in small.values())
     q[-6:-2], grad[-6:-2] = values, small_grad
     q[-2:], grad[-2:] = math.nan, math.nan

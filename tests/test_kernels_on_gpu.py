@@ -9,14 +9,13 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from gpu_checks import check_capture_without_host_sync, check_determinism
 from kernel_testing import assert_close_to_reference, cast, largest
 from torch import Tensor
 
 from ijepa_fast import ops, reference
 from ijepa_fast.layout import predictor_layout
 from ijepa_fast.ragged import Ragged
-
-RUNS = 10
 
 
 class Shapes(NamedTuple):
@@ -129,16 +128,6 @@ def check_accuracy(case: Case, dtype: torch.dtype) -> None:
     assert_close_to_reference(case.call(ops), case.call(reference), case.arguments, dtype, magnitudes=case.magnitudes())
 
 
-def check_determinism(case: Case, dtype: torch.dtype) -> None:
-    arguments = cast(case.arguments, dtype)
-    first, *others = (flat(case.call(ops)(*arguments)) for _ in range(RUNS))
-    assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
-
-
-def flat(result) -> list[Tensor]:
-    return [result] if isinstance(result, Tensor) else list(result)
-
-
 CASE_IDS = [f"{case.name}-{i}" for i, case in enumerate(cases(SMALL, "cpu"))]
 
 
@@ -146,7 +135,7 @@ CASE_IDS = [f"{case.name}-{i}" for i, case in enumerate(cases(SMALL, "cpu"))]
 def test_cases_are_sound_on_the_cpu(i):
     case = cases(SMALL, "cpu")[i]
     check_accuracy(case, torch.float32)
-    check_determinism(case, torch.float32)
+    check_determinism(case.call(ops), cast(case.arguments, torch.float32))
 
 
 @pytest.fixture(scope="module")
@@ -164,29 +153,12 @@ def test_accuracy(cases_on_gpu, i, dtype):
 @pytest.mark.gpu
 @pytest.mark.parametrize("i", range(len(CASE_IDS)), ids=CASE_IDS)
 def test_ten_runs_give_the_same_bits(cases_on_gpu, i):
-    check_determinism(cases_on_gpu[i], torch.bfloat16)
+    case = cases_on_gpu[i]
+    check_determinism(case.call(ops), cast(case.arguments, torch.bfloat16))
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("i", range(len(CASE_IDS)), ids=CASE_IDS)
 def test_capture_without_host_sync(cases_on_gpu, i):
-    """The op can be captured in a CUDA graph, whose replay sees new inputs and equals the eager result."""
     case = cases_on_gpu[i]
-    arguments = cast(case.arguments, torch.bfloat16)
-    run = case.call(ops)
-    run(*arguments)  # compiles
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        run(*arguments)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = flat(run(*arguments))
-    for argument in arguments:
-        if isinstance(argument, Tensor) and argument.is_floating_point():
-            argument.copy_(argument.flip(0).clone() if argument.dim() else argument * 0.5)
-    graph.replay()
-    torch.cuda.synchronize()
-    assert all(torch.equal(a, b) for a, b in zip(captured, flat(run(*arguments)), strict=True))
+    check_capture_without_host_sync(case.call(ops), cast(case.arguments, torch.bfloat16))
