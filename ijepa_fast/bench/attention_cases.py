@@ -14,7 +14,7 @@ from typing import Any
 
 import torch.nn.functional as F
 
-from ijepa_fast import attention, ops, reference
+from ijepa_fast import attention, reference
 from ijepa_fast.bench.cases import Batch, Case, Provider
 from ijepa_fast.ragged import Ragged
 
@@ -42,8 +42,10 @@ def _case(batch: Batch, part: str, tokens: Ragged, width: int) -> Case:
         qkv = batch.normal(generator, tokens.num_rows, 3, heads, width // heads)
         return [x.detach() for x in qkv.unbind(1)]
 
+    backend = "triton" if batch.device.type == "cuda" else "auto"
+
     def ours(q, k, v):
-        return ops.varlen_attention(q, k, v, *bounds)[0]
+        return attention.varlen_attention(q, k, v, *bounds, backend=backend, uniform=tokens.uniform)
 
     def exact(q, k, v):
         return reference.varlen_attention(q, k, v, *bounds)[0]

@@ -217,7 +217,7 @@ def rows(
         seconds: nothing is begun after so long; what is left out comes as rows with "left_out".
     """
     until = time.monotonic() + seconds
-    with _settings(), side_stream(device):
+    with settings(), side_stream(device):
         floors = Floors(device)
         for model, config in models.items():
             batch = Batch.draw(config, images or BATCH[device.type], device, masks)
@@ -234,7 +234,7 @@ def rows(
 
 
 @contextlib.contextmanager
-def _settings() -> Iterator[None]:
+def settings() -> Iterator[None]:
     """A compiled function whose backward pass runs more than once must not give its buffers away."""
     from torch._functorch import config
 
