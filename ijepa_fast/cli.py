@@ -22,6 +22,10 @@ commands:
   probe      linear-probe accuracy of a checkpoint
   knn        k-NN accuracy of a checkpoint
   masks      draw the masks of a configuration
+  export     write a checkpoint for transformers, timm or the official code
+  import     make weights of these a checkpoint
+  accelerate-official
+             run an unmodified checkout of the official code with the parts of this package
   report     gather a run into one HTML page
   bench      how fast training and every op is on this machine
   doctor     what is installed, and what is missing why
@@ -37,6 +41,9 @@ def main(argv: list[str] | None = None) -> int:
         "probe": _probe,
         "knn": _knn,
         "masks": _masks,
+        "export": _export,
+        "import": _import,
+        "accelerate-official": _accelerate_official,
         "report": _report,
         "bench": _bench,
         "doctor": _doctor,
@@ -265,6 +272,63 @@ def _bench(argv: list[str]) -> int:
         compiled=parsed.compile,
         path=parsed.json,
     )
+    return 0
+
+
+def _export(argv: list[str]) -> int:
+    parser = _parser("export", "Write a checkpoint in the format of another library, or an encoder by itself.")
+    parser.add_argument("checkpoint", type=Path, help="Checkpoint file, or the folder of a run (its newest).")
+    formats = ("huggingface", "timm", "official", "safetensors")
+    parser.add_argument("--to", choices=formats, required=True, help="Whose format.")
+    parser.add_argument("--encoder", choices=("target", "context"), default="target", help="Official files hold both.")
+    parser.add_argument("--out", type=Path, required=True, help="File to write; a folder for huggingface.")
+    steps_help = "For the official format, which counts epochs; by default from the metrics of the run."
+    parser.add_argument("--steps_per_epoch", type=int | None, default=None, help=steps_help)
+    parsed = _parse(parser, argv, ["to", "encoder", "out", "steps_per_epoch"])
+    from ijepa_fast.interop.export import export
+
+    print(export(parsed.checkpoint, parsed.to, parsed.out, parsed.encoder, parsed.steps_per_epoch))
+    return 0
+
+
+def _import(argv: list[str]) -> int:
+    parser = _run_parser("import", "Make weights of the official code, timm or transformers a checkpoint of a run.")
+    parser.add_argument("source", type=Path, help="File of weights, or a folder of transformers.")
+    parser.add_argument("--out", type=Path, required=True, help="Folder of the run. With --data, training can go on.")
+    parser.add_argument("--num_heads", type=int | None, default=None, help="Where the size is not one of the paper's.")
+    config, parsed = _run_config(parser, argv)
+    import yaml
+
+    from ijepa_fast.config import as_dict
+    from ijepa_fast.data.datasets import open_sources
+    from ijepa_fast.interop.importing import import_weights
+
+    sources = open_sources(config.data, config.evaluation.data) if config.data is not None else None
+    fingerprint = None if sources is None else sources.train.fingerprint
+    config, said = import_weights(parsed.source, parsed.out, config, parsed.num_heads, fingerprint)
+    (parsed.out / "config.yaml").write_text(yaml.safe_dump(as_dict(config), sort_keys=False))
+    print(said)
+    if sources is not None:
+        print(f"go on training with: ijepa-fast pretrain --config {parsed.out / 'config.yaml'}")
+    return 0
+
+
+def _accelerate_official(argv: list[str]) -> int:
+    usage = (
+        "usage: ijepa-fast accelerate-official PATH/TO/ijepa -- --fname CONFIG [--devices cuda:0 cuda:1 | cpu]\n\n"
+        "Run the training script of a checkout of the official code with our models, mask collator, optimizer and\n"
+        "checkpoint reader in place. What follows -- are the arguments of its main.py; under torchrun, --devices is\n"
+        "not read. docs/official.md says what is replaced."
+    )
+    if argv[:1] in (["-h"], ["--help"]):
+        print(usage)
+        raise SystemExit(0)
+    if len(argv) < 2 or argv[1] != "--":
+        print(usage, file=sys.stderr)
+        return EXIT_USAGE
+    from ijepa_fast.interop.official.launch import launch
+
+    launch(argv[0], argv[2:])
     return 0
 
 

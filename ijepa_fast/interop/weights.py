@@ -106,7 +106,7 @@ def read_pickle(path: Path | str) -> object:
         try:
             return torch.load(file, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError as error:
-            if asked := re.search(r"(?:GLOBAL|global) (\w[\w.]*)|Unsupported (?:operand|class) (\S+)", str(error)):
+            if asked := re.search(r"GLOBAL (\w[\w.]*)|unrecognized function (.+)", str(error)):
                 raise WeightsError(
                     f"{path} is refused: loading it would run code ({asked[1] or asked[2]}), and weights need none. "
                     "Ask whoever wrote it for the tensors alone (torch.save of a state_dict, or safetensors)"

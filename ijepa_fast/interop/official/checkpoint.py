@@ -27,7 +27,7 @@ from ijepa_fast.interop.weights import (
 from ijepa_fast.optim import decays
 
 NETWORKS = ("encoder", "predictor", "target_encoder")
-_MOMENTS = ("exp_avg", "exp_avg_sq")
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,11 @@ def read(path: Path | str) -> OfficialCheckpoint:
     if not is_official(contents):
         found = ", ".join(map(str, list(contents)[:8])) if isinstance(contents, Mapping) else type(contents).__name__
         raise WeightsError(f"{path} is no official I-JEPA checkpoint: it needs {', '.join(NETWORKS)}, and has {found}")
+    return parse(contents)
+
+
+def parse(contents: Mapping) -> OfficialCheckpoint:
+    """The contents of a file for which ``is_official`` holds. Raises WeightsError for weights that are no tensors."""
     networks = {name: plain_names(contents[name]) for name in NETWORKS}
     return OfficialCheckpoint(
         **networks,
@@ -186,7 +191,7 @@ def check_optimizer(state: object, optimizer: torch.optim.Optimizer, source: obj
     for theirs, ours in zip(state["param_groups"], optimizer.param_groups, strict=True):
         for number, parameter in zip(theirs["params"], ours["params"], strict=True):
             moments = state["state"].get(number, {})
-            for name in _MOMENTS:
+            for name in MOMENTS:
                 if moments and name not in moments:
                     raise WeightsError(f"parameter {number} of the optimizer state of {source} has no {name}")
                 if name in moments and moments[name].shape != parameter.shape:

@@ -1,0 +1,93 @@
+"""``ijepa-fast export``: one of our checkpoints as files of other libraries, or an encoder by itself."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from ijepa_fast.checkpoint import Checkpoint, find
+from ijepa_fast.config import RunConfig
+from ijepa_fast.interop.encoder_file import save_encoder
+from ijepa_fast.interop.official.checkpoint import write
+from ijepa_fast.interop.official.training_state import to_official
+from ijepa_fast.interop.run_state import ENCODERS, read_run
+from ijepa_fast.interop.timm import timm_arguments
+from ijepa_fast.interop.weights import WeightsError
+from ijepa_fast.jepa import IJEPA
+
+FORMATS = ("huggingface", "timm", "official", "safetensors")
+
+
+def export(
+    checkpoint: Path | str, to: str, out: Path | str, encoder: str = "target", steps_per_epoch: int | None = None
+) -> str:
+    """Write a checkpoint in another format; what was written and how to load it, in words.
+
+    Args:
+        checkpoint: file, or the folder of a run (its newest).
+        to: huggingface (a folder for ``AutoModel.from_pretrained``), timm (safetensors for ``timm.create_model``),
+            official (a .pth.tar that the official code resumes from) or safetensors (for ``load_encoder``).
+        out: file or folder to write; must not exist.
+        encoder: target (which the paper evaluates) or context. The official format holds both.
+        steps_per_epoch: for the official format, which counts epochs; by default from the run's metrics.jsonl.
+
+    Raises:
+        ValueError: an unknown format or encoder, or ``out`` exists.
+        CheckpointError, WeightsError: the checkpoint is missing, damaged, or has no counterpart in the format.
+    """
+    out = Path(out)
+    if to not in FORMATS:
+        raise ValueError(f"the format must be one of {', '.join(FORMATS)}, got {to!r}")
+    if encoder not in ENCODERS:
+        raise ValueError(f"the encoder must be target or context, got {encoder!r}")
+    if out.exists():
+        raise ValueError(f"{out} exists already")
+    model, state, config = read_run(checkpoint)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if to == "official":
+        return _official(checkpoint, out, model, state, config, steps_per_epoch)
+    network = getattr(model, ENCODERS[encoder])
+    if to == "huggingface":
+        from ijepa_fast.interop.huggingface import to_huggingface
+
+        to_huggingface(network).save_pretrained(out)
+        use = f'transformers.AutoModel.from_pretrained("{out}")'
+    else:
+        save_encoder(out, network, {"encoder": encoder, "step": state.step})
+        use = f'ijepa_fast.interop.encoder_file.load_encoder("{out}")'
+        if to == "timm":
+            arguments = timm_arguments(network) | {"checkpoint_path": str(out)}
+            use = f"timm.create_model({', '.join(f'{name}={value!r}' for name, value in arguments.items())})"
+    return f"{out}: the {encoder} encoder after step {state.step}\nload it with {use}"
+
+
+def _official(
+    checkpoint: Path | str, out: Path, model: IJEPA, state: Checkpoint, config: RunConfig, steps_per_epoch: int | None
+) -> str:
+    found = _last_metrics(find(Path(checkpoint)), state.step)
+    if steps_per_epoch is None:
+        if "epoch" not in found:
+            raise WeightsError(
+                f"cannot tell how many epochs {state.step} steps are (no metrics.jsonl beside {checkpoint}): "
+                "give steps_per_epoch"
+            )
+        steps_per_epoch = round(found["step"] / found["epoch"])
+    if steps_per_epoch < 1:
+        raise ValueError(f"steps_per_epoch must be at least 1, got {steps_per_epoch}")
+    epoch, rest = divmod(state.step, steps_per_epoch)
+    official = to_official(model, state, config, epoch, found.get("loss", float("nan")))
+    write(out, official)
+    said = [f"{out}: both encoders and the predictor after step {state.step}, epoch {epoch}"]
+    if official.opt is None:
+        said.append("without optimizer state: there is none in the checkpoint")
+    if rest:
+        said.append(f"the official code will go on from the start of epoch {epoch + 1}: {rest} steps are repeated")
+    said.append("load it as the read_checkpoint of a configuration, with load_checkpoint: true")
+    return "\n".join(said)
+
+
+def _last_metrics(checkpoint: Path, step: int) -> dict:
+    """The run's last line of metrics up to a step; empty without any."""
+    path = checkpoint.parent.parent / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.is_file() else []
+    return next((m for line in reversed(lines) if 0 < (m := json.loads(line))["step"] <= step), {})

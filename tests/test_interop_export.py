@@ -1,0 +1,253 @@
+"""Checkpoints to other formats and back, as typed: nothing is lost, and training goes on where it stopped."""
+
+import copy
+import json
+
+import pytest
+import torch
+import yaml
+
+from ijepa_fast import checkpoint as checkpoints
+from ijepa_fast import cli
+from ijepa_fast.config import from_dict
+from ijepa_fast.interop import official
+from ijepa_fast.interop.encoder_file import load_encoder, save_encoder
+from ijepa_fast.interop.official.checkpoint import read, write
+from ijepa_fast.interop.run_state import read_run, save_run
+from ijepa_fast.interop.timm import to_timm
+from ijepa_fast.interop.weights import WeightsError, read_pickle, read_safetensors
+from ijepa_fast.train import load_trained
+from ijepa_fast.vit import VisionTransformer
+from tests.image_files import write_folder
+
+SIZES = {"img_size": 24, "patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2}
+TINY = {
+    "model": {**SIZES, "predictor_embed_dim": 8, "predictor_depth": 1},
+    "masks": {"min_keep": 1},
+    "optim": {"warmup_epochs": 0.5},
+    "evaluation": {"before_and_after": False, "pictures": False},
+    "train": {"batch_size": 8, "steps": 4, "log_every": 1, "save_every": 2, "keep": 5, "device": "cpu"},
+}
+HEADS = ["--num_heads", "2"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    root = tmp_path_factory.mktemp("images")
+    write_folder(root / "train", 20)
+    write_folder(root / "test", 10)
+    return root
+
+
+@pytest.fixture(scope="module", params=["fp32", "bf16"])
+def run(request, data, tmp_path_factory):
+    """A run of 4 steps, 2 an epoch."""
+    folder = tmp_path_factory.mktemp(request.param)
+    values = copy.deepcopy(TINY)
+    values["train"]["precision"] = request.param
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(values))
+    command = ["pretrain", "--config", str(folder / "tiny.yaml"), "--data", str(data), "--output", str(folder / "run")]
+    assert cli.main(command) == 0
+    return folder / "run"
+
+
+def exported(run, tmp_path, *arguments):
+    out = tmp_path / "out"
+    status = cli.main(["export", str(run), "--out", str(out), *map(str, arguments)])
+    assert status == 0
+    return out
+
+
+@pytest.mark.parametrize("encoder", ["target", "context"])
+def test_an_encoder_by_itself_gives_the_same_features(run, tmp_path, capsys, encoder):
+    out = exported(run, tmp_path, "--to", "safetensors", "--encoder", encoder)
+    assert f"the {encoder} encoder after step 4" in capsys.readouterr().out
+    loaded, about = load_encoder(out)
+    assert about == {"encoder": encoder, "step": 4}
+    model, _, _ = read_run(run)
+    images = torch.randint(0, 256, (2, 3, 24, 24), dtype=torch.uint8)
+    torch.testing.assert_close(loaded(images), getattr(model, f"{encoder}_encoder")(images), rtol=0, atol=0)
+    if encoder == "target":
+        assert not torch.equal(loaded.norm.weight, model.context_encoder.norm.weight)
+
+
+def test_low_precision_runs_export_their_fp32_masters(run, tmp_path):
+    state = read_safetensors(exported(run, tmp_path, "--to", "timm"))[0]
+    kept = checkpoints.load(checkpoints.find(run)).tensors
+    name = "blocks.1.mlp.fc1.weight"
+    low = kept[f"model.target_encoder.{name}"]
+    if low.dtype == torch.bfloat16:
+        assert torch.equal(state[name], kept[f"optimizer.context_encoder.{name}.ema"])
+        assert torch.equal(state[name].bfloat16(), low) and not torch.equal(state[name], low.float())
+    else:
+        assert torch.equal(state[name], low)
+
+
+def test_timm_is_told_the_number_of_heads(run, tmp_path, capsys):
+    out = exported(run, tmp_path, "--to", "timm")
+    said = capsys.readouterr().out
+    assert "timm.create_model(model_name='vit_base_patch16_gap_224', img_size=24" in said
+    assert "num_heads=2" in said and f"checkpoint_path='{out}'" in said
+    assert all(value.dtype == torch.float32 for value in read_safetensors(out)[0].values())
+
+
+def test_the_official_file_resumes_in_official_modules(run, tmp_path, capsys):
+    """The networks, the moments and the step arrive; the checks of load_checkpoint are those of torch's AdamW."""
+    out = exported(run, tmp_path, "--to", "official")
+    assert "after step 4, epoch 2" in capsys.readouterr().out
+    encoder = official.VisionTransformer([24], 4, embed_dim=16, depth=2, num_heads=2)
+    predictor = official.vit_predictor(num_patches=36, embed_dim=16, predictor_embed_dim=8, depth=1, num_heads=2)
+    target = copy.deepcopy(encoder)
+    opt = torch.optim.AdamW(official.parameter_groups(encoder, predictor))
+    scaler = torch.amp.GradScaler("cpu")
+    *_, epoch = official.load_checkpoint("cpu", out, encoder, predictor, target, opt, scaler)
+    assert epoch == 2 and [g.get("WD_exclude", False) for g in opt.param_groups] == [False, False, True, True]
+    kept = checkpoints.load(checkpoints.find(run)).tensors
+    for part, module in (("context_encoder", encoder), ("predictor", predictor)):
+        for name, parameter in module.named_parameters():
+            if parameter.requires_grad:
+                for kind in ("exp_avg", "exp_avg_sq"):
+                    assert torch.equal(opt.state[parameter][kind], kept[f"optimizer.{part}.{name}.{kind}"].float())
+                assert opt.state[parameter]["step"] == 4
+            else:
+                assert parameter not in opt.state
+    model, _, _ = read_run(run)
+    torch.testing.assert_close(target.state_dict(), model.target_encoder.state_dict(), rtol=0, atol=0)
+
+
+def test_to_the_official_format_and_back_training_goes_on_to_the_same_weights(run, data, tmp_path, capsys):
+    """Steps 2 to 4 of the run, from a file of the official format that was made of its step 2."""
+    half = run / "checkpoints" / "step_000000002.safetensors"
+    file = exported(half, tmp_path, "--to", "official")
+    config = ["--config", str(run / "config.yaml"), "--data", str(data)]
+    assert cli.main(["import", str(file), "--out", str(tmp_path / "again"), *config, *HEADS]) == 0
+    said = capsys.readouterr().out
+    assert "an official checkpoint after epoch 1" in said and "2 steps done; optimizer state included" in said
+    assert "CC-BY-NC-4.0" in said and f"pretrain --config {tmp_path / 'again' / 'config.yaml'}" in said
+    assert cli.main(["pretrain", "--config", str(tmp_path / "again" / "config.yaml")]) == 0
+    straight, again = (checkpoints.load(checkpoints.find(folder)) for folder in (run, tmp_path / "again"))
+    assert (straight.step, again.step) == (4, 4)
+    names = [name for name in straight.tensors if name.startswith(("model.", "optimizer."))]
+    for name in names:
+        assert torch.equal(straight.tensors[name], again.tensors[name]), name
+    assert again.tensors.keys() == straight.tensors.keys()
+
+
+@pytest.mark.slow
+def test_probe_and_knn_judge_imported_weights(run, data, tmp_path, capsys):
+    file = exported(run, tmp_path, "--to", "official")
+    assert cli.main(["import", str(file), "--out", str(tmp_path / "imported"), *HEADS]) == 0
+    for command in ("probe", "knn"):
+        results = []
+        for folder in (run, tmp_path / "imported"):
+            capsys.readouterr()
+            assert cli.main([command, str(folder), "--data", str(data), "--device", "cpu"]) == 0
+            results.append(json.loads(capsys.readouterr().out.splitlines()[-1])[command])
+        assert results[0] == pytest.approx(results[1], abs=0.11)  # bf16 features here and fp32 there: one of 10 images
+
+
+def encoder_files(tmp_path):
+    """The same encoder in every form that holds one alone."""
+    torch.manual_seed(3)
+    encoder = VisionTransformer(**SIZES)
+    save_encoder(tmp_path / "ours.safetensors", encoder, {"encoder": "context", "step": 7})
+    torch.save(to_timm(encoder), tmp_path / "timm.pth")
+    torch.save({"state_dict": {f"module.{k}": v for k, v in to_timm(encoder).items()}}, tmp_path / "wrapped.pt")
+    return encoder, ["ours.safetensors", "timm.pth", "wrapped.pt"]
+
+
+def test_an_encoder_alone_becomes_both_encoders(tmp_path, capsys):
+    encoder, files = encoder_files(tmp_path)
+    for name in files:
+        out = tmp_path / f"run-{name}"
+        heads = HEADS if not name.startswith("ours") else []
+        assert cli.main(["import", str(tmp_path / name), "--out", str(out), "--train.precision", "fp32", *heads]) == 0
+        said = capsys.readouterr().out
+        assert "both encoders start from the one that is there\nthe predictor is new" in said
+        model, config, step = load_trained(out)
+        assert (step, config.model.num_heads, config.model.img_size) == (0, 2, 24)
+        for network in (model.context_encoder, model.target_encoder):
+            torch.testing.assert_close(network.state_dict(), encoder.state_dict(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_training_starts_from_an_imported_encoder(data, tmp_path, precision):
+    encoder, _ = encoder_files(tmp_path)
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(TINY))
+    arguments = ["--config", str(tmp_path / "tiny.yaml"), "--data", str(data), "--train.precision", precision]
+    source = str(tmp_path / "ours.safetensors")
+    assert cli.main(["import", source, "--out", str(tmp_path / "run"), *arguments, "--optim.lr", "0"]) == 0
+    start = checkpoints.load(checkpoints.find(tmp_path / "run"))
+    model, _, _ = read_run(tmp_path / "run")
+    torch.testing.assert_close(model.target_encoder.state_dict(), encoder.state_dict(), rtol=0, atol=0)
+    assert cli.main(["pretrain", "--config", str(tmp_path / "run" / "config.yaml")]) == 0
+    end = checkpoints.load(checkpoints.find(tmp_path / "run"))
+    assert (start.step, end.step) == (0, 4)
+    assert start.tensors.keys() == end.tensors.keys()
+    assert {n: t.dtype for n, t in start.tensors.items()} == {n: t.dtype for n, t in end.tensors.items()}
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """A checkpoint of an untrained model, in the folder of a run."""
+    config = from_dict({"model": TINY["model"]})
+    folder = tmp_path_factory.mktemp("small")
+    save_run(folder, config.model.build(config.objective), config, 4)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["export", "/nowhere", "--to", "timm", "--out", "x"], "no checkpoint at /nowhere"),
+        (["export", "RUN", "--to", "timm", "--out", "RUN"], "exists already"),
+        (["export", "RUN", "--to", "onnx", "--out", "x"], "onnx"),
+        (["import", "/nowhere", "--out", "x"], "/nowhere"),
+        (["import", "FOLDER", "--out", "x"], "is a folder without config.json"),
+        (["import", "TEXT", "--out", "x"], "TEXT is damaged or not a file of weights"),
+        (["import", "TIMM", "--out", "x"], "is none of the known sizes: give num_heads"),
+        (["import", "OTHER", "--out", "x"], "not the weights of a ViT encoder: no pos_embed, patch_embed.proj.weight"),
+        (["import", "TIMM", "--out", "RUN", "--num_heads", "2"], "already holds a run; give another folder"),
+    ],
+)
+def test_mistakes_end_with_a_clear_message(small, tmp_path, capsys, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    encoder_files(tmp_path)
+    (tmp_path / "TEXT").write_text("no weights")
+    torch.save({"conv1.weight": torch.zeros(2)}, tmp_path / "OTHER")
+    (tmp_path / "FOLDER").mkdir()
+    names = {"RUN": str(small), "TIMM": "timm.pth"}
+    assert cli.main([names.get(argument, argument) for argument in arguments]) == 1
+    error = capsys.readouterr().err
+    assert message in error and "Traceback" not in error
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_run_without_metrics_needs_to_be_told_its_epochs(small, tmp_path, capsys):
+    command = ["export", str(small), "--to", "official", "--out", str(tmp_path / "out.pth.tar")]
+    assert cli.main(command) == 1
+    assert "cannot tell how many epochs 4 steps are" in capsys.readouterr().err
+    assert cli.main([*command, "--steps_per_epoch", "3"]) == 0
+    said = capsys.readouterr().out
+    assert "go on from the start of epoch 2: 1 steps are repeated" in said and "without optimizer state" in said
+    assert read(tmp_path / "out.pth.tar").epoch == 1
+
+
+def test_files_of_others_are_not_taken_for_encoder_files(tmp_path):
+    from safetensors.torch import save_file
+
+    save_file({"a": torch.zeros(1)}, tmp_path / "a.safetensors")
+    with pytest.raises(WeightsError, match="does not say how its encoder is built"):
+        load_encoder(tmp_path / "a.safetensors")
+    (tmp_path / "b.safetensors").write_bytes((tmp_path / "a.safetensors").read_bytes()[:-2])
+    with pytest.raises(WeightsError, match="damaged"):
+        read_safetensors(tmp_path / "b.safetensors")
+
+
+def test_optimizer_state_of_other_networks_is_refused(run, tmp_path):
+    found = read(exported(run, tmp_path, "--to", "official"))
+    found.opt["state"][3]["exp_avg"] = torch.zeros(2)
+    write(tmp_path / "wrong.pth.tar", found)
+    assert isinstance(read_pickle(tmp_path / "wrong.pth.tar"), dict)
+    assert cli.main(["import", str(tmp_path / "wrong.pth.tar"), "--out", str(tmp_path / "x"), *HEADS]) == 1
+    assert not (tmp_path / "x").exists()
