@@ -233,6 +233,7 @@ def step(run: Run, entry: dict[str, Any]) -> None:
             file = f"{re.sub('[^a-z0-9_]+', '-', name)}.json"
             command = [sys.executable, "-m", "benchmarks.step", "--model", model, "--batch", str(batch)]
             command += ["--masks", masks_of, "--impl", implementations, "--device", run.device]
+            command += ["--rounds", "2", "--warm-up", "1"] if run.tiny else []
             status = run.execute(entry, name, [*command, "--json", str(run.scratch / file)], limit)
             if found := run.written(file):
                 entry["reports"].append(found)

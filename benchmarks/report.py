@@ -1,0 +1,348 @@
+"""Results files -> every page, table and picture that shows a figure of theirs.
+
+    python -m benchmarks.report [--check]
+
+Reads ``benchmarks/results/*.json`` and writes ``benchmarks/RESULTS.md``, what stands between the marks in README.md and
+docs/masks.md, the column "measured" of docs/kernels.md, and the charts in docs/images. ``--check`` writes nothing and
+fails where a text is not what it would write. What was not measured is said to be so; of a GPU run whose tests failed
+no time is shown.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.targets import op_targets, step_targets
+from ijepa_fast.bench.rows import best_of
+
+ROOT = Path(__file__).resolve().parents[1]
+Report = dict[str, Any]
+NOT_MEASURED = "not measured yet"
+PREFERRED_GPU = "H200"  # the one that docs/kernels.md has floors for
+
+
+def load(folder: Path) -> dict[str, list[Report]]:
+    """Results by kind, in the order of their file names, each with its "file". What has no kind is left out."""
+    found: dict[str, list[Report]] = {}
+    for path in sorted(folder.glob("*.json")):
+        report = json.loads(path.read_text())
+        if isinstance(report, dict) and "kind" in report:
+            found.setdefault(report["kind"], []).append(report | {"file": path.name})
+    return found
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    lines = [f"| {' | '.join(map(str, row))} |" for row in rows]
+    return "\n".join([f"| {' | '.join(head)} |", "|" + "---|" * len(head), *lines])
+
+
+def on(machine: Report) -> str:
+    """Machine, versions and commit, in words."""
+    where = machine.get("gpu") or f"{machine['cpu']}, {machine['threads']} of {machine['cores']} cores"
+    versions = [f"torch {machine['torch']}"]
+    if machine.get("gpu"):
+        versions += [f"Triton {machine['triton']}", f"CUDA {machine['cuda']}", f"driver {machine['driver']}"]
+    changed = " with changes" if machine.get("dirty") else ""
+    commit = f"commit {machine['commit'][:12]}{changed}" if machine.get("commit") else "commit unknown"
+    return f"{where}; {', '.join(versions)}, Python {machine['python']}; {commit}"
+
+
+def failures(check: Report) -> list[str]:
+    """Why times of a GPU run may not be shown; empty if they may."""
+    tests = check["parts"].get("tests")
+    if tests is None:
+        return ["its tests were not run"]
+    if not tests.get("passed") and not tests.get("failed"):
+        return ["no test ran"]
+    return tests.get("failed", [])
+
+
+def trusted(reports: dict[str, list[Report]]) -> list[Report]:
+    """GPU runs whose tests passed."""
+    checks = [check for check in reports.get("gpu_check", []) if _gpu(check)]
+    return [check for check in checks if not failures(check)]
+
+
+def _gpu(check: Report) -> str | None:
+    return next((part["machine"]["gpu"] for part in check["parts"].values() if "gpu" in part["machine"]), None)
+
+
+# Masks
+
+
+def mask_rates(reports: dict[str, list[Report]]) -> str:
+    """The official recipe at 14 x 14 on one core."""
+    found = [report for report in reports.get("masks", []) if report["machine"]["device"] == "cpu"]
+    if not found:
+        return "Rates on a CPU: not measured yet."
+    names = {"extension": "C++ extension", "torch": "torch sampler", "loop": "loop over images, as in a data loader"}
+    rates = {r["implementation"]: r for r in found[0]["rates"] if (r["recipe"], r["grid"]) == ("official", "14x14")}
+    rows = [(title, f"{rates[name]['images_per_second']:,}") for name, title in names.items()]
+    return (
+        f"Official recipe at 14 x 14 on one CPU core ({on(found[0]['machine'])}), best of all rounds of "
+        f"{found[0]['images']:,} images, from [{found[0]['file']}]({{results}}/{found[0]['file']}):\n\n"
+        + table(["", "images/s"], rows)
+    )
+
+
+def masks_section(reports: dict[str, list[Report]]) -> str:
+    parts = ["## Masks"]
+    for report in reports.get("masks", []):
+        grids = list(dict.fromkeys(r["grid"] for r in report["rates"]))
+        kinds = list(dict.fromkeys((r["implementation"], r["recipe"]) for r in report["rates"]))
+        rates = {(r["implementation"], r["recipe"], r["grid"]): f"{r['images_per_second']:,}" for r in report["rates"]}
+        rows = [[*kind, *(rates.get((*kind, grid), "") for grid in grids)] for kind in kinds]
+        equal = report["equal"]
+        parts.append(
+            f"Images per second on one CPU core, best of all rounds ({report['file']}: {on(report['machine'])}). "
+            f"Before that, {equal['comparisons']} batches of {', '.join(equal['implementations'])} were equal to the "
+            "bit.\n\n" + table(["drawn by", "recipe", *grids], rows)
+        )
+    for check in trusted(reports):
+        times = (check["parts"].get("masks", {}).get("report") or {}).get("device_times", [])
+        if times:
+            rows = [(t["images"], t["recipe"], t["grid"], f"{t['times']['p50']:.1f}") for t in times]
+            parts.append(f"Device time on {_gpu(check)}:\n\n" + table(["images", "recipe", "grid", "µs"], rows))
+    if not any("Device time" in part for part in parts):
+        parts.append(f"Device time of the CUDA extension: {NOT_MEASURED}.")
+    return "\n\n".join(parts)
+
+
+# Ops
+
+
+def ops_table(rows: Sequence[Report]) -> str:
+    """Ours with its peers, of one model."""
+    lines = []
+    for row in rows:
+        if row["provider"] != "ours" or "times" not in row:
+            continue
+        times = best_of(row["times"])
+        faster = [f"{name} {ratio:.2f}" for name, ratio in row["faster_than"].items()]
+        rate = f"{row['tflop_per_s']:.0f} TFLOP/s" if row["floor"] == "matmul" else f"{row['gb_per_s']:,.0f} GB/s"
+        spread = f"{times['p50']:,.1f} ({times['p20']:,.1f} to {times['p80']:,.1f})"
+        lines.append((row["op"], row["case"], row["mode"], spread, rate, f"{row['of_floor']:.0%}", ", ".join(faster)))
+    return table(["op", "case", "pass", "µs (20 % to 80 %)", "rate", "of floor", "times faster than"], lines)
+
+
+def ops_section(reports: dict[str, list[Report]]) -> str:
+    parts = [
+        "## Ops",
+        "Device time (graph replay, cold L2 cache). The floor is the larger of a plain copy of as many bytes and a "
+        "large matrix product of as many operations, both measured in the same run.",
+    ]
+    found = False
+    for check in trusted(reports):
+        entry = check["parts"].get("ops", {})
+        rows = entry.get("rows", [])
+        for model in dict.fromkeys(row["model"] for row in rows):
+            of_model = [row for row in rows if row["model"] == model]
+            parts.append(f"### {model} on {_gpu(check)}\n\n{on(entry['machine'])}.\n\n{ops_table(of_model)}")
+            found = True
+        if failed := [row for row in rows if "failed" in row]:
+            names = [", ".join(r[key] for key in ("provider", "op", "case", "mode", "model")) for r in failed]
+            lines = [f"- {name}: {r['failed']}" for name, r in zip(names, failed, strict=True)]
+            parts.append("Not timed, because they failed or gave a wrong result:\n\n" + "\n".join(lines))
+        if missing := sorted({f"{r['provider']}: {r['unavailable']}" for r in rows if "unavailable" in r}):
+            parts.append("Peers that could not run:\n\n" + "\n".join(f"- {line}" for line in missing))
+        if rows:
+            parts.append(f"Targets:\n\n{_targets(op_targets(rows))}")
+    if not found:
+        parts.append(f"Ops on a GPU: {NOT_MEASURED}.")
+    return "\n\n".join(parts)
+
+
+def _targets(targets: Iterable[tuple[str, str, str, bool | None]]) -> str:
+    words = {True: "met", False: "missed", None: NOT_MEASURED}
+    return table(["target", "wanted", "measured", ""], [(*rest, words[met]) for *rest, met in targets])
+
+
+# Whole steps
+
+
+def step_reports(reports: dict[str, list[Report]]) -> list[Report]:
+    inside = [found for check in trusted(reports) for found in check["parts"].get("step", {}).get("reports", [])]
+    return [*inside, *reports.get("step", [])]
+
+
+def step_table(found: Sequence[Report]) -> str:
+    lines = []
+    for report in found:
+        settings, results = report["settings"], report["implementations"]
+        for name, result in results.items():
+            memory = result.get("peak_memory_bytes")
+            lines.append(
+                (
+                    settings["model"],
+                    settings["batch"],
+                    settings["masks"] if name != "eager" else "batch_min",
+                    name,
+                    f"{result['images_per_second']:,.1f}",
+                    f"{result['ms']:,.1f}",
+                    f"{result['context_tokens']:.1f}",
+                    f"{result['useful_tflops']:.1f} ({result['share_of_matmul_peak']:.0%})",
+                    f"{memory / 2**30:.1f}" if memory else "",
+                    f"{ratio:.3f}" if (ratio := report["ratio"].get(f"ours/{name}")) else "",
+                )
+            )
+    head = ["model", "batch", "masks", "implementation", "images/s", "ms", "context tokens", "TFLOP/s (of peak)", "GiB"]
+    return table([*head, "ours over its time"], lines)
+
+
+def steps_section(reports: dict[str, list[Report]]) -> str:
+    parts = ["## Whole steps"]
+    by_machine: dict[str, list[Report]] = {}
+    for report in step_reports(reports):
+        by_machine.setdefault(on(report["machine"]), []).append(report)
+    for machine, found in by_machine.items():
+        parts.append(f"On {machine}:\n\n{step_table(found)}")
+    on_gpu = [report for report in step_reports(reports) if report["machine"]["device"] == "cuda"]
+    if on_gpu:
+        parts.append(f"Targets:\n\n{_targets(step_targets(on_gpu))}")
+    else:
+        parts.append(f"Whole steps on a GPU: {NOT_MEASURED}.")
+    return "\n\n".join(parts)
+
+
+def tests_section(reports: dict[str, list[Report]]) -> str:
+    parts = ["## Checks on a GPU"]
+    for check in reports.get("gpu_check", []):
+        entry = check["parts"].get("tests", {})
+        reasons = failures(check)
+        verdict = f"{entry.get('passed', 0)} tests passed" + (f", and: {'; '.join(reasons)}" if reasons else "")
+        parts.append(f"{check['file']} ({_gpu(check)}): {verdict}.")
+        if reasons:
+            parts.append("Times of this run are not shown.")
+        commands = check["parts"].get("masks", {}).get("commands", {})
+        for name, result in commands.items():
+            if "sanitizer" in name:
+                parts.append(f"{name}: {'clean' if result.get('exit_status') == 0 else result}.")
+    if len(parts) == 1:
+        parts.append("Tests marked `gpu`, compute-sanitizer: not run yet.")
+    return "\n\n".join(parts)
+
+
+# Where it all goes
+
+
+def results_page(reports: dict[str, list[Report]]) -> str:
+    head = (
+        "# Results\n\nWritten by `python -m benchmarks.report` from the files in [results](results); do not edit. "
+        "`benchmarks/gpu_check.sh` measures everything that needs a GPU, `python -m benchmarks.masks` and "
+        "`python -m benchmarks.step` what a CPU can do."
+    )
+    sections = (steps_section, ops_section, masks_section, tests_section)
+    return "\n\n".join([head, *(section(reports) for section in sections)]) + "\n"
+
+
+def readme_table(reports: dict[str, list[Report]]) -> str:
+    """Whole steps on a GPU, else what there is; and what there is not."""
+    on_gpu = [report for report in step_reports(reports) if report["machine"]["device"] == "cuda"]
+    parts = []
+    if on_gpu:
+        parts.append(f"On {on(on_gpu[0]['machine'])}:\n\n{step_table(on_gpu)}")
+    else:
+        parts.append("Kernels and whole training steps have not been timed on a GPU yet.")
+    parts.append(mask_rates(reports).format(results="benchmarks/results"))
+    parts.append("More in [benchmarks/RESULTS.md](benchmarks/RESULTS.md); `ijepa-fast bench` measures your machine.")
+    return "\n\n".join(parts)
+
+
+def between(text: str, name: str, content: str) -> str:
+    """``text`` with ``content`` between the marks of that name.
+
+    Raises:
+        ValueError: the marks are not there.
+    """
+    start = f"<!-- {name}: written by `python -m benchmarks.report` -->\n"
+    end = f"<!-- end of {name} -->"
+    if text.count(start) != 1 or text.count(end) != 1:
+        raise ValueError(f"the marks of {name!r} must be there once: {start.strip()} ... {end}")
+    head, rest = text.split(start)
+    return f"{head}{start}{content}\n{rest[rest.index(end) :]}"
+
+
+def kernel_key(kernel: str, words: str) -> tuple[str, str, str]:
+    """(op, case, mode) of a row of docs/kernels.md, from its first two columns."""
+    parts = ("context", "target encoder", "predictor")
+    default = {"predictor_tokens": "predictor", "target_loss": "targets"}.get(kernel, "all parameters")
+    part = next((part for part in parts if part in words), default)
+    residual = ", with residual" if "with residual" in words else ""
+    return kernel, part + residual, "backward" if words.startswith("backward") else "forward"
+
+
+def with_measured(text: str, rows: Sequence[Report]) -> str:
+    """The table of docs/kernels.md with its last column from these rows (of ViT-H/14)."""
+    measured = {(row["op"], row["case"], row["mode"]): row for row in rows if row["provider"] == "ours"}
+    lines, kernel, inside = [], "", False
+    for line in text.split("\n"):
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if line.startswith("| kernel |") and cells[-1] == "measured":
+            inside = True
+        elif inside and not line.startswith("|"):
+            inside = False
+        elif inside and not line.startswith("|---"):
+            kernel = cells[0] or kernel
+            row = measured.get(kernel_key(kernel, cells[1]))
+            cell = NOT_MEASURED
+            if row is not None and "times" in row:
+                cell = f"{best_of(row['times'])['p50']:,.1f} µs, {row['of_floor']:.0%}"
+            elif row is not None and "failed" in row:
+                cell = "failed"
+            line = line[: line.rstrip(" |").rindex("|") + 1] + f" {cell} |"
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def kernels_page(text: str, reports: dict[str, list[Report]]) -> str:
+    runs = sorted(trusted(reports), key=lambda check: PREFERRED_GPU not in (_gpu(check) or ""))
+    rows = [row for check in runs[:1] for row in check["parts"].get("ops", {}).get("rows", [])]
+    return with_measured(text, [row for row in rows if row["model"] == "ViT-H/14"])
+
+
+def pages(root: Path, reports: dict[str, list[Report]]) -> dict[Path, str]:
+    """Every text with figures, as it should be."""
+
+    def edited(path: str, edit: Callable[[str], str]) -> tuple[Path, str]:
+        return root / path, edit((root / path).read_text(encoding="utf-8"))
+
+    masks = mask_rates(reports).format(results="../benchmarks/results")
+    return {
+        root / "benchmarks" / "RESULTS.md": results_page(reports),
+        **dict(
+            [
+                edited("README.md", lambda text: between(text, "speed", readme_table(reports))),
+                edited("docs/masks.md", lambda text: between(text, "mask rates", masks)),
+                edited("docs/kernels.md", lambda text: kernels_page(text, reports)),
+            ]
+        ),
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; fail where something would change")
+    options = parser.parse_args(argv)
+    reports = load(ROOT / "benchmarks" / "results")
+    stale = []
+    for path, text in pages(ROOT, reports).items():
+        if not path.exists() or path.read_text(encoding="utf-8") != text:
+            stale.append(str(path.relative_to(ROOT)))
+            if not options.check:
+                path.write_text(text, encoding="utf-8")
+    print("\n".join(f"{'not up to date' if options.check else 'written'}: {name}" for name in stale) or "up to date")
+    if not options.check:
+        from benchmarks.charts import draw
+
+        for path in draw(reports, ROOT / "docs" / "images"):
+            print(f"drawn: {path.relative_to(ROOT)}")
+    return 1 if options.check and stale else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
