@@ -36,6 +36,7 @@ BUDGETS = {"install": 60, "masks": 110, "tests": 180, "ops": 170, "step": 400, "
 RESERVED = {"tests": 100, "ops": 90, "step": 100}
 """Seconds that earlier parts of a whole run leave to these."""
 WHOLE_RUN = ("install", "masks", "tests", "ops", "step")
+WHOLE_SECONDS = 525
 TEST_PROCESSES = 4
 LEAST_SECONDS = 5
 TAIL_LINES = 25
@@ -156,8 +157,7 @@ def compute_sanitizer() -> str | None:
 
 def tests(run: Run, entry: dict[str, Any]) -> None:
     """Each file in a process of its own: an illegal access ends the process, and must not end the others."""
-    files = sorted(path for path in (ROOT / "tests").glob("test_*.py") if "mark.gpu" in path.read_text())
-    marker = "gpu"
+    files, marker = files_with_gpu_tests(), "gpu"
     if run.tiny:
         files, marker = [path for path in files if path.name == "test_kernels_on_gpu.py"], "not gpu"
     entry["files"] = {}
@@ -173,6 +173,12 @@ def tests(run: Run, entry: dict[str, Any]) -> None:
         list(pool.map(test, files))
     entry["passed"] = sum(found["passed"] for found in entry["files"].values())
     entry["failed"] = [f"{name}: {what}" for name, found in entry["files"].items() for what in found["failed"]]
+
+
+def files_with_gpu_tests() -> list[Path]:
+    """Only these are imported: what the other tests need may not be installed where the GPU is."""
+    marked = re.compile(r"^(@pytest\.mark\.gpu|pytestmark = .*mark\.gpu)", re.MULTILINE)
+    return sorted(path for path in (ROOT / "tests").glob("test_*.py") if marked.search(path.read_text()))
 
 
 def outcome(junit: Path, status: int | None) -> dict[str, Any]:
@@ -284,7 +290,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", nargs="+", choices=("all", *PARTS), default=["all"])
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the results file")
-    parser.add_argument("--seconds", type=float, default=525, help="for everything")
+    parser.add_argument("--seconds", type=float, default=WHOLE_SECONDS, help="for everything")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--tiny", action="store_true", help="a small version of every part; all that a CPU can do")
     options = parser.parse_args(argv)

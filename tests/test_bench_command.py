@@ -1,0 +1,93 @@
+"""``ijepa-fast bench`` as it is typed."""
+
+import json
+import subprocess
+import sys
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from ijepa_fast import cli
+from ijepa_fast.bench.command import RECIPES, bench
+from ijepa_fast.bench.training import step_rate
+from ijepa_fast.config import TrainConfig, find_recipe
+from tests.tiny import tiny_run
+
+CPU = torch.device("cpu")
+TINY = {
+    "model": {
+        "img_size": 24, "patch_size": 4, "embed_dim": 16, "depth": 1, "num_heads": 2,
+        "predictor_embed_dim": 8, "predictor_depth": 1,
+    },
+    "masks": {"min_keep": 1},
+    "train": {"device": "cpu"},
+}  # fmt: skip
+
+
+def test_a_recipe_is_measured(tmp_path, capsys):
+    config, path = tmp_path / "small.yaml", tmp_path / "report.json"
+    config.write_text(yaml.safe_dump(TINY))
+    arguments = ["--config", str(config), "--images", "2", "--seconds", "12", "--json", str(path)]
+    assert cli.main(["bench", *arguments]) == 0
+    printed = capsys.readouterr().out
+    assert "small: " in printed and "images/s in steps of 2 (fp32, " in printed and "gather_patches" in printed
+    report = json.loads(path.read_text())
+    step = report["step"]
+    assert step["images_per_second"] == pytest.approx(2e6 / step["times"]["p50"], rel=1e-3)
+    assert 1 < step["context_tokens"] <= 36 and step["images"] == 2
+    assert {row["model"] for row in report["rows"]} == {"small"}
+    assert {"ours", "eager"} <= {row["provider"] for row in report["rows"]} and "compile" not in printed
+
+
+def test_the_recipes_that_stand_for_a_device_exist():
+    for name in RECIPES.values():
+        assert find_recipe(name).exists()
+
+
+def test_images_must_be_positive():
+    with pytest.raises(ValueError, match="images must be positive, got 0"):
+        bench(tiny_run("none", "none"), "tiny", CPU, images=0)
+
+
+def test_a_loss_that_is_not_finite_is_no_rate(monkeypatch):
+    config = tiny_run("none", "none")
+    broken = replace(config, train=TrainConfig(precision="fp32"), objective=replace(config.objective))
+    build = type(config.model).build
+
+    def spoiled(self, objective):
+        model = build(self, objective)
+        model.predictor.mask_token.data.fill_(float("nan"))
+        return model
+
+    monkeypatch.setattr(type(config.model), "build", spoiled)
+    with pytest.raises(RuntimeError, match="the loss of step 0 was not finite"):
+        step_rate(broken, CPU, 2, seconds=0)
+
+
+@pytest.mark.slow
+def test_it_runs_from_the_wheel_alone(tmp_path):
+    """No module of the checkout is on the path, neither benchmarks nor tests."""
+    root = Path(__file__).resolve().parents[1]
+    pip = "-m pip wheel . --no-deps --no-build-isolation --no-cache-dir --wheel-dir".split()
+    done = subprocess.run([sys.executable, *pip, str(tmp_path)], cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    site = tmp_path / "site"
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(site)
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump(TINY))
+    code = (
+        "import sys; from ijepa_fast import cli; status = cli.main(sys.argv[1:]); print(cli.__file__); sys.exit(status)"
+    )
+    command = [sys.executable, "-c", code, "bench", "--config", "small.yaml", "--images", "2", "--seconds", "5"]
+    done = subprocess.run(command, cwd=site, env={"PYTHONPATH": str(site)}, capture_output=True, text=True)
+    assert done.returncode != 0  # small.yaml is not here
+    done = subprocess.run(command, cwd=tmp_path, env={"PYTHONPATH": str(site)}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "images/s in steps of 2" in done.stdout and done.stdout.rstrip().endswith(
+        str(site / "ijepa_fast" / "cli.py")
+    )

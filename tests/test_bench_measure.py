@@ -1,0 +1,146 @@
+"""Timing: percentiles, the order of what happens on a GPU (stand-ins for CUDA), and what is said of the machine."""
+
+import inspect
+import json
+import platform
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from ijepa_fast.bench import measure
+from ijepa_fast.bench.measure import Times
+
+CPU = torch.device("cpu")
+
+
+def test_percentiles():
+    times = Times.of([float(i) for i in range(101)], "cpu")
+    assert (times.p20, times.p50, times.p80, times.runs) == (20, 50, 80, 101)
+    assert times.as_dict() == {"p20": 20, "p50": 50, "p80": 80, "runs": 101, "method": "cpu"}
+
+
+def test_cpu_times_warm_up_and_repeat():
+    calls = []
+    times = measure.cpu_times(lambda: calls.append(len(calls)), seconds=0, least=7)
+    assert len(calls) == 8 and times.runs == 7 and times.method == "cpu"
+
+
+class FakeCuda:
+    """Stands for the device: a clock that only work moves, by one millisecond a call."""
+
+    def __init__(self, monkeypatch, l2=1000):
+        self.log, self.now, self.capturing = [], 0.0, False
+        fake = self
+
+        class Event:
+            def __init__(self, enable_timing):
+                assert enable_timing
+
+            def record(self):
+                self.at = fake.now
+
+            def elapsed_time(self, end):
+                return end.at - self.at
+
+        class Graph:
+            def replay(self):
+                fake.log.append("replay")
+                fake.now += self.work
+
+        @contextmanager
+        def graph(cuda_graph, stream):
+            assert stream == "stream"
+            fake.capturing, before = True, fake.now
+            yield
+            cuda_graph.work, fake.now, fake.capturing = fake.now - before, before, False
+
+        stand_ins = {
+            "Event": Event,
+            "CUDAGraph": Graph,
+            "graph": graph,
+            "current_stream": lambda: "stream",
+            "synchronize": lambda: None,
+            "current_device": lambda: 0,
+            "get_device_properties": lambda device: SimpleNamespace(L2_cache_size=l2),
+        }
+        for name, stand_in in stand_ins.items():
+            assert hasattr(torch.cuda, name)
+            monkeypatch.setattr(torch.cuda, name, stand_in)
+
+    def work(self, name):
+        self.log.append(f"{'captured ' if self.capturing else ''}{name}")
+        self.now += 1.0
+
+
+def test_graph_times_are_per_call_and_every_call_is_captured_once(monkeypatch):
+    fake = FakeCuda(monkeypatch)
+    calls = [lambda name=name: fake.work(name) for name in ("a", "b", "c", "d")]
+    times = measure.graph_times(calls, runs=5)
+    assert (times.p50, times.runs, times.method) == (1000.0, 5, "graph")
+    assert fake.log == [*"abcd", *(f"captured {x}" for x in "abcd"), *["replay"] * (measure.WARM_UP + 5)]
+
+
+def test_event_times_begin_with_a_cold_cache(monkeypatch):
+    fake = FakeCuda(monkeypatch, l2=1000)
+    monkeypatch.setattr(torch, "empty", lambda size, dtype, device: SimpleNamespace(zero_=lambda: flushed.append(size)))
+    flushed = []
+    times = measure.event_times(lambda: fake.work("call"), runs=4)
+    assert flushed == [measure.L2_SHARES * 1000] * 4
+    assert times.p50 == 1000.0 and fake.log == ["call"] * (measure.WARM_UP + 4)
+
+
+def test_sets_of_data_outgrow_the_cache(monkeypatch):
+    FakeCuda(monkeypatch, l2=1000)
+    assert measure.cold_sets(4000) == measure.cold_sets(1e9) == 1
+    assert measure.cold_sets(3999) == 2 and measure.cold_sets(400) == 10
+    assert measure.cold_sets(0) == measure.MOST_SETS
+
+
+def test_the_real_functions_take_what_they_are_given():
+    """The stand-ins above have the signatures of torch."""
+    assert {"cuda_graph", "stream"} <= set(inspect.signature(torch.cuda.graph.__init__).parameters)
+    assert "enable_timing" in inspect.signature(torch.cuda.Event.__new__).parameters
+
+
+def test_floors_on_the_cpu():
+    assert measure.copy_times(1 << 20, CPU).p50 > 0
+    assert measure.matmul_rate(CPU) > 1e8
+
+
+def test_the_machine_is_described_without_names_of_people_or_places():
+    found = measure.machine("cpu")
+    assert found["torch"] == torch.__version__ and found["device"] == "cpu" and found["threads"] >= 1
+    text = json.dumps(found)
+    assert platform.node() not in text and str(Path.home()) not in text and "/" not in text.replace("N/A", "")
+
+
+def test_the_commit_can_be_given_where_there_is_no_git(monkeypatch, tmp_path):
+    monkeypatch.setattr(measure, "__file__", str(tmp_path / "ijepa_fast" / "bench" / "measure.py"))
+    monkeypatch.delenv("IJEPA_FAST_COMMIT", raising=False)
+    assert measure._commit() == (None, None)
+    monkeypatch.setenv("IJEPA_FAST_COMMIT", "abc")
+    assert measure._commit() == ("abc", None)
+
+
+@pytest.mark.parametrize("output", ["", "no devices were found\n", "580.1, 345\n"])
+def test_an_nvidia_smi_that_says_something_else_is_no_error(monkeypatch, output):
+    monkeypatch.setattr(measure.subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=0, stdout=output))
+    assert measure._nvidia_smi() == {"driver": None}
+
+
+def test_nvidia_smi(monkeypatch):
+    line = "580.1, 345, 1980, 3201, 700.00, 31\n"
+    monkeypatch.setattr(measure.subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=0, stdout=line))
+    found = measure._nvidia_smi()
+    assert found["driver"] == "580.1" and found["nvidia_smi"]["clocks.max.sm"] == "1980"
+
+
+def test_a_file_is_replaced_whole(tmp_path):
+    path = tmp_path / "new" / "report.json"
+    measure.write_json(path, {"a": 1})
+    with pytest.raises(TypeError):
+        measure.write_json(path, {"a": object()})
+    assert json.loads(path.read_text()) == {"a": 1}

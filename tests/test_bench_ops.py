@@ -1,0 +1,192 @@
+"""The table of ops: every provider computes what the reference computes, and what does not is not timed."""
+
+import ast
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.report import kernel_key
+from ijepa_fast.bench import floors, ops_table, rows
+from ijepa_fast.bench.cases import Batch, Provider
+from ijepa_fast.bench.floors import MODELS, TINY, Workload, cost
+
+ROOT = Path(__file__).resolve().parents[1]
+CPU = torch.device("cpu")
+FLOOR_RATES = 4.3e12, 790e12  # of docs/kernels.md: bytes and operations per second on an H200
+
+
+@cache
+def cases():
+    return {case.key: case for case in ops_table.cases(Batch.draw(TINY["tiny"], 2, CPU))}
+
+
+KEYS = list(cases())
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_every_provider_agrees_with_the_reference(key):
+    case = cases()[key]
+    for name, provider in case.providers.items():
+        if name != "compile" and provider.unavailable is None:
+            for mode in case.costs:
+                found, allowed = ops_table.check(case, name, mode, CPU)
+                assert 0 <= found <= allowed
+
+
+@pytest.mark.slow
+def test_compiled_providers_agree_with_the_reference():
+    """One forward only, one with several results, one with a scalar: each takes the compiler many seconds."""
+    with ops_table.settings():
+        for key in ("gather_add, context", "layer_norm, context, with residual", "target_loss, targets"):
+            for mode in ("forward", "backward", "both"):
+                ops_table.check(cases()[key], "compile", mode, CPU)
+            torch.compiler.reset()
+
+
+def test_every_op_has_a_case():
+    """Those of ops.py, but for backward passes, which their forward passes bring, and the packed form of attention."""
+    tree = ast.parse((ROOT / "ijepa_fast" / "ops.py").read_text())
+    names = [n.args[0].value for n in ast.walk(tree) if isinstance(n, ast.Call) and "custom_op" in ast.unparse(n.func)]
+    names = {name.removeprefix("ijepa_fast::") for name in names}
+    wanted = {name for name in names if not name.endswith("_backward")} - {"varlen_self_attention"}
+    assert len(wanted) >= 10 and {case.op for case in cases().values()} == wanted
+
+
+def wrong(case, function):
+    return replace(case, providers={**case.providers, "ours": Provider(function)})
+
+
+@pytest.fixture(scope="module")
+def measured_floors():
+    return ops_table.Floors(CPU)
+
+
+def row_of(case, measured_floors, mode="forward"):
+    return ops_table.row("tiny", case, "ours", mode, measured_floors, CPU)
+
+
+def test_a_right_provider_is_timed(measured_floors):
+    row = row_of(cases()["bias_gelu, context"], measured_floors, "both")
+    assert row["error_eps"] <= row["allowed_eps"] and row["times"]["cpu"]["p50"] > 0
+    assert row["of_floor"] == pytest.approx(row["floor_us"] / row["times"]["cpu"]["p50"], rel=1e-2)
+    assert row["gb_per_s"] == pytest.approx(row["bytes"] / row["times"]["cpu"]["p50"] / 1e3, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda x: x * 1.0001, "epsilons off"),
+        (lambda x: torch.cat([x[:-1], x[-1:] * float("nan")]), "nan epsilons off"),
+        (lambda x: x[:-1], "has shape"),
+    ],
+)
+def test_a_wrong_provider_is_not_timed(measured_floors, spoil, message):
+    case = cases()["bias_gelu, context"]
+    row = row_of(wrong(case, lambda x, bias: spoil(case.providers["ours"].function(x, bias))), measured_floors)
+    assert "times" not in row and row["failed"].startswith("WrongResult") and message in row["failed"]
+
+
+def test_a_wrong_gradient_is_seen(measured_floors):
+    case = cases()["bias_gelu, context"]
+    detached = wrong(case, lambda x, bias: case.providers["ours"].function(x.detach() + 0 * x, bias))
+    assert "times" in row_of(detached, measured_floors, "forward")
+    assert row_of(detached, measured_floors, "both")["failed"].startswith("WrongResult")
+
+
+def test_in_place_ops_are_checked_on_what_they_changed(measured_floors):
+    case = cases()["adamw_ema_, all parameters"]
+    nothing = lambda *lists: [tensor for tensors in [lists[0], *lists[2:]] for tensor in tensors]  # noqa: E731
+    assert row_of(wrong(case, nothing), measured_floors)["failed"].startswith("WrongResult")
+
+
+def test_a_provider_that_raises_does_not_end_the_table(measured_floors):
+    def broken(x, bias):
+        raise RuntimeError("out of something\nand more")
+
+    row = row_of(wrong(cases()["bias_gelu, context"], broken), measured_floors)
+    assert row["failed"] == "RuntimeError: out of something"
+
+
+def test_what_there_is_no_time_for_is_named():
+    table = list(ops_table.rows(TINY, CPU, images=1, groups=["rows"], modes=["forward"], seconds=0))
+    assert {row["op"] for row in table} == {"gather_patches", "gather_add", "predictor_tokens", "target_loss",
+                                            "layer_norm", "bias_gelu"}  # fmt: skip
+    assert all(row["left_out"] == "no time after 0 s" for row in table)
+    assert rows.remarks(table)[0].startswith("left out: no time after 0 s (gather_patches, gather_add")
+
+
+def test_the_table_as_measured():
+    only = {"groups": ["rows"], "modes": ["both"], "providers": lambda name: name != "compile"}
+    table = rows.with_ratios(list(ops_table.rows(TINY, CPU, images=1, **only)))
+    assert {(row["op"], row["provider"]) for row in table} == {
+        (op, name) for op in ("gather_add", "predictor_tokens", "target_loss", "layer_norm", "bias_gelu")
+        for name in ("ours", "eager")
+    }  # fmt: skip
+    for row in table:
+        assert ("faster_than" in row) == (row["provider"] == "ours") and "%" in rows.line(row)
+
+
+def test_ratios_compare_like_with_like():
+    def row(provider, **times):
+        place = {"model": "m", "op": "o", "case": "c", "mode": "forward"}
+        return place | {"provider": provider, "times": {method: {"p50": value} for method, value in times.items()}}
+
+    table = [row("ours", graph=2.0, events=8.0), row("a", graph=3.0, events=80.0), row("b", events=16.0)]
+    (ours, *_) = rows.with_ratios(table)
+    assert ours["faster_than"] == {"a": 1.5, "b": 2.0}
+
+
+# Costs
+
+
+def test_both_passes_cost_their_sum():
+    workload = Workload.of(TINY["tiny"], Batch.draw(TINY["tiny"], 2, CPU).masks)
+    for op in floors.BACKWARD:
+        passes = [cost(op, mode, workload, "context") for mode in ("forward", "backward", "both")]
+        assert passes[2].bytes == passes[0].bytes + passes[1].bytes
+        assert passes[2].flops == passes[0].flops + passes[1].flops
+
+
+def test_rows_and_pairs_are_those_of_the_masks():
+    batch = Batch.draw(TINY["tiny"], 3, CPU)
+    lengths = batch.masks.context.lengths.tolist()
+    targets = batch.masks.targets.lengths.view(3, 4).tolist()
+    workload = batch.workload
+    assert workload.context_rows == sum(lengths) and workload.context_pairs == sum(n * n for n in lengths)
+    joined = [context + target for context, of_image in zip(lengths, targets, strict=True) for target in of_image]
+    assert workload.predictor_rows == sum(joined) == len(batch.layout.tokens.indices)
+    assert workload.predictor_pairs == sum(n * n for n in joined)
+
+
+def kernel_rows():
+    """(kernel, words, bytes in MB, GFLOP, floor in microseconds) of the table in docs/kernels.md."""
+    lines = (ROOT / "docs" / "kernels.md").read_text().split("\n")
+    start = next(i for i, line in enumerate(lines) if line.startswith("| kernel |"))
+    kernel = ""
+    for line in lines[start + 2 :]:
+        if not line.startswith("|"):
+            return
+        name, words, _, *numbers, _ = (cell.strip() for cell in line.strip("|").split("|"))
+        kernel = name or kernel
+        yield kernel, words, *(float(number.replace(",", "")) if number else 0.0 for number in numbers)
+
+
+def test_the_floors_of_the_documentation_are_these_formulas():
+    """Mean rows as it says; the mean squared lengths are those of 100 batches (context 1.841 M, predictor 13.74 M)."""
+    counts = floors.parameter_counts(MODELS["ViT-H/14"])
+    workload = Workload(MODELS["ViT-H/14"], 128, 15091, 22630, 1.841e6, 13.74e6, 4, *counts)
+    seen = 0
+    for kernel, words, megabytes, gigaflop, floor in kernel_rows():
+        op, case, mode = kernel_key(kernel, words)
+        part, _, residual = case.partition(", ")
+        found = cost(f"{op} {residual}".strip(), mode, workload, part)
+        assert found.bytes / 1e6 == pytest.approx(megabytes, rel=2e-3), words
+        assert found.flops / 1e9 == pytest.approx(gigaflop, rel=1e-2), words
+        microseconds = max(found.bytes / FLOOR_RATES[0], found.flops / FLOOR_RATES[1]) * 1e6
+        assert microseconds == pytest.approx(floor, rel=2e-3, abs=0.06), words
+        assert f"{op}, {case}" in KEYS and mode in cases()[f"{op}, {case}"].costs, words
+        seen += 1
+    assert seen >= 23
