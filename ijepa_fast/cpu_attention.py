@@ -20,12 +20,14 @@ _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
 def _sequences(cu_q: Tensor, cu_k: Tensor) -> Iterator[tuple[slice, slice]]:
-    """Rows of queries and of keys of every sequence that has both."""
+    """Rows of queries and of keys of every sequence."""
     bounds_q, bounds_k = cu_q.tolist(), cu_k.tolist()
     for i in range(len(bounds_q) - 1):
-        rows_q, rows_k = slice(*bounds_q[i : i + 2]), slice(*bounds_k[i : i + 2])
-        if rows_q.start < rows_q.stop and rows_k.start < rows_k.stop:
-            yield rows_q, rows_k
+        yield slice(*bounds_q[i : i + 2]), slice(*bounds_k[i : i + 2])
+
+
+def _filled(rows: slice) -> bool:
+    return rows.start < rows.stop
 
 
 def _heads_first(x_THD: Tensor, rows: slice) -> Tensor:
@@ -36,10 +38,13 @@ def varlen_attention(
     q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int
 ) -> tuple[Tensor, Tensor]:
     """As ``reference.varlen_attention``."""
-    out, used = torch.zeros(q.shape, dtype=q.dtype), int(cu_q[-1])
-    lse = torch.zeros(q.shape[:2], dtype=accumulation_dtype(q.dtype))
-    lse[:used] = float("-inf")
+    out, used = torch.empty(q.shape, dtype=q.dtype), int(cu_q[-1])
+    lse = torch.empty(q.shape[:2], dtype=accumulation_dtype(q.dtype))
+    out[used:] = lse[used:] = 0
     for rows_q, rows_k in _sequences(cu_q, cu_k):
+        if not (_filled(rows_q) and _filled(rows_k)):
+            out[rows_q], lse[rows_q] = 0, float("-inf")
+            continue
         part, part_lse = _forward(_heads_first(q, rows_q), _heads_first(k, rows_k), _heads_first(v, rows_k))
         out[rows_q] = part[0].transpose(0, 1)
         lse[rows_q] = part_lse[0].T
@@ -59,8 +64,8 @@ def varlen_attention_backward(
     max_k: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As ``reference.varlen_attention_backward``."""
-    grads = tuple(torch.zeros(x.shape, dtype=x.dtype) for x in (q, k, v))
-    _add_gradients(grads, grad, (q, k, v), out, lse, cu_q, cu_k)
+    grads = tuple(torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v))
+    _write_gradients(grads, grad, (q, k, v), out, lse, cu_q, cu_k)
     return grads
 
 
@@ -73,15 +78,21 @@ def varlen_self_attention_backward(
     grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor, max_seqlen: int
 ) -> Tensor:
     """As ``reference.varlen_self_attention_backward``."""
-    grad_qkv = torch.zeros(qkv.shape, dtype=qkv.dtype)
-    _add_gradients(grad_qkv.unbind(1), grad, qkv.unbind(1), out, lse, cu_seqlens, cu_seqlens)
+    grad_qkv = torch.empty(qkv.shape, dtype=qkv.dtype)
+    _write_gradients(grad_qkv.unbind(1), grad, qkv.unbind(1), out, lse, cu_seqlens, cu_seqlens)
     return grad_qkv
 
 
-def _add_gradients(grads: tuple[Tensor, ...], grad: Tensor, qkv, out: Tensor, lse: Tensor, cu_q, cu_k) -> None:
-    """Write the gradients of every sequence into ``grads``, which hold zeros."""
+def _write_gradients(grads: tuple[Tensor, ...], grad: Tensor, qkv, out: Tensor, lse: Tensor, cu_q, cu_k) -> None:
+    """Fill ``grads``, of queries, keys and values."""
+    for target, bounds in zip(grads, (cu_q, cu_k, cu_k), strict=True):
+        target[int(bounds[-1]) :] = 0
     for rows_q, rows_k in _sequences(cu_q, cu_k):
         rows = (rows_q, rows_k, rows_k)
+        if not (_filled(rows_q) and _filled(rows_k)):
+            for target, r in zip(grads, rows, strict=True):
+                target[r] = 0
+            continue
         inputs = [_heads_first(x, r) for x, r in zip(qkv, rows, strict=True)]
         part_lse = lse[rows_q].T.contiguous()[None]
         parts = _backward(_heads_first(grad, rows_q), *inputs, _heads_first(out, rows_q), part_lse, 0.0, False)

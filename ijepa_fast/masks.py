@@ -209,6 +209,9 @@ class MaskSampler:
         context_rule = rule(config.context_scale, config.context_aspect)
         min_target, self.max_target = self._target_range(target_rule)
         min_context, self.max_context = self._context_range(context_rule, min_target)
+        whole = config.strategy != "multiblock" or config.allow_overlap  # no context loses patches to targets
+        self._constant_target = min_target == self.max_target
+        self._constant_context = config.context == "fixed" or (whole and min_context == self.max_context)
         visible = self._least_visible(min_context)
         needed = config.min_keep + 1
         last_level = next(level for level, least in enumerate(visible) if least >= needed)
@@ -306,6 +309,9 @@ class MaskSampler:
     ) -> Masks:
         """Masks of images first_image to first_image + batch_size - 1 of the global batch.
 
+        Sets whose lengths are sure to be equal promise so (``Ragged.uniform``): a fixed context, contexts of one
+        batch_min group, targets of one size per step. The last two only without ``capacity``.
+
         Args:
             batch_size: B.
             seed: 64-bit seed, an int or a 0-dim int64 tensor on `device`.
@@ -322,6 +328,7 @@ class MaskSampler:
         """
         self._check_images(batch_size, first_image)
         device = torch.device(device)
+        all_rows_used = capacity is None
         if self._takes_extension(device.type):
             if capacity is None and device.type != "cpu":
                 capacity = self.counts(batch_size, seed=int(seed), step=int(step), first_image=first_image)
@@ -329,7 +336,8 @@ class MaskSampler:
                 self._plan_numbers, seed, step, first_image, batch_size, device, capacity
             )
             context = Ragged(context, context_cu, self.max_context)
-            return Masks(context, Ragged(targets, target_cu, self.max_target), self.num_contexts)
+            targets = Ragged(targets, target_cu, self.max_target)
+            return self._with_promises(context, targets, batch_size, all_rows_used)
         drawn = self._draw(batch_size, seed, step, first_image, device)
         context_rows, target_rows = (None, None) if capacity is None else capacity
         context = pack_mask(drawn.context_BCN, drawn.context_lengths_BC, self.max_context, context_rows)
@@ -337,6 +345,14 @@ class MaskSampler:
             targets = pack_blocks(drawn.targets, self.grid, self.max_target, target_rows)
         else:
             targets = pack_mask(drawn.targets, drawn.target_lengths_BM, self.max_target, target_rows)
+        return self._with_promises(context, targets, batch_size, all_rows_used)
+
+    def _with_promises(self, context: Ragged, targets: Ragged, batch_size: int, all_rows_used: bool) -> Masks:
+        config = self.config
+        one_group = config.context == "batch_min" and batch_size == config.group_size
+        one_size = config.size_per == "step" and config.strategy != "rasterized"
+        context = _promise(context, self._constant_context, all_rows_used and one_group)
+        targets = _promise(targets, self._constant_target, all_rows_used and one_size)
         return Masks(context, targets, self.num_contexts)
 
     def counts(self, batch_size: int, *, seed: int, step: int, first_image: int = 0) -> tuple[int, int]:
@@ -371,3 +387,12 @@ class MaskSampler:
     def _draw(self, batch_size, seed, step, first_image, device) -> Drawn:
         images = torch.arange(first_image, first_image + batch_size, device=device)
         return draw(self.plan, Counter(seed, step, images))
+
+
+def _promise(tokens: Ragged, constant: bool, equal: bool) -> Ragged:
+    """With the promise of equal lengths: always ``max_seqlen`` (constant), or whatever all rows are divided into."""
+    if constant and tokens.num_rows == tokens.num_sequences * tokens.max_seqlen:
+        return replace(tokens, uniform=True)
+    if equal:
+        return replace(tokens, max_seqlen=tokens.num_rows // tokens.num_sequences, uniform=True)
+    return tokens

@@ -26,8 +26,9 @@ def test_equals_the_independent_sampler_bit_for_bit(sampler, seed, step, first_g
     masks = sampler.sample(batch_size, seed=seed, step=step, first_image=first_image)
     expected = Oracle(sampler.config, sampler.grid).sample(batch_size, seed, step, first_image)
     assert list(as_lists(masks)) == expected
-    assert masks.context.lengths.max() <= masks.context.max_seqlen
-    assert masks.targets.lengths.max() <= masks.targets.max_seqlen
+    for sets in (masks.context, masks.targets):
+        assert sets.lengths.max() <= sets.max_seqlen
+        assert not sets.uniform or sets.lengths.eq(sets.max_seqlen).all()
     counts = sampler.counts(batch_size, seed=seed, step=step, first_image=first_image)
     assert counts == (masks.context.num_rows, masks.targets.num_rows)
 
@@ -125,6 +126,30 @@ def test_seed_and_step_may_be_tensors():
     sampler = MaskSampler(MaskConfig.official(4), GRID_14)
     from_tensors = sampler.sample(8, seed=torch.tensor(-3), step=torch.tensor(7))
     assert as_lists(from_tensors) == as_lists(sampler.sample(8, seed=-3, step=7))
+
+
+EQUAL_LENGTHS = {  # whether contexts and targets of 8 images are promised to be equally long, exact and with a capacity
+    "exact": (MaskConfig(), (False, False), (False, False)),
+    "official": (MaskConfig.official(8), (True, True), (False, False)),
+    "two groups": (MaskConfig.official(4), (False, True), (False, False)),
+    "fixed": (MaskConfig(context="fixed"), (True, False), (True, False)),
+    "rasterized, even": (MaskConfig(strategy="rasterized"), (True, True), (True, True)),
+    "random": (MaskConfig(strategy="random"), (True, True), (True, True)),
+}
+
+
+@pytest.mark.parametrize(("config", "exact", "with_capacity"), EQUAL_LENGTHS.values(), ids=EQUAL_LENGTHS)
+def test_equal_lengths_are_promised_where_they_are_sure(config, exact, with_capacity):
+    sampler = MaskSampler(config, GRID_14)
+    masks = sampler.sample(8, seed=0, step=1)
+    assert (masks.context.uniform, masks.targets.uniform) == exact
+    for sets in (masks.context, masks.targets):
+        assert not sets.uniform or sets.lengths.eq(sets.max_seqlen).all()
+    capacity = sampler.counts(8, seed=0, step=1)
+    masks = sampler.sample(8, seed=0, step=1, capacity=capacity)
+    assert (masks.context.uniform, masks.targets.uniform) == with_capacity
+    masks = sampler.sample(8, seed=0, step=1, capacity=tuple(rows + 1 for rows in capacity))
+    assert not masks.context.uniform and not masks.targets.uniform
 
 
 @pytest.mark.parametrize("strategy", ["multiblock", "random", "rasterized"])

@@ -8,6 +8,7 @@ import torch
 from dense_jepa import encode, encode_layers, patch_features, position_table, predict
 from model_cases import HEADS, WIDTH, assert_equal, byte_images, float_images, make_encoder, make_predictor
 
+from ijepa_fast import vit
 from ijepa_fast.layout import predictor_layout
 from ijepa_fast.ragged import Ragged
 from ijepa_fast.vit import Predictor, VisionTransformer
@@ -300,3 +301,18 @@ ERRORS = [
 def test_errors_name_the_numbers(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_cpu_mlps_in_parts_give_the_same(monkeypatch):
+    """Rows of a long batch go through the MLP part by part, to stay in the cache."""
+    encoder, images = make_encoder(), float_images(3)
+    parts = []
+    encoder.blocks[0].mlp.fc1.register_forward_hook(lambda module, inputs, out: parts.append(len(out)))
+    results = []
+    for hidden in (1 << 21, 20 * 4 * WIDTH):
+        monkeypatch.setattr(vit, "CPU_HIDDEN", hidden)
+        out = encoder(images)
+        results.append((out, *torch.autograd.grad(out.square().sum(), list(encoder.parameters()))))
+    assert parts[0] == 3 * 36 and parts[1:] == [18] * 6
+    for got, want in zip(*results, strict=True):
+        assert_equal(got, want)
