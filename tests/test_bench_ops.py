@@ -70,7 +70,7 @@ def row_of(case, measured_floors, mode="forward"):
 
 def test_a_right_provider_is_timed(measured_floors):
     row = row_of(cases()["bias_gelu, context"], measured_floors, "both")
-    assert row["error_eps"] <= row["allowed_eps"] and row["times"]["cpu"]["p50"] > 0
+    assert row["error"] <= row["allowed_error"] and row["times"]["cpu"]["p50"] > 0
     assert row["of_floor"] == pytest.approx(row["floor_us"] / row["times"]["cpu"]["p50"], rel=1e-2)
     assert row["gb_per_s"] == pytest.approx(row["bytes"] / row["times"]["cpu"]["p50"] / 1e3, abs=0.01)
 
@@ -78,8 +78,8 @@ def test_a_right_provider_is_timed(measured_floors):
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda x: x * 1.0001, "epsilons off"),
-        (lambda x: torch.cat([x[:-1], x[-1:] * float("nan")]), "nan epsilons off"),
+        (lambda x: x * 1.0001, "is off by"),
+        (lambda x: torch.cat([x[:-1], x[-1:] * float("nan")]), "off by nan units"),
         (lambda x: x[:-1], "has shape"),
     ],
 )
@@ -94,6 +94,26 @@ def test_a_wrong_gradient_is_seen(measured_floors):
     detached = wrong(case, lambda x, bias: case.providers["ours"].function(x.detach() + 0 * x, bias))
     assert "times" in row_of(detached, measured_floors, "forward")
     assert row_of(detached, measured_floors, "both")["failed"].startswith("WrongResult")
+
+
+def test_a_peer_that_fails_or_is_wrong_allows_nothing_more():
+    case = cases()["bias_gelu, context"]
+
+    def broken(x, bias):
+        raise RuntimeError("no memory")
+
+    for function, allowed in ((broken, 2.0), (lambda x, bias: x * 0, 16.0)):
+        spoiled = replace(case, providers={**case.providers, "eager": Provider(function)})
+        assert ops_table.check(spoiled, "ours", "forward", CPU)[1] == allowed
+
+
+def test_units_of_error():
+    """What rounding to 16 bits explains is below one unit, and so is a sum of a thousand terms in fp32."""
+    x = torch.randn(1000, 1000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    assert 0.1 < ops_table.error([x.bfloat16()], [x]) < 1
+    assert 0 < ops_table.error([x.float().cumsum(1)[:, -1]], [x.sum(1)]) < 1
+    assert ops_table.error([1.02 * x.bfloat16()], [x]) > 2
+    assert ops_table.error([x.float() * 1.00001], [x]) > 2
 
 
 def test_in_place_ops_are_checked_on_what_they_changed(measured_floors):
