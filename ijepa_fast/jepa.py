@@ -152,7 +152,7 @@ class IJEPA(nn.Module):
             masks: context and target blocks of these images.
             all_targets: compute the target encoder's last block for every patch. False leaves out the rows that no
                 target block reads; the pooled features are then over target patches alone. Without effect where the
-                target encoder does not see whole images.
+                target encoder does not see whole images, or where the blocks have more rows than the images patches.
 
         Returns:
             ``Losses``, and average-pooled features [B, D] (detached) for monitoring: the target encoder's, or the
@@ -207,6 +207,9 @@ class IJEPA(nn.Module):
             pixels = encoder.patch_embed.pixels(images, targets.indices, dtype)
             return pixels[:, : self.predictor.predictor_proj.out_features].contiguous(), layout.target_rows, None
         per_image = targets.every(masks.num_targets)
+        grid = encoder.grid_of(*images.shape[2:])
+        # Patches in several blocks are read as often: many large blocks would cost more than all patches once.
+        all_targets |= targets.num_rows >= images.shape[0] * grid[0] * grid[1]
         if objective.target_selection == "output" and all_targets:
             whole = encoder(images)
             pooled, features = whole.mean(1, dtype=torch.float32), whole.flatten(0, 1)

@@ -87,6 +87,7 @@ MASKS = {
     "exact": MaskConfig(),
     "batch_min": MaskConfig.official(4),
     "two contexts": MaskConfig(num_contexts=2, num_targets=2),
+    "more target rows than patches": MaskConfig(num_targets=8, min_keep=5),
 }
 
 
