@@ -24,9 +24,10 @@ class ModelConfig:
         embed_dim: width of the encoder, a multiple of 4.
         depth: blocks of the encoder.
         num_heads: attention heads of encoder and predictor; divides both widths.
-        mlp_ratio: hidden width of the MLPs over the width.
+        mlp_ratio: hidden width of the encoder's MLPs over its width.
         predictor_embed_dim: width of the predictor, a multiple of 4.
         predictor_depth: blocks of the predictor.
+        predictor_mlp_ratio: of the predictor; null for the encoder's. The official code always has 4.
         init: flat (std 0.02 at all depths, as the published models were trained) or depth_scaled.
         attention: variable-length attention backend, see `ijepa-fast doctor`.
         activation_checkpointing: recompute blocks in the backward pass to save memory.
@@ -42,6 +43,7 @@ class ModelConfig:
     mlp_ratio: float = 4.0
     predictor_embed_dim: int = 384
     predictor_depth: int = 6
+    predictor_mlp_ratio: float | None = None
     init: Literal["flat", "depth_scaled"] = "flat"
     attention: str = "auto"
     activation_checkpointing: bool = False
@@ -52,7 +54,6 @@ class ModelConfig:
         """The networks, with fresh weights from torch's global generator."""
         shared = {
             "num_heads": self.num_heads,
-            "mlp_ratio": self.mlp_ratio,
             "init": self.init,
             "attention": self.attention,
             "activation_checkpointing": self.activation_checkpointing,
@@ -62,6 +63,7 @@ class ModelConfig:
             self.patch_size,
             embed_dim=self.embed_dim,
             depth=self.depth,
+            mlp_ratio=self.mlp_ratio,
             mean=self.mean,
             std=self.std,
             **shared,
@@ -71,6 +73,7 @@ class ModelConfig:
             self.embed_dim,
             predictor_embed_dim=self.predictor_embed_dim,
             depth=self.predictor_depth,
+            mlp_ratio=self.mlp_ratio if self.predictor_mlp_ratio is None else self.predictor_mlp_ratio,
             target_dim=3 * self.patch_size**2 if objective.targets == "pixels" else None,
             **shared,
         )

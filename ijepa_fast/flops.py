@@ -137,7 +137,8 @@ def step_flops(
     embed = 2 * pixels * width * tokens.context
     context = 2 * embed + 3 * _blocks(width, hidden, model.depth, *everything, *everything)
 
-    narrow, narrow_hidden = model.predictor_embed_dim, round(model.predictor_embed_dim * model.mlp_ratio)
+    narrow, ratio = model.predictor_embed_dim, model.predictor_mlp_ratio
+    narrow_hidden = round(narrow * (model.mlp_ratio if ratio is None else ratio))
     predicted = contexts * tokens.targets
     rows = targets * tokens.context + predicted
     predicted_pairs = tokens.products + contexts * tokens.target_squares

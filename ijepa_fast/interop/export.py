@@ -42,15 +42,15 @@ def export(
         raise ValueError(f"the encoder must be target or context, got {encoder!r}")
     if out.exists():
         raise ValueError(f"{out} exists already")
-    model, state, config = read_run(checkpoint)
+    model, config, state = read_run(checkpoint)
     out.parent.mkdir(parents=True, exist_ok=True)
     if to == "official":
         return _official(checkpoint, out, model, state, config, steps_per_epoch)
     network = getattr(model, ENCODERS[encoder])
     if to == "huggingface":
-        from ijepa_fast.interop.huggingface import to_huggingface
+        from ijepa_fast.interop.huggingface import save_huggingface
 
-        to_huggingface(network).save_pretrained(out)
+        save_huggingface(network, out)
         use = f'transformers.AutoModel.from_pretrained("{out}")'
     else:
         save_encoder(out, network, {"encoder": encoder, "step": state.step})

@@ -28,6 +28,9 @@ from ijepa_fast.vit import VisionTransformer
 
 log = logging.getLogger(__name__)
 
+LAYER_NORM_EPS = 1e-6
+"""Of every network of a run, and of the official code. transformers writes another default into its configs."""
+
 LICENCE = "The weights that Meta published are CC-BY-NC-4.0, and stay so in this form."
 
 
@@ -110,7 +113,10 @@ def read_any(source: Path | str) -> Found:
             raise WeightsError(f"{source} is a folder without config.json: not one of transformers' save_pretrained")
         from ijepa_fast.interop.huggingface import from_huggingface
 
-        return _of_encoder("an encoder of transformers", from_huggingface(source))
+        encoder = from_huggingface(source)
+        eps = encoder.norm.eps
+        told = "" if eps == LAYER_NORM_EPS else f" (its config has layer-norm eps {eps}; runs have {LAYER_NORM_EPS})"
+        return _of_encoder(f"an encoder of transformers{told}", encoder)
     with open(source, "rb") as file:
         start = file.read(9)
     if start[8:9] == b"{":  # a safetensors file: the header's length in 8 bytes, then JSON
@@ -137,6 +143,8 @@ def _of_state(state: Mapping[str, Tensor], source: Path) -> Found:
         if isinstance(state.get(nested), Mapping):
             state = state[nested]
     weights = from_timm(state)
+    if any("embeddings.patch_embeddings." in name for name in weights):
+        raise WeightsError(f"{source} has the names of transformers: give its folder, with config.json")
     try:
         architecture(weights)
     except WeightsError as error:
@@ -177,5 +185,10 @@ def _model_config(found: Found, config: ModelConfig, num_heads: int | None) -> M
             sizes[name] = tuple(found.build[name])
     if found.predictor is not None:
         blocks = {name.split(".")[1] for name in found.predictor if name.startswith("predictor_blocks.")}
-        sizes |= {"predictor_embed_dim": found.predictor["mask_token"].shape[-1], "predictor_depth": len(blocks)}
+        hidden, width = found.predictor["predictor_blocks.0.mlp.fc1.weight"].shape
+        sizes |= {
+            "predictor_embed_dim": width,
+            "predictor_depth": len(blocks),
+            "predictor_mlp_ratio": None if hidden / width == sizes["mlp_ratio"] else hidden / width,
+        }
     return replace(config, **sizes)

@@ -21,8 +21,9 @@ ENCODERS = {"target": "target_encoder", "context": "context_encoder"}
 NETWORKS = ("context_encoder", "predictor", "target_encoder")
 
 
-def read_run(path: Path | str) -> tuple[IJEPA, Checkpoint, RunConfig]:
-    """The networks in fp32 (from the optimizer's masters where weights are kept in low precision), and their file.
+def read_run(path: Path | str) -> tuple[IJEPA, RunConfig, Checkpoint]:
+    """The networks in fp32 (from the optimizer's masters where weights are kept in low precision), their
+    configuration, and what the file holds.
 
     Args:
         path: a checkpoint of ours, or the folder of a run (its newest).
@@ -37,7 +38,7 @@ def read_run(path: Path | str) -> tuple[IJEPA, Checkpoint, RunConfig]:
     model = config.model.build(config.objective)
     for part in NETWORKS:
         load_weights(getattr(model, part), _full_precision(state, part), f"{part} of {path}")
-    return model, state, config
+    return model, config, state
 
 
 def _full_precision(state: Checkpoint, part: str) -> dict[str, Tensor]:
