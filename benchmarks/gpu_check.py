@@ -193,11 +193,12 @@ def outcome(junit: Path, status: int | None) -> dict[str, Any]:
     return found
 
 
+OTHER_MODELS = ["--models", "ViT-B/16", "ViT-L/16", "ViT-g/16"]
 OPS_PASSES: tuple[tuple[str, list[str]], ...] = (
     ("ViT-H/14", ["--models", "ViT-H/14", "--without", "compile"]),
-    ("attention", ["--models", "ViT-B/16", "ViT-L/16", "ViT-g/16", "--groups", "attention"]),
+    ("attention", [*OTHER_MODELS, "--groups", "attention", "--modes", "forward", "both"]),
     ("compile", ["--models", "ViT-H/14", "--groups", "rows", "--providers", "compile"]),
-    ("rows", ["--models", "ViT-B/16", "ViT-L/16", "ViT-g/16", "--groups", "rows", "optimizer", "--without", "compile"]),
+    ("rows", [*OTHER_MODELS, "--groups", "rows", "optimizer", "--without", "compile"]),
 )
 TINY_PASSES = (
     ("rows", ["--models", "tiny", "--groups", "rows", "--modes", "forward", "--without", "compile"]),

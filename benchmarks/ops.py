@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     options = parser.parse_args(argv)
     device = torch.device(options.device)
     report: dict[str, Any] = {"schema": SCHEMA, "kind": "ops", "machine": machine(device), "rows": []}
+    gc.freeze()  # what was imported stays; collecting after every row need not look at it
     measured: list[dict[str, Any]] = []
     for row in ops_table.rows(
         {name: known[name] for name in options.models},

@@ -62,10 +62,14 @@ def failures(check: Report) -> list[str]:
     return tests.get("failed", [])
 
 
+def gpu_checks(reports: dict[str, list[Report]]) -> list[Report]:
+    """Runs of gpu_check.sh, but for dry ones."""
+    return [check for check in reports.get("gpu_check", []) if _gpu(check)]
+
+
 def trusted(reports: dict[str, list[Report]]) -> list[Report]:
     """GPU runs whose tests passed."""
-    checks = [check for check in reports.get("gpu_check", []) if _gpu(check)]
-    return [check for check in checks if not failures(check)]
+    return [check for check in gpu_checks(reports) if not failures(check)]
 
 
 def _gpu(check: Report) -> str | None:
@@ -211,17 +215,20 @@ def steps_section(reports: dict[str, list[Report]]) -> str:
 
 def tests_section(reports: dict[str, list[Report]]) -> str:
     parts = ["## Checks on a GPU"]
-    for check in reports.get("gpu_check", []):
+    for check in gpu_checks(reports):
         entry = check["parts"].get("tests", {})
         reasons = failures(check)
         verdict = f"{entry.get('passed', 0)} tests passed" + (f", and: {'; '.join(reasons)}" if reasons else "")
         parts.append(f"{check['file']} ({_gpu(check)}): {verdict}.")
         if reasons:
             parts.append("Times of this run are not shown.")
-        commands = check["parts"].get("masks", {}).get("commands", {})
-        for name, result in commands.items():
+        drawn = check["parts"].get("masks", {})
+        if "sanitizer" in drawn:
+            parts.append(f"compute-sanitizer was not run: {drawn['sanitizer']['not_run']}.")
+        for name, result in drawn.get("commands", {}).items():
             if "sanitizer" in name:
-                parts.append(f"{name}: {'clean' if result.get('exit_status') == 0 else result}.")
+                verdict = ", ".join(f"{what.replace('_', ' ')} {value}" for what, value in result.items())
+                parts.append(f"{name}: {'clean' if result.get('exit_status') == 0 else f'not clean ({verdict})'}.")
     if len(parts) == 1:
         parts.append("Tests marked `gpu`, compute-sanitizer: not run yet.")
     return "\n\n".join(parts)

@@ -107,6 +107,33 @@ def test_a_peer_that_fails_or_is_wrong_allows_nothing_more():
         assert ops_table.check(spoiled, "ours", "forward", CPU)[1] == allowed
 
 
+@pytest.mark.parametrize("captured", [True, False])
+def test_a_gpu_is_timed_by_events_and_by_a_graph_of_calls_on_data_of_their_own(monkeypatch, captured):
+    """With stand-ins for CUDA: the data is on the CPU, and only what is called when is looked at."""
+    case, seeds, real = cases()["bias_gelu, context"], [], ops_table.prepare
+
+    def prepare(case, provider, mode, seed, device):
+        assert device == torch.device("cuda")
+        seeds.append(seed)
+        return real(case, provider, mode, seed, CPU)
+
+    def graph_times(calls):
+        if not captured:
+            raise RuntimeError("operation not permitted when stream is capturing\nmore")
+        return len(calls), calls[-1]()[0].shape
+
+    monkeypatch.setattr(ops_table, "prepare", prepare)
+    monkeypatch.setattr(ops_table, "cold_sets", lambda size: 3)
+    monkeypatch.setattr(ops_table, "event_times", lambda call: len(call()))
+    monkeypatch.setattr(ops_table, "graph_times", graph_times)
+    times, problem = ops_table.time_provider(case, "ours", "both", torch.device("cuda"))
+    assert seeds == [2, 3, 4] and times["events"] == 2
+    if captured:
+        assert times["graph"] == (3, case.draw(torch.Generator())[0].shape) and problem is None
+    else:
+        assert "graph" not in times and problem == "RuntimeError: operation not permitted when stream is capturing"
+
+
 def test_units_of_error():
     """What rounding to 16 bits explains is below one unit, and so is a sum of a thousand terms in fp32."""
     x = torch.randn(1000, 1000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)

@@ -121,6 +121,18 @@ def test_a_dry_run_is_no_gpu_run(check):
     for entry in check["parts"].values():
         entry["machine"] = {key: value for key, value in MACHINE.items() if key != "gpu"}
     assert not report.trusted({"gpu_check": [check]})
+    assert pages_of(check) == report.results_page({})
+
+
+def test_what_the_sanitizer_found_is_told(check):
+    masks = check["parts"]["masks"]
+    masks["commands"]["compute-sanitizer racecheck"] = {"exit_status": 77, "seconds": 20.0}
+    masks["commands"]["compute-sanitizer memcheck"] = {"stopped_after_s": 50.0}
+    page = pages_of(check)
+    assert "racecheck: not clean (exit status 77, seconds 20.0)" in page
+    assert "memcheck: not clean (stopped after s 50.0)" in page
+    masks["commands"], masks["sanitizer"] = {}, {"not_run": "compute-sanitizer was not found"}
+    assert "compute-sanitizer was not run: compute-sanitizer was not found." in pages_of(check)
 
 
 def test_failed_and_missing_providers_are_named(check):
