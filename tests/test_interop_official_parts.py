@@ -66,6 +66,21 @@ def test_a_single_mask_counts_as_a_list_of_one():
     torch.testing.assert_close(predictor(z, context, target), predictor(z, [context], [target]), rtol=0, atol=0)
 
 
+def test_autocast_keeps_fp32_between_blocks():
+    encoder, predictor = official.init_model("cpu", 8, "vit_tiny", crop_size=32, pred_depth=1)
+    streams = []
+    for block in (encoder.blocks[3], predictor.predictor_blocks[0]):
+        block.register_forward_hook(lambda module, inputs, output: streams.append((inputs[0].dtype, output.dtype)))
+    x, context, target = torch.randn(2, 3, 32, 32), torch.tensor([[0, 3], [5, 9]]), torch.tensor([[7], [2]])
+    with torch.autocast("cpu", torch.bfloat16):
+        features = encoder(x, context)
+        predicted = predictor(features, context, target)
+    assert streams == [(torch.float32, torch.float32)] * 2
+    assert features.dtype == torch.float32 and predicted.dtype == torch.bfloat16
+    predicted.float().square().mean().backward()
+    assert encoder.blocks[0].attn.qkv.weight.grad.dtype == torch.float32
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [

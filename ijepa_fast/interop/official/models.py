@@ -77,7 +77,17 @@ def _freeze_table(module: nn.Module, name: str) -> None:
     module.register_parameter(name, nn.Parameter(table, requires_grad=False))
 
 
-class VisionTransformer(vit.VisionTransformer):
+class _WideStream:
+    """Under autocast, what goes from block to block is fp32, as in the official code; the package's own is as narrow as
+    the weights."""
+
+    def _run(self, blocks: nn.ModuleList, x: Tensor, tokens: Ragged, queries: Ragged | None) -> Tensor:
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.float()
+        return super()._run(blocks, x, tokens, queries)
+
+
+class VisionTransformer(_WideStream, vit.VisionTransformer):
     """The encoder of ``ijepa_fast.vit`` with the official constructor, call and attributes.
 
     Args:
@@ -107,7 +117,7 @@ class VisionTransformer(vit.VisionTransformer):
         return super().forward(x, None if masks is None else as_masks(masks))
 
 
-class VisionTransformerPredictor(vit.Predictor):
+class VisionTransformerPredictor(_WideStream, vit.Predictor):
     """The predictor of ``ijepa_fast.vit`` with the official constructor and call.
 
     Args:
