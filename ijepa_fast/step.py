@@ -13,11 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from ijepa_fast.jepa import IJEPA, Losses
-from ijepa_fast.masks import MaskSampler
+from ijepa_fast.masks import Masks, MaskSampler
 from ijepa_fast.optim import LOW_PRECISION, FusedAdamW
 from ijepa_fast.schedules import Schedules
 
 PRECISION_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+ROUND_ROWS = 128
+"""Few different shapes for the allocator and for compiled code, and whole tiles for matrix products."""
 
 
 @dataclass(frozen=True)
@@ -27,8 +29,9 @@ class StepResult:
     Attributes:
         losses: scalars, averaged over the micro-batches of this rank.
         grad_norm: scalar, before clipping.
-        pooled: [b, D] average-pooled target features of this rank's images, fp32.
-        tokens: packed rows (context, targets) of this rank.
+        pooled: [b, D] average-pooled target features of this rank's images, fp32; without ``all_targets`` of target
+            patches alone.
+        tokens: numbers of tokens (context, targets) of this rank.
     """
 
     losses: Losses
@@ -49,7 +52,10 @@ class TrainStep:
         wrapped: ``model`` inside DistributedDataParallel, if it is.
         accumulate: micro-batches per step. Each holds the same number of images.
         scaler: loss scaler for fp16; None otherwise.
-        all_targets: see ``IJEPA.forward``.
+        all_targets: see ``IJEPA.forward``. The attribute may be changed from step to step: features of all patches are
+            only worth their cost where ``StepResult.pooled`` is read.
+        round_rows: round the packed rows of context and of targets up to a multiple of this. The numbers of tokens are
+            found on the host, from its own sampler. None: ``ROUND_ROWS`` on a GPU, 1 (exact) on the CPU.
 
     Attributes:
         first_bad_step: int64 scalar on the device; the first step whose loss was not finite, -1 while there is none.
@@ -67,14 +73,18 @@ class TrainStep:
         wrapped: nn.Module | None = None,
         accumulate: int = 1,
         scaler: torch.amp.GradScaler | None = None,
-        all_targets: bool = True,
+        all_targets: bool = False,
+        round_rows: int | None = None,
     ):
         if accumulate < 1:
             raise ValueError(f"accumulate must be at least 1, got {accumulate}")
+        if round_rows is not None and round_rows < 1:
+            raise ValueError(f"round_rows must be at least 1, got {round_rows}")
         self.model, self.wrapped = model, wrapped if wrapped is not None else model
         self.optimizer, self.sampler, self.schedules = optimizer, sampler, schedules
         self.seed, self.accumulate, self.scaler, self.all_targets = seed, accumulate, scaler, all_targets
         device = next(model.parameters()).device
+        self.round_rows = round_rows or (ROUND_ROWS if device.type == "cuda" else 1)
         self.first_bad_step = torch.full((), -1, dtype=torch.int64, device=device)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         # Sums of many small low-precision gradients lose them; with one micro-batch there is nothing to sum.
@@ -92,14 +102,8 @@ class TrainStep:
         losses, pooled, tokens = [], [], [0, 0]
         per_micro_batch = images.shape[0] // self.accumulate
         for i, micro_batch in enumerate(images.split(per_micro_batch)):
-            masks = self.sampler.sample(
-                per_micro_batch,
-                seed=self.seed,
-                step=step,
-                first_image=first_image + i * per_micro_batch,
-                device=images.device,
-            )
-            tokens = [tokens[0] + masks.context.num_rows, tokens[1] + masks.targets.num_rows]
+            masks, counts = self._masks(per_micro_batch, step, first_image + i * per_micro_batch, images.device)
+            tokens = [total + count for total, count in zip(tokens, counts, strict=True)]
             with self._synchronise_only_if(i == self.accumulate - 1):
                 loss, features = self.wrapped(micro_batch, masks, all_targets=self.all_targets)
                 scaled = loss.total / self.accumulate
@@ -111,6 +115,16 @@ class TrainStep:
         self._note_bad(mean.total, step)
         self._update()
         return StepResult(mean, self.optimizer.grad_norm, torch.cat(pooled), tuple(tokens))
+
+    def _masks(self, count: int, step: int, first_image: int, device: torch.device) -> tuple[Masks, tuple[int, int]]:
+        """Masks in rounded numbers of rows, and the numbers of tokens."""
+        which = {"seed": self.seed, "step": step, "first_image": first_image}
+        if self.round_rows == 1:
+            masks = self.sampler.sample(count, device=device, **which)
+            return masks, (masks.context.num_rows, masks.targets.num_rows)
+        counts = self.sampler.counts(count, **which)
+        capacity = tuple(-(-rows // self.round_rows) * self.round_rows for rows in counts)
+        return self.sampler.sample(count, device=device, capacity=capacity, **which), counts
 
     def _set_schedules(self, step: int) -> None:
         lr, weight_decay = self.schedules.lr_at(step), self.schedules.weight_decay_at(step)

@@ -6,7 +6,11 @@ import pytest
 import torch
 
 from ijepa_fast.jepa import Objective
-from tests.tiny import images, tiny_step
+from ijepa_fast.masks import MaskSampler
+from ijepa_fast.optim import FusedAdamW, parameter_groups
+from ijepa_fast.schedules import Schedules
+from ijepa_fast.step import TrainStep
+from tests.tiny import GRID, MASKS, images, tiny_model, tiny_step
 
 
 def parameters(model):
@@ -79,6 +83,39 @@ def test_low_precision_training_follows_fp32(precision):
     assert low.model.context_encoder.blocks[0].attn.qkv.weight.dtype != torch.float32
     assert low.model.context_encoder.blocks[0].attn.qkv.bias.dtype == torch.float32
     assert low.model.predictor.mask_token.dtype == torch.float32
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_rounded_rows_change_nothing(accumulate):
+    """Rows of no token, in context, targets and predictor, up to multiples of 128."""
+
+    def make(round_rows):
+        model = tiny_model().double()
+        sampler, schedules = MaskSampler(MASKS, GRID), Schedules(total_steps=20, warmup_steps=2)
+        optimizer = FusedAdamW(parameter_groups(model))
+        return TrainStep(model, optimizer, sampler, schedules, seed=0, accumulate=accumulate, round_rows=round_rows)
+
+    exact, rounded = make(None), make(128)
+    rows = []
+    rounded.model.predictor.predictor_embed.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0])))
+    for number in range(3):
+        want, got = exact(images(number), number), rounded(images(number), number)
+        assert got.tokens == want.tokens
+        torch.testing.assert_close(got.losses.total, want.losses.total, rtol=1e-12, atol=0)
+        torch.testing.assert_close(got.pooled, want.pooled, rtol=1e-5, atol=1e-6)
+    assert len(rows) == 3 * accumulate and all(count % 128 == 0 for count in rows)
+    assert want.tokens[0] % 128 and want.tokens[1] % 128
+    for name, value in parameters(rounded.model).items():
+        torch.testing.assert_close(value, parameters(exact.model)[name], rtol=1e-8, atol=1e-10, msg=name)
+
+
+def test_features_of_all_patches_cost_no_training():
+    some, every = tiny_step(), tiny_step()
+    every.all_targets = True
+    for number in range(2):
+        a, b = some(images(number), number), every(images(number), number)
+        torch.testing.assert_close(a.losses.total, b.losses.total, rtol=1e-6, atol=0)
+        assert not torch.allclose(a.pooled, b.pooled)
 
 
 def test_first_bad_step_is_kept_and_stops_all_updates():
