@@ -9,7 +9,7 @@ import yaml
 
 from ijepa_fast import checkpoint as checkpoints
 from ijepa_fast import cli
-from ijepa_fast.config import from_dict
+from ijepa_fast.config import from_dict, read_recipe
 from ijepa_fast.interop import official
 from ijepa_fast.interop.encoder_file import load_encoder, save_encoder
 from ijepa_fast.interop.official.checkpoint import read, write
@@ -81,6 +81,25 @@ def test_low_precision_runs_export_their_fp32_masters(run, tmp_path):
         assert torch.equal(state[name].bfloat16(), low) and not torch.equal(state[name], low.float())
     else:
         assert torch.equal(state[name], low)
+
+
+def test_a_folder_of_transformers_and_back(run, tmp_path, capsys):
+    folder = exported(run, tmp_path, "--to", "huggingface", "--encoder", "context")
+    assert f'the context encoder after step 4\nload it with transformers.AutoModel.from_pretrained("{folder}")' in (
+        capsys.readouterr().out
+    )
+    assert cli.main(["import", str(folder), "--out", str(tmp_path / "back"), "--train.precision", "fp32"]) == 0
+    assert "an encoder of transformers, width 16, 2 blocks" in capsys.readouterr().out
+    kept, _, _ = read_run(run)
+    back, config, _ = load_trained(tmp_path / "back")
+    assert config.model.num_heads == 2
+    torch.testing.assert_close(back.target_encoder.state_dict(), kept.context_encoder.state_dict(), rtol=0, atol=0)
+    values = json.loads((folder / "config.json").read_text()) | {"layer_norm_eps": 1e-12}
+    (folder / "config.json").write_text(json.dumps(values))
+    assert cli.main(["import", str(folder), "--out", str(tmp_path / "eps")]) == 0
+    assert "its config has layer-norm eps 1e-12; runs have 1e-06" in capsys.readouterr().out
+    assert cli.main(["import", str(folder / "model.safetensors"), "--out", str(tmp_path / "file")]) == 1
+    assert "has the names of transformers: give its folder" in capsys.readouterr().err
 
 
 def test_timm_is_told_the_number_of_heads(run, tmp_path, capsys):
@@ -251,3 +270,24 @@ def test_optimizer_state_of_other_networks_is_refused(run, tmp_path):
     assert isinstance(read_pickle(tmp_path / "wrong.pth.tar"), dict)
     assert cli.main(["import", str(tmp_path / "wrong.pth.tar"), "--out", str(tmp_path / "x"), *HEADS]) == 1
     assert not (tmp_path / "x").exists()
+
+
+def test_the_giant_has_another_mlp_ratio_in_its_predictor(tmp_path):
+    torch.manual_seed(0)
+    giant = {"img_size": [24], "patch_size": 4, "embed_dim": 44, "depth": 1, "num_heads": 2, "mlp_ratio": 48 / 11}
+    encoder = official.VisionTransformer(**giant)
+    predictor = official.vit_predictor(num_patches=36, embed_dim=44, predictor_embed_dim=8, depth=1, num_heads=2)
+    opt = torch.optim.AdamW(official.parameter_groups(encoder, predictor))
+    file = tmp_path / "giant.pth.tar"
+    official.save_checkpoint(
+        file, encoder, predictor, encoder, opt, None, epoch=0, loss=0.0, batch_size=1, world_size=1, lr=0.0
+    )
+    assert cli.main(["import", str(file), "--out", str(tmp_path / "run"), *HEADS]) == 0
+    model, config, _ = read_run(tmp_path / "run")
+    assert (config.model.mlp_ratio, config.model.predictor_mlp_ratio) == (192 / 44, 4.0)
+    assert model.predictor.predictor_blocks[0].mlp.fc1.out_features == 32
+    recipe = from_dict(read_recipe("vitg16_in22k"))
+    with torch.device("meta"):
+        built = recipe.model.build(recipe.objective)
+    assert built.predictor.predictor_blocks[0].mlp.fc1.out_features == 1536
+    assert built.context_encoder.blocks[0].mlp.fc1.out_features == 6144
