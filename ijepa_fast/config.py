@@ -209,6 +209,8 @@ class EvaluationConfig:
         resize_ratio: the shorter side of a test image is resized to this times img_size, then the centre is cut out.
             1 for sets whose images have the size of the crops.
         bank: training features kept for the online k-NN; 0 turns it off.
+        monitor_every: steps from one whose target features are kept for the online rank and k-NN to the next. The
+            others leave out the rows of the target encoder's last block that no prediction reads; 1 leaves out none.
         pictures: draw masks, curves and PCA maps at the end.
     """
 
@@ -219,7 +221,12 @@ class EvaluationConfig:
     layers: Literal["last", "last4"] = "last"
     resize_ratio: float = 256 / 224
     bank: int = 20_000
+    monitor_every: int = 8
     pictures: bool = True
+
+    def __post_init__(self) -> None:
+        if self.monitor_every < 1:
+            raise ValueError(f"evaluation.monitor_every must be at least 1, got {self.monitor_every}")
 
 
 @dataclass(frozen=True)

@@ -161,10 +161,12 @@ def _run(config: RunConfig, me: Ranks, sources: Sources, to_yaml: Callable[[RunC
         for step in range(start_step, total_steps):
             with meter.waiting():
                 batch = next(batches)
+            step_once.all_targets = step % config.evaluation.monitor_every == 0
             result = step_once(batch.images.to(me.device, non_blocking=True), step, me.rank * per_rank)
-            health.push(result.pooled)
-            if knn is not None:
-                knn.push(result.pooled, batch.labels, batch.indices)
+            if step_once.all_targets:
+                health.push(result.pooled)
+                if knn is not None:
+                    knn.push(result.pooled, batch.labels, batch.indices)
             meter.add(result, per_rank)
             done = step + 1
             if run_log is not None:

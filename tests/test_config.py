@@ -118,6 +118,7 @@ def test_changes_are_told_apart():
         ({"objective": {"loss": "huber"}}, "objective.loss must be .* got 'huber'"),
         ({"objective": {"target_eps": 0}}, "objective.target_eps must be positive, got 0"),
         ({"masks": {"context": "batch_min"}}, "needs group_size"),
+        ({"evaluation": {"monitor_every": 0}}, "evaluation.monitor_every must be at least 1, got 0"),
     ],
 )
 def test_bad_values_are_refused_at_construction(section, message):

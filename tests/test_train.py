@@ -141,6 +141,22 @@ def test_signals_save_and_stop_and_the_run_continues_exactly(data, straight, tmp
     assert_same_end(tmp_path / "run", straight)
 
 
+@pytest.mark.parametrize(("every", "monitored"), [(1, 12), (5, 3), (100, 1)])
+def test_features_are_watched_at_some_steps_alone(data, tmp_path, monkeypatch, every, monitored):
+    """The others compute no row that nobody reads; the monitors get the features of all patches."""
+    run, watched = TrainStep.__call__, []
+
+    def spying(self, images, step, first_image=0):
+        watched.append(self.all_targets)
+        return run(self, images, step, first_image)
+
+    monkeypatch.setattr(TrainStep, "__call__", spying)
+    config = tiny_run(data, tmp_path / "run")
+    pretrain(replace(config, evaluation=replace(config.evaluation, monitor_every=every)))
+    assert watched == [step % every == 0 for step in range(12)]
+    assert final(tmp_path / "run").tensors["health.features"].shape == (8 * monitored, 16)
+
+
 def test_a_finished_run_is_not_trained_again(straight, data, monkeypatch):
     monkeypatch.setattr(TrainStep, "__call__", lambda *_: pytest.fail("trained again"))
     summary = pretrain(tiny_run(data, straight))
