@@ -84,7 +84,7 @@ class Run:
             entry["commands"][name] = {"not_run": "no time was left"}
             self.save()
             return None
-        log = self.scratch / f"{re.sub('[^A-Za-z0-9]+', '-', name)}.log"
+        log = self.log(name)
         started = time.monotonic()
         with log.open("w") as output:
             process = subprocess.Popen(
@@ -109,6 +109,10 @@ class Run:
         lines = log.read_text(errors="replace").splitlines()
         print("\n".join(lines[-TAIL_LINES if status == 0 else -3 * TAIL_LINES :]), flush=True)
         return status
+
+    def log(self, name: str) -> Path:
+        """What a command printed."""
+        return self.scratch / f"{re.sub('[^A-Za-z0-9]+', '-', name)}.log"
 
     def written(self, name: str) -> dict[str, Any] | None:
         """The JSON that a command wrote into the scratch folder, if it did."""
@@ -139,8 +143,12 @@ def masks(run: Run, entry: dict[str, Any]) -> None:
     watched = [*measure, "--equality-only", "--batches", "33", "200"]
     for check in ("memcheck", "racecheck"):
         command = [tool, "--tool", check, "--error-exitcode", "77", *watched]
+        name = f"compute-sanitizer {check}"
         # The caching allocator would hide writes behind the end of a tensor.
-        run.execute(entry, f"compute-sanitizer {check}", command, limit=50, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+        status = run.execute(entry, name, command, limit=50, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+        if status and "device not supported" in run.log(name).read_text(errors="replace").lower():
+            entry["commands"][name] = {"not_run": "the tool does not support this machine"}
+            run.save()
 
 
 def this_gpu_only(entry: dict[str, Any]) -> dict[str, str]:

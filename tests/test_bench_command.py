@@ -33,7 +33,7 @@ TINY = {
 def test_a_recipe_is_measured(tmp_path, capsys):
     config, path = tmp_path / "small.yaml", tmp_path / "report.json"
     config.write_text(yaml.safe_dump(TINY))
-    arguments = ["--config", str(config), "--images", "2", "--seconds", "12", "--json", str(path)]
+    arguments = ["--config", str(config), "--images", "2", "--seconds", "4", "--json", str(path)]
     assert cli.main(["bench", *arguments]) == 0
     printed = capsys.readouterr().out
     assert "small: " in printed and "images/s in steps of 2 (fp32, " in printed and "gather_patches" in printed

@@ -37,7 +37,7 @@ MODELS = {
     "ViT-g/16": _vit("giant", 16),
 }
 TINY = {
-    # For machines without a GPU, and for tests: head dims and a patch that are no powers of two.
+    # For machines without a GPU, and for tests: head dim 24 and patches of 14, which are no powers of two.
     "tiny": ModelConfig(
         img_size=168,
         patch_size=14,

@@ -14,7 +14,7 @@ from ijepa_fast.optim import FusedAdamW, parameter_groups
 from ijepa_fast.step import PRECISION_DTYPES, TrainStep
 from ijepa_fast.vit import cast_weights
 
-WARM_UP, LEAST = 3, 5
+WARM_UP, WANTED, LEAST = 3, 5, 2  # steps: not timed, timed at least, timed at least where they are slow
 STEPS = 1000  # of the schedules
 
 
@@ -56,16 +56,14 @@ def step_rate(config: RunConfig, device: torch.device, images: int, seconds: flo
         torch.cuda.reset_peak_memory_stats(device)
     samples: list[float] = []
     context = targets = number = 0
-    until = float("inf")
-    while len(samples) < LEAST or time.perf_counter() < until:
+    began = time.perf_counter()
+    while not _enough(len(samples), time.perf_counter() - began, seconds):
         start = time.perf_counter()
         result = step(pixels, number)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         number += 1
-        if number == WARM_UP:
-            until = time.perf_counter() + seconds
-        if number > WARM_UP:
+        if number > WARM_UP or start - began > seconds:
             samples.append((time.perf_counter() - start) * 1e6)
             context, targets = context + result.tokens[0], targets + result.tokens[1]
     if int(step.first_bad_step) >= 0:
@@ -82,3 +80,7 @@ def step_rate(config: RunConfig, device: torch.device, images: int, seconds: flo
     if device.type == "cuda":
         found["peak_memory_gib"] = round(torch.cuda.max_memory_allocated(device) / 2**30, 2)
     return found
+
+
+def _enough(samples: int, elapsed: float, seconds: float) -> bool:
+    return (samples >= WANTED and elapsed > seconds) or (samples >= LEAST and elapsed > 2 * seconds)
