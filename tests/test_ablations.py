@@ -2,6 +2,7 @@
 
 import json
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import yaml
@@ -145,3 +146,15 @@ def test_a_document_without_a_place_for_the_table_is_left_alone(tmp_path):
     with pytest.raises(ValueError, match="lacks the comments"):
         ablations.write_into(document, "table\n")
     assert document.read_text() == f"{ablations.DOC_START}no end\n"
+
+
+def test_the_documentation_shows_the_committed_results():
+    root = Path(__file__).resolve().parents[1]
+    report = json.loads((root / "benchmarks" / "results" / "ablations.json").read_text())
+    text = (root / "docs" / "ablations.md").read_text()
+    assert ablations.DOC_START + ablations.markdown_table(report) + ablations.DOC_END in text
+    assert {entry["recipe"] for entry in report["recipes"]} == set(SHIPPED)
+    baseline = ablations.run_config(BASELINE, 0, root)
+    for entry in report["recipes"]:
+        assert entry["changes"] == ablations.changes(baseline, ablations.run_config(entry["recipe"], 0, root))
+        assert [run["seed"] for run in entry["runs"]] == [0, 1, 2]
