@@ -7,13 +7,14 @@ never waits for the device here: what it wants to know it reads at the log inter
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from ijepa_fast.jepa import IJEPA, Losses
-from ijepa_fast.masks import Masks, MaskSampler
+from ijepa_fast.masks import MaskSampler
 from ijepa_fast.optim import LOW_PRECISION, FusedAdamW
 from ijepa_fast.schedules import Schedules
 
@@ -99,12 +100,44 @@ class TrainStep:
         if images.shape[0] % self.accumulate:
             raise ValueError(f"{images.shape[0]} images cannot be split into {self.accumulate} equal micro-batches")
         self._set_schedules(step)
-        losses, pooled, tokens = [], [], [0, 0]
-        per_micro_batch = images.shape[0] // self.accumulate
-        for i, micro_batch in enumerate(images.split(per_micro_batch)):
-            masks, counts = self._masks(per_micro_batch, step, first_image + i * per_micro_batch, images.device)
-            tokens = [total + count for total, count in zip(tokens, counts, strict=True)]
-            with self._synchronise_only_if(i == self.accumulate - 1):
+        count = images.shape[0] // self.accumulate
+        first_images = [first_image + i * count for i in range(self.accumulate)]
+        if self.round_rows == 1:
+            capacities, tokens = [None] * self.accumulate, None
+        else:
+            counts = [
+                self.sampler.counts(count, seed=self.seed, step=step, first_image=first) for first in first_images
+            ]
+            capacities = [self.rounded(rows) for rows in counts]
+            tokens = tuple(map(sum, zip(*counts, strict=True)))
+        result = self._work(images, step, first_images, capacities)
+        return result if tokens is None else replace(result, tokens=tokens)
+
+    def rounded(self, rows: tuple[int, int]) -> tuple[int, int]:
+        """Rows of context and of targets that so many tokens get."""
+        return tuple(-(-count // self.round_rows) * self.round_rows for count in rows)
+
+    def _work(
+        self,
+        images: Tensor,
+        step: int | Tensor,
+        first_images: Sequence[int],
+        capacities: Sequence[tuple[int, int] | None],
+    ) -> StepResult:
+        """All that is done on the device, one micro-batch after another. ``StepResult.tokens`` counts rows."""
+        losses, pooled, rows = [], [], [0, 0]
+        micro_batches = images.split(images.shape[0] // len(first_images))
+        for i, (micro_batch, first, capacity) in enumerate(zip(micro_batches, first_images, capacities, strict=True)):
+            masks = self.sampler.sample(
+                len(micro_batch),
+                seed=self.seed,
+                step=step,
+                first_image=first,
+                device=images.device,
+                capacity=capacity,
+            )
+            rows = [rows[0] + masks.context.num_rows, rows[1] + masks.targets.num_rows]
+            with self._synchronise_only_if(i == len(first_images) - 1):
                 loss, features = self.wrapped(micro_batch, masks, all_targets=self.all_targets)
                 scaled = loss.total / self.accumulate
                 (scaled if self.scaler is None else self.scaler.scale(scaled)).backward()
@@ -114,17 +147,7 @@ class TrainStep:
         mean = Losses(*(torch.stack(values).mean() for values in zip(*losses, strict=True)))
         self._note_bad(mean.total, step)
         self._update()
-        return StepResult(mean, self.optimizer.grad_norm, torch.cat(pooled), tuple(tokens))
-
-    def _masks(self, count: int, step: int, first_image: int, device: torch.device) -> tuple[Masks, tuple[int, int]]:
-        """Masks in rounded numbers of rows, and the numbers of tokens."""
-        which = {"seed": self.seed, "step": step, "first_image": first_image}
-        if self.round_rows == 1:
-            masks = self.sampler.sample(count, device=device, **which)
-            return masks, (masks.context.num_rows, masks.targets.num_rows)
-        counts = self.sampler.counts(count, **which)
-        capacity = tuple(-(-rows // self.round_rows) * self.round_rows for rows in counts)
-        return self.sampler.sample(count, device=device, capacity=capacity, **which), counts
+        return StepResult(mean, self.optimizer.grad_norm, torch.cat(pooled), tuple(rows))
 
     def _set_schedules(self, step: int) -> None:
         lr, weight_decay = self.schedules.lr_at(step), self.schedules.weight_decay_at(step)
@@ -149,13 +172,13 @@ class TrainStep:
                 parameter.main_grad += parameter.grad
             parameter.grad = None
 
-    def _note_bad(self, loss: Tensor, step: int) -> None:
+    def _note_bad(self, loss: Tensor, step: int | Tensor) -> None:
         loss = loss.clone()
         if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
             # A bad loss of one rank must stop all of them; NaN and infinity survive a sum.
             torch.distributed.all_reduce(loss)
         newly_bad = (self.first_bad_step < 0) & ~loss.isfinite()
-        self.first_bad_step.masked_fill_(newly_bad, step)
+        self.first_bad_step.copy_(torch.where(newly_bad, step, self.first_bad_step))
         self.optimizer.blocked = (self.first_bad_step >= 0).float()
 
     def _update(self) -> None:
