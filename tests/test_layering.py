@@ -34,6 +34,7 @@ STANDS_ON = {
     "optim": "ops",
     "schedules": "",
     "step": "jepa optim schedules",
+    "captured": "step",
     # Around it: a run, its data, and what is shown of it.
     "distributed": "",
     "data": "philox distributed",

@@ -21,13 +21,13 @@ MODEL = ModelConfig(
 IMAGES, STEPS = 8, 3
 
 
-def make_step(device, objective=None, **settings):
+def make_step(device, objective=None, kind=TrainStep, flat=False, **settings):
     torch.manual_seed(0)
     model = MODEL.build(objective or Objective()).to(device)
     cast_weights(model, torch.bfloat16)
-    optimizer = FusedAdamW(parameter_groups(model), max_grad_norm=1.0)
+    optimizer = FusedAdamW(parameter_groups(model), max_grad_norm=1.0, flat_gradients=flat)
     sampler = MaskSampler(MaskConfig(), model.context_encoder.grid)
-    return TrainStep(model, optimizer, sampler, Schedules(total_steps=20, warmup_steps=2), seed=0, **settings)
+    return kind(model, optimizer, sampler, Schedules(total_steps=20, warmup_steps=2), seed=0, **settings)
 
 
 def images(number, device):
