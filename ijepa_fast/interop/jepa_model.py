@@ -19,11 +19,11 @@ from torch.optim import Optimizer
 
 from ijepa_fast.interop.jepa_config import JEPAConfig
 from ijepa_fast.interop.jepa_parts import Encoder, Metrics, cosine_similarity
-from ijepa_fast.interop.optimizer_steps import watch
+from ijepa_fast.interop.optimizer_steps import averages_into, changed_weights, parameter_ids, watch
 from ijepa_fast.interop.weights import WeightsError, load_weights, read_safetensors
 from ijepa_fast.jepa import IJEPA, Losses, Objective
 from ijepa_fast.masks import Masks, MaskSampler
-from ijepa_fast.optim import EMA, FusedAdamW
+from ijepa_fast.optim import EMA
 from ijepa_fast.vit import Predictor
 
 log = logging.getLogger(__name__)
@@ -148,9 +148,7 @@ class JEPAModel(IJEPA):
             step = self.calls
             self.calls += 1
         where = {"seed": self.config.seed, "step": step, "first_image": rank * len(images)}
-        capacity = None
-        if images.device.type != "cpu":  # found on the host, so that nobody waits for the device
-            capacity = tuple(-(-rows // _ROWS) * _ROWS for rows in self.sampler.counts(len(images), **where))
+        capacity = capacity_of(self.sampler, len(images), images.device, **where)
         return self.sampler.sample(len(images), **where, device=images.device, capacity=capacity)
 
     def _compute(self, images: Tensor, masks: Masks) -> tuple[Losses, Tensor, Tensor]:
@@ -198,34 +196,27 @@ class JEPAModel(IJEPA):
             self._fold(True)
 
     def is_stepped_by(self, optimizer: Optimizer) -> bool:
-        return self.config.auto_ema and not self._trained().isdisjoint(_ids(optimizer))
+        return self.config.auto_ema and not self._trained().isdisjoint(parameter_ids(optimizer))
 
     def before_step(self, optimizer: Optimizer) -> None:
-        if not self._pending.isdisjoint(_ids(optimizer)):
+        if not self._pending.isdisjoint(parameter_ids(optimizer)):
             self._update_if_pending()  # its second step without a call in between
-        if self._is_averaged_by(optimizer):
+        if averages_into(optimizer, self._modules["target_encoder"]):
             optimizer.momentum = self.momentum()
 
     def after_step(self, optimizer: Optimizer) -> None:
         self._followed = True
-        if self._is_averaged_by(optimizer):
-            self._note_update(_performed(optimizer))
+        if averages_into(optimizer, self._modules["target_encoder"]):
+            self._note_update(changed_weights(optimizer))
             return
         trained = self._trained()
-        self._pending |= trained & _ids(optimizer)
-        self._performed = self._performed | _performed(optimizer)
+        self._pending |= trained & parameter_ids(optimizer)
+        self._performed = self._performed | changed_weights(optimizer)
         if self._pending >= trained:
             self._update_if_pending()
 
     def _trained(self) -> set[int]:
         return {id(parameter) for parameter in self.context_encoder.parameters() if parameter.requires_grad}
-
-    def _is_averaged_by(self, optimizer: Optimizer) -> bool:
-        """Whether the optimizer updates the target encoder in its own pass."""
-        if not isinstance(optimizer, FusedAdamW):
-            return False
-        mine = {id(parameter) for parameter in self._modules["target_encoder"].parameters()}
-        return any(id(average) in mine for average in optimizer.averages.values())
 
     def _update_if_pending(self) -> None:
         if self._pending:
@@ -326,16 +317,10 @@ class JEPAModel(IJEPA):
         return model
 
 
-def _ids(optimizer: Optimizer) -> set[int]:
-    return {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-
-
-def _performed(optimizer: Optimizer) -> Tensor | bool:
-    """Whether the step that has just ended changed the weights, without asking the device."""
-    performed: Tensor | bool = True
-    if isinstance(optimizer, FusedAdamW) and optimizer.grad_norm is not None:
-        performed = optimizer.grad_norm < float("inf")
-        if optimizer.blocked is not None:
-            performed = performed & (optimizer.blocked == 0)
-    found_inf = getattr(optimizer, "found_inf", None)  # GradScaler leaves it there for the time of the step
-    return performed if found_inf is None else performed & (found_inf == 0)
+def capacity_of(sampler: MaskSampler, batch_size: int, device: torch.device, **where: int) -> tuple[int, int] | None:
+    """Rows of context and targets for ``sampler.sample``, found on the host so that nobody waits for the device, and
+    rounded up so that shapes recur. On the CPU None: there, exact rows cost nothing."""
+    if device.type == "cpu":
+        return None
+    context, targets = (-(-rows // _ROWS) * _ROWS for rows in sampler.counts(batch_size, **where))
+    return context, targets

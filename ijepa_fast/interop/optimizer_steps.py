@@ -14,8 +14,11 @@ from types import FrameType
 from typing import Protocol
 
 import torch
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+from ijepa_fast.optim import FusedAdamW
 
 
 class Watcher(Protocol):
@@ -80,3 +83,28 @@ def _enclosing_steps(caller: FrameType) -> Iterator[Optimizer]:
             if steps > 1:
                 yield frame.f_locals["args"][0]
         frame = frame.f_back
+
+
+def parameter_ids(optimizer: Optimizer) -> set[int]:
+    """``id`` of every parameter that the optimizer steps."""
+    return {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+
+
+def changed_weights(optimizer: Optimizer) -> Tensor | bool:
+    """In ``after_step``: whether the step did anything, without asking the device. ``GradScaler`` and infinities in
+    the gradients make some optimizers leave a step out."""
+    changed: Tensor | bool = True
+    if isinstance(optimizer, FusedAdamW) and optimizer.grad_norm is not None:
+        changed = optimizer.grad_norm < float("inf")
+        if optimizer.blocked is not None:
+            changed = changed & (optimizer.blocked == 0)
+    found_inf = getattr(optimizer, "found_inf", None)  # GradScaler leaves it there for the time of the step
+    return changed if found_inf is None else changed & (found_inf == 0)
+
+
+def averages_into(optimizer: Optimizer, target: nn.Module) -> bool:
+    """Whether the optimizer itself updates this moving average in its pass (``FusedAdamW`` with EMA tensors)."""
+    if not isinstance(optimizer, FusedAdamW):
+        return False
+    of_target = {id(parameter) for parameter in target.parameters()}
+    return any(id(average) in of_target for average in optimizer.averages.values())
