@@ -90,7 +90,7 @@ def step_seconds(data: str, out: Path) -> dict[str, float]:
         model = config.model.build(config.objective)
         sampler = MaskSampler(config.masks, model.context_encoder.grid)
         steps[name] = TrainStep(
-            model, FusedAdamW(parameter_groups(model)), sampler, config.optim.schedules(TIMED_STEPS, 700), seed=0
+            model, FusedAdamW(parameter_groups(model)), sampler, config.optim.schedules(1000, 700), seed=0
         )
     loader = TrainLoader(
         sources_of(data, None).train, image_size=32, global_batch=BATCH, seed=0, num_steps=WARM_UP + TIMED_STEPS
