@@ -193,18 +193,31 @@ class Block(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
+def _call(block: Block, x: Tensor, tokens: Ragged, queries: Ragged | None) -> Tensor:
+    return block(x, tokens, queries)
+
+
 class _Blocks(nn.Module):
     """What encoder and predictor share: checks, initialisation and the run through the blocks."""
 
     activation_checkpointing: bool = False
+    _call = staticmethod(_call)
+
+    def compile_blocks(self, backend: str = "inductor") -> None:
+        """From now on, run blocks through torch.compile. Blocks of equal form share their code, for any token counts.
+
+        Args:
+            backend: of ``torch.compile``.
+        """
+        self._call = torch.compile(_call, fullgraph=True, dynamic=True, backend=backend)
 
     def _run(self, blocks: nn.ModuleList, x: Tensor, tokens: Ragged, queries: Ragged | None) -> Tensor:
         for i, block in enumerate(blocks):
             wanted = queries if i == len(blocks) - 1 else None
             if self.activation_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, tokens, wanted, use_reentrant=False, preserve_rng_state=False)
+                x = checkpoint(self._call, block, x, tokens, wanted, use_reentrant=False, preserve_rng_state=False)
             else:
-                x = block(x, tokens, wanted)
+                x = self._call(block, x, tokens, wanted)
         return x
 
     @staticmethod

@@ -30,14 +30,18 @@ def tiny_model(objective: Objective | None = None, seed: int = 0) -> IJEPA:
 
 
 def tiny_step(
-    precision: str = "fp32", accumulate: int = 1, objective: Objective | None = None, **settings
+    precision: str = "fp32",
+    accumulate: int = 1,
+    objective: Objective | None = None,
+    masks: MaskConfig = MASKS,
+    **settings,
 ) -> TrainStep:
     model = tiny_model(objective)
     cast_weights(model, PRECISION_DTYPES[precision])
     optimizer = FusedAdamW(parameter_groups(model), **settings)
     scaler = torch.amp.GradScaler("cpu") if precision == "fp16" else None
     schedules = Schedules(total_steps=20, warmup_steps=2)
-    sampler = MaskSampler(MASKS, GRID)
+    sampler = MaskSampler(masks, GRID)
     return TrainStep(model, optimizer, sampler, schedules, seed=0, accumulate=accumulate, scaler=scaler)
 
 
