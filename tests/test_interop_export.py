@@ -12,10 +12,11 @@ from ijepa_fast import cli
 from ijepa_fast.config import from_dict, read_recipe
 from ijepa_fast.interop import official
 from ijepa_fast.interop.encoder_file import load_encoder, save_encoder
+from ijepa_fast.interop.export import export
 from ijepa_fast.interop.official.checkpoint import read, write
 from ijepa_fast.interop.run_state import read_run, save_run
 from ijepa_fast.interop.timm import to_timm
-from ijepa_fast.interop.weights import WeightsError, read_pickle, read_safetensors
+from ijepa_fast.interop.weights import WeightsError, read_safetensors
 from ijepa_fast.train import load_trained
 from ijepa_fast.vit import VisionTransformer
 from tests.image_files import write_folder
@@ -215,6 +216,16 @@ def small(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def official_file(tmp_path_factory):
+    """An official checkpoint with optimizer state, of an untrained model."""
+    config = from_dict({"model": TINY["model"]})
+    folder = tmp_path_factory.mktemp("official")
+    save_run(folder, config.model.build(config.objective), config, 4, data="images")
+    export(folder, "official", folder / "file.pth.tar", steps_per_epoch=2)
+    return folder / "file.pth.tar"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -263,13 +274,40 @@ def test_files_of_others_are_not_taken_for_encoder_files(tmp_path):
         read_safetensors(tmp_path / "b.safetensors")
 
 
-def test_optimizer_state_of_other_networks_is_refused(run, tmp_path):
-    found = read(exported(run, tmp_path, "--to", "official"))
-    found.opt["state"][3]["exp_avg"] = torch.zeros(2)
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda f: f.opt["state"][3].update(exp_avg=torch.zeros(2)), "has not the shape of its weights"),
+        (lambda f: f.opt["state"][3].pop("exp_avg_sq"), "has no exp_avg_sq: not that of AdamW"),
+        (lambda f: f.opt["state"].pop(3), "has no step, exp_avg, exp_avg_sq"),
+        (lambda f: f.opt["state"][3].update(step=9), "stepped differently often: [4, 9]"),
+        (lambda f: f.opt["param_groups"][0]["params"].pop(), "the optimizer groups have [9, 8, 19, 12] parameters"),
+        (lambda f: f.predictor.pop("predictor_blocks.0.mlp.fc1.weight"), "not the weights of a predictor"),
+        (lambda f: f.predictor.pop("mask_token"), "1 missing: mask_token"),
+        (lambda f: f.encoder.update(pos_embed=torch.zeros(35, 16)), "with square patches: their dimensions are"),
+        (lambda f: f.encoder.update(pos_embed=torch.zeros(1, 35, 16)), "35 patches do not form a square grid"),
+    ],
+)
+def test_official_files_that_make_no_sense_are_refused(official_file, tmp_path, capsys, change, message):
+    found = read(official_file)
+    change(found)
     write(tmp_path / "wrong.pth.tar", found)
-    assert isinstance(read_pickle(tmp_path / "wrong.pth.tar"), dict)
     assert cli.main(["import", str(tmp_path / "wrong.pth.tar"), "--out", str(tmp_path / "x"), *HEADS]) == 1
+    assert message in capsys.readouterr().err
     assert not (tmp_path / "x").exists()
+
+
+def test_both_encoders_without_a_predictor(tmp_path, capsys):
+    encoder, target = VisionTransformer(**SIZES), VisionTransformer(**SIZES)
+    state = {name: {f"module.{k}": v for k, v in to_timm(network).items()} for name, network in
+             (("encoder", encoder), ("target_encoder", target))}  # fmt: skip
+    torch.save(state, tmp_path / "both.pth")
+    out = tmp_path / "run"
+    assert cli.main(["import", str(tmp_path / "both.pth"), "--out", str(out), "--train.precision", "fp32", *HEADS]) == 0
+    assert "both encoders of an official checkpoint" in capsys.readouterr().out
+    model, _, _ = load_trained(out)
+    torch.testing.assert_close(model.context_encoder.state_dict(), encoder.state_dict(), rtol=0, atol=0)
+    torch.testing.assert_close(model.target_encoder.state_dict(), target.state_dict(), rtol=0, atol=0)
 
 
 def test_the_giant_has_another_mlp_ratio_in_its_predictor(tmp_path):

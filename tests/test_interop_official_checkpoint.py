@@ -8,7 +8,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from ijepa_fast.interop import official
-from ijepa_fast.interop.official.checkpoint import read
+from ijepa_fast.interop.official.checkpoint import read, write
 from ijepa_fast.interop.weights import WeightsError
 
 SCHEDULE = {"iterations_per_epoch": 2, "start_lr": 1e-3, "ref_lr": 1e-3, "warmup": 0, "num_epochs": 5}
@@ -122,6 +122,21 @@ def test_wrapped_modules_make_no_difference(path, tmp_path):
         torch.testing.assert_close(again.encoder, dict(plain.encoder.state_dict()), rtol=0, atol=0)
     finally:
         torch.distributed.destroy_process_group()
+
+
+def test_steps_may_be_plain_numbers_as_older_versions_of_torch_wrote_them(path, tmp_path):
+    def plain(contents):
+        for state in contents["opt"]["state"].values():
+            state["step"] = int(state["step"])
+
+    old = other(path, tmp_path, plain)
+    for optimizer in (None, torch.optim.AdamW):
+        run, new = Run(seed=1, optimizer=optimizer), Run(seed=1, optimizer=optimizer)
+        run.load(old)
+        new.load(path)
+        torch.testing.assert_close(run.train(1).tensors(), new.train(1).tensors(), rtol=0, atol=0)
+    write(tmp_path / "again.pth.tar", read(old))
+    assert read(tmp_path / "again.pth.tar").opt["state"][1]["step"] == 2
 
 
 def test_forgotten_exclusions_are_put_back(path, tmp_path):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,13 +19,12 @@ from ijepa_fast.interop.weights import (
     WeightsError,
     architecture,
     load_weights,
+    plain_names,
     read_pickle,
     read_safetensors,
     square_side,
 )
 from ijepa_fast.vit import VisionTransformer
-
-log = logging.getLogger(__name__)
 
 LAYER_NORM_EPS = 1e-6
 """Of every network of a run, and of the official code. transformers writes another default into its configs."""
@@ -43,8 +41,7 @@ class Found:
         context, target: weights of the encoders under their official names; the same where there is only one.
         predictor: likewise, or None.
         build: what is known of ``VisionTransformer``'s arguments beside the weights.
-        step: optimizer steps done.
-        moments: of Adam, as in ``run_state.save_run``.
+        run: the whole official checkpoint, or None.
     """
 
     kind: str
@@ -52,8 +49,7 @@ class Found:
     target: dict[str, Tensor]
     predictor: dict[str, Tensor] | None = None
     build: dict = field(default_factory=dict)
-    step: int = 0
-    moments: dict[str, Mapping[str, Tensor]] = field(default_factory=dict)
+    run: OfficialCheckpoint | None = None
 
 
 def import_weights(
@@ -87,15 +83,16 @@ def import_weights(
     load_weights(model.target_encoder, found.target, f"target encoder of {source}")
     if found.predictor is not None:
         load_weights(model.predictor, found.predictor, f"predictor of {source}")
+    step, moments = moments_of(found.run) if found.run is not None else (0, {})
     about = {"source": Path(source).name, "kind": found.kind}
-    path = save_run(out, model, config, found.step, moments=found.moments, data=data, about=about)
+    path = save_run(out, model, config, step, moments=moments, data=data, about=about)
     said = [f"{path}: {found.kind}, {architecture(found.target)}"]
     if found.target is found.context:
         said.append("both encoders start from the one that is there")
     if found.predictor is None:
         said.append("the predictor is new")
-    if found.moments:
-        said.append(f"{found.step} steps done; optimizer state " + ("included" if data else "left out: no data given"))
+    if moments:
+        said.append(f"{step} steps done; optimizer state " + ("included" if data else "left out: no data given"))
     said.append(LICENCE)
     return config, "\n".join(said)
 
@@ -127,9 +124,14 @@ def read_any(source: Path | str) -> Found:
         return _of_state(state, source)
     contents = read_pickle(source)
     if is_official(contents):
-        return _of_official(parse(contents))
+        run = parse(contents)
+        kind = f"an official checkpoint after epoch {run.epoch}"
+        return Found(kind, run.encoder, run.target_encoder, run.predictor, run=run)
     if not isinstance(contents, Mapping):
         raise WeightsError(f"{source} holds {type(contents).__name__}, no weights")
+    if all(isinstance(contents.get(name), Mapping) for name in ("encoder", "target_encoder")):
+        both = [plain_names(contents[name]) for name in ("encoder", "target_encoder")]
+        return Found("both encoders of an official checkpoint", *both)
     return _of_state(contents, source)
 
 
@@ -150,18 +152,6 @@ def _of_state(state: Mapping[str, Tensor], source: Path) -> Found:
     except WeightsError as error:
         raise WeightsError(f"{source}: {error}") from None
     return Found("an encoder by itself (which one, the file does not say)", weights, weights)
-
-
-def _of_official(found: OfficialCheckpoint) -> Found:
-    step, moments = moments_of(found)
-    return Found(
-        f"an official checkpoint after epoch {found.epoch}",
-        found.encoder,
-        found.target_encoder,
-        found.predictor,
-        step=step,
-        moments=moments,
-    )
 
 
 def _model_config(found: Found, config: ModelConfig, num_heads: int | None) -> ModelConfig:
@@ -185,7 +175,9 @@ def _model_config(found: Found, config: ModelConfig, num_heads: int | None) -> M
             sizes[name] = tuple(found.build[name])
     if found.predictor is not None:
         blocks = {name.split(".")[1] for name in found.predictor if name.startswith("predictor_blocks.")}
-        hidden, width = found.predictor["predictor_blocks.0.mlp.fc1.weight"].shape
+        if (first := "predictor_blocks.0.mlp.fc1.weight") not in found.predictor:
+            raise WeightsError(f"not the weights of a predictor: no {first}")
+        hidden, width = found.predictor[first].shape
         sizes |= {
             "predictor_embed_dim": width,
             "predictor_depth": len(blocks),

@@ -89,6 +89,9 @@ def architecture(state: Mapping[str, Tensor]) -> Architecture:
     needed = ("pos_embed", "patch_embed.proj.weight", "blocks.0.mlp.fc1.weight")
     if absent := [name for name in needed if name not in state]:
         raise WeightsError(f"not the weights of a ViT encoder: no {', '.join(absent)} among {_listed(state) or 'none'}")
+    dims = {name: state[name].dim() for name in needed}
+    if list(dims.values()) != [3, 4, 2]:
+        raise WeightsError(f"not the weights of a ViT encoder with square patches: their dimensions are {dims}")
     embed_dim, in_chans, patch_size = state["patch_embed.proj.weight"].shape[:3]
     depth = 1 + max(int(match[1]) for name in state if (match := re.match(r"blocks\.(\d+)\.", name)))
     hidden, num_patches = state["blocks.0.mlp.fc1.weight"].shape[0], state["pos_embed"].shape[1]

@@ -100,7 +100,7 @@ def write(path: Path | str, checkpoint: OfficialCheckpoint) -> None:
     if checkpoint.opt is not None:
         contents["opt"] = {
             "state": {
-                number: {key: value.detach().cpu().clone() for key, value in state.items()}
+                number: {key: torch.as_tensor(value).detach().cpu().clone() for key, value in state.items()}
                 for number, state in checkpoint.opt["state"].items()
             },
             "param_groups": checkpoint.opt["param_groups"],

@@ -22,7 +22,8 @@ class MaskCollator:
 
     The masks of a batch are a function of (seed, number of the batch, rank): however many loader workers there are,
     and after a resume that calls ``step`` once per batch already seen, they are the same. An iterator over the loader
-    must be used up before the next one is made, as a loop over epochs does.
+    must be used up before the next one is made, as a loop over epochs does. (With persistent workers they are the same
+    only where the number of workers divides that of the batches of an epoch.)
 
     By default the blocks are drawn with all habits of the official code (``MaskConfig.official``), contexts truncated
     to the shortest of the batch included. That distribution is the official one; the draws themselves are not.

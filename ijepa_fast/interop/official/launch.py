@@ -67,13 +67,16 @@ def _read_config(path: str) -> dict:
     with open(path) as file:
         config = yaml.safe_load(file)
     needed = ("data", "logging", "mask", "meta", "optimization")
-    if not isinstance(config, Mapping) or not set(needed) <= config.keys():
-        raise ValueError(f"{path} is no configuration of the official code: it needs {', '.join(needed)}")
+    if not isinstance(config, Mapping) or not set(needed) <= config.keys() or "folder" not in config["logging"]:
+        raise ValueError(
+            f"{path} is no configuration of the official code: it needs {', '.join(needed)}, and logging a folder"
+        )
     return config
 
 
 def _torchrun_device() -> str:
-    if not torch.cuda.is_available():
+    # Counted by NVML. torch.cuda.is_available() would start CUDA, which reads CUDA_VISIBLE_DEVICES once and for all.
+    if not torch.cuda.device_count():
         return "cpu"
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     local_rank = int(os.environ["LOCAL_RANK"])
@@ -102,7 +105,10 @@ def _rank(rank: int, device: str, checkout: str, config: dict) -> None:
     try:
         accelerate(checkout)
         Path(config["logging"]["folder"]).mkdir(parents=True, exist_ok=True)
-        train = importlib.import_module("src.train")
+        try:
+            train = importlib.import_module("src.train")
+        except ModuleNotFoundError as error:
+            raise CheckoutError(f"the official code needs {error.name}, which is not installed") from error
         if not callable(getattr(train, "main", None)):
             raise CheckoutError(f"no main in {train.__file__}: not the official I-JEPA code")
         train.main(args=config)

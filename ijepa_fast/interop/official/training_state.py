@@ -9,7 +9,7 @@ from torch import Tensor
 from ijepa_fast.checkpoint import Checkpoint
 from ijepa_fast.config import RunConfig
 from ijepa_fast.interop.official.checkpoint import MOMENTS, OfficialCheckpoint, optimizer_names
-from ijepa_fast.interop.weights import WeightsError
+from ijepa_fast.interop.weights import POSITION_TABLES, WeightsError
 from ijepa_fast.jepa import IJEPA
 
 _OURS = {"encoder": "context_encoder", "predictor": "predictor"}
@@ -89,8 +89,11 @@ def moments_of(found: OfficialCheckpoint) -> tuple[int, dict[str, Mapping[str, T
     for group, names in zip(found.opt["param_groups"], groups, strict=True):
         for number, name in zip(group["params"], names, strict=True):
             part, _, inner = name.partition(".")
-            if not (state := found.opt["state"].get(number)):
+            if inner in POSITION_TABLES:
                 continue
+            state = found.opt["state"].get(number, {})
+            if absent := [kind for kind in ("step", *MOMENTS) if kind not in state]:
+                raise WeightsError(f"the optimizer state of {name} has no {', '.join(absent)}: not that of AdamW")
             if any(state[kind].shape != weights[part][inner].shape for kind in MOMENTS):
                 raise WeightsError(f"the optimizer state of {name} has not the shape of its weights")
             moments[f"{_OURS[part]}.{inner}"] = {kind: state[kind].float() for kind in MOMENTS}
