@@ -19,8 +19,9 @@ FLOOR_RATES = 4.3e12, 790e12  # of docs/kernels.md: bytes and operations per sec
 
 
 @cache
-def cases():
-    return {case.key: case for case in ops_table.cases(Batch.draw(TINY["tiny"], 2, CPU))}
+def cases(dtype=torch.float32):
+    batch = replace(Batch.draw(TINY["tiny"], 2, CPU), dtype=dtype)
+    return {case.key: case for case in ops_table.cases(batch)}
 
 
 KEYS = list(cases())
@@ -34,6 +35,16 @@ def test_every_provider_agrees_with_the_reference(key):
             for mode in case.costs:
                 found, allowed = ops_table.check(case, name, mode, CPU)
                 assert 0 <= found <= allowed
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_every_provider_agrees_in_bf16(key):
+    """The dtype of GPUs, whose rounding the allowances are made for."""
+    case = cases(torch.bfloat16)[key]
+    for name, provider in case.providers.items():
+        if name != "compile" and provider.unavailable is None:
+            for mode in case.costs:
+                ops_table.check(case, name, mode, CPU)
 
 
 @pytest.mark.slow
@@ -141,6 +152,8 @@ def test_units_of_error():
     assert 0 < ops_table.error([x.float().cumsum(1)[:, -1]], [x.sum(1)]) < 1
     assert ops_table.error([1.02 * x.bfloat16()], [x]) > 2
     assert ops_table.error([x.float() * 1.00001], [x]) > 2
+    both = [x.float() * 1.00001, x.bfloat16()], [x, x]
+    assert ops_table.error(*both) < 1 and ops_table.error(*both, independent=True) > 2
 
 
 def test_in_place_ops_are_checked_on_what_they_changed(measured_floors):
