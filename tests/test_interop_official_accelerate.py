@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from ijepa_fast import cli
 from ijepa_fast.interop import official
-from ijepa_fast.interop.official.accelerate import REPLACEMENTS, CheckoutError
 from ijepa_fast.interop.official.launch import launch
+from ijepa_fast.interop.official.replacements import REPLACEMENTS, CheckoutError
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -142,6 +143,8 @@ def test_other_folders_are_refused(checkout, tmp_path):
         (["--fname", "CONFIG", "--epochs", "3"], "has no arguments --epochs 3; it has --fname, --devices"),
         (["--fname", "CONFIG", "--devices", "cuda:0", "cpu"], "--devices must be like cuda:0 cuda:1, or cpu"),
         (["--fname", "CONFIG", "--devices", "gpu0"], "--devices must be like cuda:0 cuda:1, or cpu, got gpu0"),
+        (["--fname", "nowhere.yaml"], "nowhere.yaml"),
+        (["--fname", "configs/half.yaml"], "configs/half.yaml is no configuration of the official code"),
         (["--fname", "EMPTY"], "EMPTY is no configuration of the official code: it needs data, logging"),
     ],
 )
@@ -149,8 +152,22 @@ def test_wrong_arguments_are_refused(checkout, tmp_path, monkeypatch, arguments,
     monkeypatch.chdir(tmp_path)
     Path("CONFIG").write_text(CONFIG)
     Path("EMPTY").write_text("data: {}\n")
-    with pytest.raises(ValueError, match=message):
+    (checkout / "configs").mkdir()
+    (checkout / "configs" / "half.yaml").write_text(CONFIG.replace("folder", "tag"))
+    with pytest.raises((ValueError, OSError), match=message):
         launch(checkout, arguments)
+
+
+def test_the_command_explains_itself(capsys):
+    assert cli.main(["accelerate-official", "PATH", "--fname", "CONFIG"]) == 2
+    assert "accelerate-official PATH/TO/ijepa -- --fname CONFIG" in capsys.readouterr().err
+    assert cli.main(["accelerate-official", "/nowhere", "--", "--fname", str(ROOT / "pyproject.toml")]) == 1
+    assert "pyproject.toml is not YAML" in capsys.readouterr().err
+    for command in ("accelerate-official", "export", "import"):
+        with pytest.raises(SystemExit) as end:
+            cli.main([command, "--help"])
+        assert end.value.code == 0
+        assert f"usage: ijepa-fast {command}" in capsys.readouterr().out
 
 
 @pytest.mark.slow

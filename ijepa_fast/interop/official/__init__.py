@@ -4,7 +4,6 @@ Written from a description of the interface; no line is from the official code (
 See docs/official.md.
 """
 
-from ijepa_fast.interop.official.accelerate import accelerate
 from ijepa_fast.interop.official.checkpoint import load_checkpoint, save_checkpoint
 from ijepa_fast.interop.official.collate import DeviceMaskCollator, MaskCollator
 from ijepa_fast.interop.official.models import (
@@ -29,6 +28,7 @@ from ijepa_fast.interop.official.optim import (
     init_opt,
     parameter_groups,
 )
+from ijepa_fast.interop.official.replacements import accelerate
 
 __all__ = [
     "CosineWDSchedule",

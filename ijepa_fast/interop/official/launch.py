@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 import yaml
 
-from ijepa_fast.interop.official.accelerate import CheckoutError, accelerate
+from ijepa_fast.interop.official.replacements import CheckoutError, accelerate
 
 
 def launch(checkout: Path | str, arguments: list[str]) -> None:
@@ -27,14 +27,14 @@ def launch(checkout: Path | str, arguments: list[str]) -> None:
 
     Args:
         checkout: folder of the official code.
-        arguments: of its main.py: ``--fname CONFIG`` and ``--devices cuda:0 cuda:1``; ``--devices cpu`` trains on the
-            CPU.
+        arguments: of its main.py: ``--fname CONFIG`` (a file here, or in the checkout) and ``--devices cuda:0 cuda:1``;
+            ``--devices cpu`` trains on the CPU.
 
     Raises:
         ValueError: arguments or configuration that cannot be used.
     """
     parsed = _parse(arguments)
-    config = _read_config(parsed.fname)
+    config = _read_config(Path(parsed.fname), Path(checkout))
     accelerate(checkout)  # what does not fit is told here, and once
     if "RANK" in os.environ:
         _rank(int(os.environ["RANK"]), _torchrun_device(), str(checkout), config)
@@ -63,9 +63,13 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     return parsed
 
 
-def _read_config(path: str) -> dict:
-    with open(path) as file:
-        config = yaml.safe_load(file)
+def _read_config(path: Path, checkout: Path) -> dict:
+    if not path.exists() and (checkout / path).is_file():
+        path = checkout / path
+    try:
+        config = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not YAML: {error}") from error
     needed = ("data", "logging", "mask", "meta", "optimization")
     if not isinstance(config, Mapping) or not set(needed) <= config.keys() or "folder" not in config["logging"]:
         raise ValueError(
