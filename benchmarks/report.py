@@ -76,6 +76,10 @@ def _gpu(check: Report) -> str | None:
     return next((part["machine"]["gpu"] for part in check["parts"].values() if "gpu" in part["machine"]), None)
 
 
+def picture(name: str, words: str) -> str:
+    return f"![{words}](../docs/images/{name}.png)"
+
+
 # Masks
 
 
@@ -107,6 +111,8 @@ def masks_section(reports: dict[str, list[Report]]) -> str:
             f"Before that, {equal['comparisons']} batches of {', '.join(equal['implementations'])} were equal to the "
             "bit.\n\n" + table(["drawn by", "recipe", *grids], rows)
         )
+    if any(report["machine"]["device"] == "cpu" for report in reports.get("masks", [])):
+        parts.append(picture("bench_masks", "Images per second of three ways to draw masks"))
     for check in trusted(reports):
         times = (check["parts"].get("masks", {}).get("report") or {}).get("device_times", [])
         if times:
@@ -156,7 +162,10 @@ def ops_section(reports: dict[str, list[Report]]) -> str:
             parts.append("Peers that could not run:\n\n" + "\n".join(f"- {line}" for line in missing))
         if rows:
             parts.append(f"Targets:\n\n{_targets(op_targets(rows))}")
-    if not found:
+    if found:
+        parts.append(picture("bench_ops", "Share of the floor that each kernel reaches"))
+        parts.append(picture("bench_attention", "Attention beside other libraries"))
+    else:
         parts.append(f"Ops on a GPU: {NOT_MEASURED}.")
     return "\n\n".join(parts)
 
@@ -208,6 +217,7 @@ def steps_section(reports: dict[str, list[Report]]) -> str:
     on_gpu = [report for report in step_reports(reports) if report["machine"]["device"] == "cuda"]
     if on_gpu:
         parts.append(f"Targets:\n\n{_targets(step_targets(on_gpu))}")
+        parts.append(picture("bench_steps", "Images per second of whole steps"))
     else:
         parts.append(f"Whole steps on a GPU: {NOT_MEASURED}.")
     return "\n\n".join(parts)
