@@ -1,0 +1,83 @@
+"""Every script of examples/ runs, at tiny size, and does what it says."""
+
+import re
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from image_files import smooth_image
+from safetensors.torch import load_file
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+
+
+@pytest.fixture
+def run(monkeypatch, capsys, tmp_path):
+    """Run a script as `python examples/NAME ARGUMENTS` would, in an empty folder; what it printed."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+
+    def run(name: str, *arguments: object) -> str:
+        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+        return capsys.readouterr().out
+
+    return run
+
+
+def losses(printed: str) -> list[float]:
+    return [float(value) for value in re.findall(r"\bloss:? ([\d.]+)", printed)]
+
+
+def test_plain_loop(run, tmp_path):
+    printed = run("plain_loop.py", "--steps", 21, "--save", "model.safetensors")
+    first, last = losses(printed)[0], losses(printed)[-1]
+    assert last < 0.95 * first
+    assert "features [4, 64, 64]" in printed and (tmp_path / "model.safetensors").exists()
+
+
+def test_own_dataset_and_its_resume(run, tmp_path):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for i in range(8):
+        smooth_image(40, 40, seed=i).save(folder / f"{i}.png")
+    common = (folder, "--steps", 6, "--batch-size", 4)
+    assert "3 of 6 steps" in run("own_dataset.py", *common, "--save", "a.safetensors", "--stop-after", 3)
+    assert "6 of 6 steps" in run("own_dataset.py", *common, "--save", "a.safetensors")
+    run("own_dataset.py", *common, "--save", "b.safetensors")
+    resumed, whole = load_file("a.safetensors"), load_file("b.safetensors")
+    assert all(torch.equal(resumed[name], value) for name, value in whole.items())
+
+
+def test_transformers_encoder(run, tmp_path):
+    printed = run("transformers_encoder.py", "--folder", "hf")
+    differences = re.findall(r"(?:features|folder): ([\d.e-]+)$", printed, re.MULTILINE)
+    assert len(differences) == 2 and all(float(value) < 1e-5 for value in differences)
+    assert "packed set: [10, 32]" in printed and (tmp_path / "hf" / "preprocessor_config.json").exists()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_lightning_trainer(run):
+    printed = run("lightning_trainer.py", "--epochs", 1, "--root", "logs")
+    assert "updates of the target encoder 8" in printed and "val/loss" in printed
+    assert list(Path("logs").rglob("*.ckpt"))
+
+
+def test_official_trainer(run):
+    printed = run("official_trainer.py", "--steps", 11, "--save", "official.pth.tar")
+    assert len(losses(printed)) == 2 and losses(printed)[1] < losses(printed)[0]
+    saved = torch.load("official.pth.tar", weights_only=True)
+    assert {"encoder", "predictor", "target_encoder", "opt", "epoch"} <= saved.keys()
+
+
+def test_pieces(run):
+    printed = run("pieces.py", "--steps", 21)
+    assert losses(printed)[-1] < losses(printed)[0]
+
+
+def test_no_script_is_left_out():
+    scripts = {path.name for path in EXAMPLES.glob("*.py")} - {"images.py"}
+    tested = set(re.findall(r'run\("([a-z_]+\.py)"', Path(__file__).read_text()))
+    assert scripts == tested
