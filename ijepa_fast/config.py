@@ -30,7 +30,8 @@ class ModelConfig:
         predictor_mlp_ratio: of the predictor; null for the encoder's. The official code always has 4.
         init: flat (std 0.02 at all depths, as the published models were trained) or depth_scaled.
         attention: variable-length attention backend, see `ijepa-fast doctor`.
-        activation_checkpointing: recompute blocks in the backward pass to save memory.
+        activation_checkpointing: recompute blocks in the backward pass to save memory: true, false, or auto (only
+            where the GPU would be too small without).
         mean: per channel, of images in [0, 1].
         std: per channel, of images in [0, 1].
     """
@@ -46,7 +47,7 @@ class ModelConfig:
     predictor_mlp_ratio: float | None = None
     init: Literal["flat", "depth_scaled"] = "flat"
     attention: str = "auto"
-    activation_checkpointing: bool = False
+    activation_checkpointing: bool | Literal["auto"] = "auto"
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
 
@@ -56,7 +57,7 @@ class ModelConfig:
             "num_heads": self.num_heads,
             "init": self.init,
             "attention": self.attention,
-            "activation_checkpointing": self.activation_checkpointing,
+            "activation_checkpointing": self.activation_checkpointing is True,
         }
         encoder = VisionTransformer(
             self.img_size,
@@ -165,6 +166,9 @@ class TrainConfig:
         steps: length of the run in steps instead of epochs.
         accumulate: micro-batches per step and rank; saves memory.
         precision: fp32, bf16 (bf16 weights with fp32 masters) or fp16 (the same, with loss scaling).
+        compile: run transformer blocks through torch.compile.
+        capture: replay steps as CUDA graphs, one for each bucket of token counts. For one GPU, without accumulation, in
+            fp32 or bf16; pays where the host cannot launch kernels fast enough: small models and batches.
         device: auto (a GPU if there is one), cpu or cuda.
         log_every: steps between log lines, the only moments the host waits for the device.
         save_every: steps between checkpoints; one is always written at the end.
@@ -177,6 +181,8 @@ class TrainConfig:
     steps: int | None = None
     accumulate: int = 1
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    compile: bool = False
+    capture: bool = False
     device: Literal["auto", "cpu", "cuda"] = "auto"
     log_every: int = 50
     save_every: int = 1000
@@ -191,6 +197,11 @@ class TrainConfig:
             raise ValueError(f"train.steps must be at least 1, got {self.steps}")
         if self.steps is None and not self.epochs > 0:
             raise ValueError(f"train.epochs must be positive, got {self.epochs}")
+        if self.capture and (self.accumulate > 1 or self.precision == "fp16" or self.device == "cpu"):
+            raise ValueError(
+                "train.capture needs a GPU, accumulate 1 and precision fp32 or bf16, "
+                f"got device {self.device}, accumulate {self.accumulate}, precision {self.precision}"
+            )
 
     def total_steps(self, steps_per_epoch: int) -> int:
         return self.steps if self.steps is not None else max(1, round(self.epochs * steps_per_epoch))
@@ -273,6 +284,8 @@ CHANGEABLE = {
     "loader.workers",
     "loader.max_bad_share",
     "train.accumulate",
+    "train.compile",
+    "train.capture",
     "train.device",
     "train.log_every",
     "train.save_every",

@@ -1,7 +1,8 @@
 """Variable-length attention on the CPU: torch's fused kernel on one sequence after another, without padding.
 
 The definition is ``reference.varlen_attention``. Reading lengths costs nothing where the host is the device, and a
-sequence of a hundred tokens keeps the cores busy (heads times blocks of 32 queries).
+sequence of a hundred tokens keeps the cores busy (heads times blocks of 32 queries). Sequences of one length are taken
+together.
 
 Legend: Tq, Tk packed rows of queries and keys, H heads, Dh head dim.
 """
@@ -30,6 +31,17 @@ def _filled(rows: slice) -> bool:
     return rows.start < rows.stop
 
 
+def _one_length(x: Tensor, cu_seqlens: Tensor) -> int:
+    """The length of the sequences of x if all have the same and no row is padding, else 0."""
+    lengths = set(cu_seqlens.diff().tolist())
+    return lengths.pop() if len(lengths) == 1 and int(cu_seqlens[-1]) == x.shape[0] else 0
+
+
+def _batched(x_THD: Tensor, length: int) -> Tensor:
+    """View [S, H, length, Dh] of sequences of one length."""
+    return x_THD.unflatten(0, (-1, length)).transpose(1, 2)
+
+
 def _heads_first(x_THD: Tensor, rows: slice) -> Tensor:
     return x_THD[rows].transpose(0, 1)[None]
 
@@ -38,6 +50,10 @@ def varlen_attention(
     q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int
 ) -> tuple[Tensor, Tensor]:
     """As ``reference.varlen_attention``."""
+    length_q, length_k = _one_length(q, cu_q), _one_length(k, cu_k)
+    if length_q and length_k:
+        out, lse = _forward(_batched(q, length_q), _batched(k, length_k), _batched(v, length_k))
+        return out.transpose(1, 2).flatten(0, 1), lse.transpose(1, 2).flatten(0, 1)
     out, used = torch.empty(q.shape, dtype=q.dtype), int(cu_q[-1])
     lse = torch.empty(q.shape[:2], dtype=accumulation_dtype(q.dtype))
     out[used:] = lse[used:] = 0
@@ -85,6 +101,15 @@ def varlen_self_attention_backward(
 
 def _write_gradients(grads: tuple[Tensor, ...], grad: Tensor, qkv, out: Tensor, lse: Tensor, cu_q, cu_k) -> None:
     """Fill ``grads``, of queries, keys and values."""
+    length_q, length_k = _one_length(qkv[0], cu_q), _one_length(qkv[1], cu_k)
+    if length_q and length_k:
+        lengths = (length_q, length_k, length_k)
+        inputs = [_batched(x, length) for x, length in zip(qkv, lengths, strict=True)]
+        all_lse = lse.unflatten(0, (-1, length_q)).transpose(1, 2).contiguous()
+        parts = _backward(_batched(grad, length_q), *inputs, _batched(out, length_q), all_lse, 0.0, False)
+        for target, part, length in zip(grads, parts, lengths, strict=True):
+            _batched(target, length).copy_(part)
+        return
     for target, bounds in zip(grads, (cu_q, cu_k, cu_k), strict=True):
         target[int(bounds[-1]) :] = 0
     for rows_q, rows_k in _sequences(cu_q, cu_k):

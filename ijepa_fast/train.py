@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from ijepa_fast import checkpoint as checkpoints
+from ijepa_fast.captured import CapturedStep
 from ijepa_fast.checkpoint import Checkpoint, CheckpointError
 from ijepa_fast.config import RunConfig, as_dict, changes, flatten, from_dict
 from ijepa_fast.data import TrainLoader
@@ -25,6 +26,7 @@ from ijepa_fast.jepa import IJEPA
 from ijepa_fast.judge import draw_pictures, judge
 from ijepa_fast.logs import RunLog, write_json, write_text
 from ijepa_fast.masks import MaskSampler
+from ijepa_fast.memory import set_checkpointing
 from ijepa_fast.optim import FusedAdamW, parameter_groups
 from ijepa_fast.step import PRECISION_DTYPES, TrainStep
 from ijepa_fast.vit import cast_weights
@@ -106,6 +108,11 @@ def _run(config: RunConfig, me: Ranks, sources: Sources, to_yaml: Callable[[RunC
     found = me.from_main(_claim_folder(config, sources) if me.is_main else None)
     model.to(me.device)
     cast_weights(model, PRECISION_DTYPES[train.precision])
+    per_rank = train.batch_size // me.world_size
+    set_checkpointing(model, config, per_rank // train.accumulate, me.device)
+    if train.compile:
+        for network in (model.context_encoder, model.target_encoder, model.predictor):
+            network.compile_blocks()
     if me.is_main:
         write_text(folder / "config.yaml", to_yaml(config))
         if config.evaluation.before_and_after and sources.test is not None and not (folder / "before.json").exists():
@@ -116,6 +123,7 @@ def _run(config: RunConfig, me: Ranks, sources: Sources, to_yaml: Callable[[RunC
         betas=config.optim.betas,
         eps=config.optim.eps,
         max_grad_norm=config.optim.max_grad_norm,
+        flat_gradients=train.capture,
     )
     scaler = torch.amp.GradScaler(me.device.type) if train.precision == "fp16" else None
     health = HealthBuffer(config.model.embed_dim, device=me.device)
@@ -129,7 +137,7 @@ def _run(config: RunConfig, me: Ranks, sources: Sources, to_yaml: Callable[[RunC
     if me.world_size > 1:
         devices = [me.device] if me.device.type == "cuda" else None
         wrapped = DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)
-    step_once = TrainStep(
+    step_once = (CapturedStep if train.capture else TrainStep)(
         model,
         optimizer,
         sampler,
@@ -151,7 +159,6 @@ def _run(config: RunConfig, me: Ranks, sources: Sources, to_yaml: Callable[[RunC
             state.extra["bad_files"] = bad_files
             checkpoints.save(folder / "checkpoints", state, train.keep)
 
-    per_rank = train.batch_size // me.world_size
     loader = TrainLoader(sources.train, **loader_settings, start_step=start_step, num_steps=total_steps - start_step)
     run_log = RunLog(folder, total_steps, start_step, folder.name) if me.is_main else None
     meter = _Meter(me, train.batch_size)
@@ -204,6 +211,8 @@ def _run(config: RunConfig, me: Ranks, sources: Sources, to_yaml: Callable[[RunC
 
 def _check_batches(config: RunConfig, me: Ranks) -> None:
     train, group = config.train, config.masks.group_size
+    if train.capture and (me.world_size > 1 or me.device.type != "cuda"):
+        raise ValueError(f"train.capture is for one GPU, but this run has {me.world_size} ranks on {me.device.type}")
     share = me.world_size * train.accumulate
     if train.batch_size % share:
         raise ValueError(

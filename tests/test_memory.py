@@ -1,0 +1,94 @@
+"""The memory estimate against what autograd really keeps."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from ijepa_fast.config import ModelConfig, RunConfig, TrainConfig
+from ijepa_fast.jepa import Objective
+from ijepa_fast.masks import MaskConfig, MaskSampler
+from ijepa_fast.memory import activation_bytes, set_checkpointing, state_bytes
+from ijepa_fast.optim import FusedAdamW, parameter_groups
+from ijepa_fast.step import PRECISION_DTYPES
+from ijepa_fast.vit import cast_weights
+
+MODEL = ModelConfig(56, 4, embed_dim=96, depth=4, num_heads=4, predictor_embed_dim=48, predictor_depth=3)
+IMAGES = 16
+
+
+def build(precision, checkpointing=False):
+    config = RunConfig(
+        model=replace(MODEL, activation_checkpointing=checkpointing), train=TrainConfig(precision=precision)
+    )
+    model = config.model.build(Objective())
+    cast_weights(model, PRECISION_DTYPES[precision])
+    return config, model
+
+
+def kept_bytes(model, masks, images):
+    """Memory of all tensors that the graph of a loss holds on to, but for parameters; each piece once."""
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = model(images, masks)[0].total
+    assert loss.requires_grad
+    return sum(kept.values())
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_activations_are_those_autograd_keeps(precision):
+    config, model = build(precision)
+    masks = MaskSampler(MaskConfig(), (14, 14)).sample(IMAGES, seed=0, step=0)
+    kept = kept_bytes(model, masks, torch.zeros(IMAGES, 3, 56, 56, dtype=torch.uint8))
+    assert activation_bytes(config, IMAGES, checkpointing=False) == pytest.approx(kept, rel=0.1)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_checkpointing_keeps_block_inputs_and_needs_one_block(precision):
+    """What is kept between the passes, and the largest block, which is there once more while it is recomputed."""
+    config, model = build(precision, True)
+    masks = MaskSampler(MaskConfig(), (14, 14)).sample(IMAGES, seed=0, step=0)
+    between = kept_bytes(model, masks, torch.zeros(IMAGES, 3, 56, 56, dtype=torch.uint8))
+    estimate = activation_bytes(config, IMAGES, checkpointing=True)
+    assert between < estimate < activation_bytes(config, IMAGES, checkpointing=False)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_state_is_what_the_optimizer_holds(precision):
+    _, model = build(precision)
+    optimizer = FusedAdamW(parameter_groups(model))
+    model(torch.zeros(2, 3, 56, 56, dtype=torch.uint8), MaskSampler(MaskConfig(), (14, 14)).sample(2, seed=0, step=0))[
+        0
+    ].total.backward()
+    optimizer.step()
+    held = [*model.parameters(), *(p.grad for p in model.parameters() if p.grad is not None)]
+    held += [value for state in optimizer.state.values() for value in state.values() if value.dim()]
+    assert state_bytes(model) == sum(tensor.nbytes for tensor in held)
+
+
+@pytest.mark.parametrize(("gib", "on"), [(0.01, True), (80.0, False)])
+def test_auto_recomputes_only_where_memory_is_short(monkeypatch, gib, on):
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=int(gib * 2**30))
+    )
+    config, model = build("bf16", "auto")
+    assert set_checkpointing(model, config, IMAGES, torch.device("cuda")) is on
+    assert model.context_encoder.activation_checkpointing is model.predictor.activation_checkpointing is on
+    assert not model.target_encoder.activation_checkpointing
+    assert set_checkpointing(model, config, IMAGES, torch.device("cpu")) is False
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_a_setting_is_obeyed(wanted):
+    config, model = build("fp32", wanted)
+    assert set_checkpointing(model, config, IMAGES, torch.device("cuda")) is wanted
+    assert model.predictor.activation_checkpointing is wanted
