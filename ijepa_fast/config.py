@@ -91,6 +91,8 @@ class LoaderConfig:
         flip: probability of a horizontal flip. The official recipe has none.
         workers: decoding processes per rank; 0 decodes in the training process.
         max_bad_share: share of undecodable images above which the run ends with an error.
+        epoch_images: images that count as an epoch where shards come from URLs, which are not counted; needed there.
+        shuffle: images in each worker's shuffle buffer, for shards from URLs.
     """
 
     crop_scale: tuple[float, float] = (0.3, 1.0)
@@ -98,6 +100,8 @@ class LoaderConfig:
     flip: float = 0.0
     workers: int = 0
     max_bad_share: float = 0.05
+    epoch_images: int | None = None
+    shuffle: int = 1000
 
 
 @dataclass(frozen=True)
@@ -245,8 +249,9 @@ class RunConfig:
     """One pretraining run.
 
     Args:
-        data: folder of images (with or without class folders; train/ and val/ or test/ inside are understood), or
-            "rendered" for the embedded labelled set. Has no default.
+        data: folder of images (with or without class folders; train/ and val/ or test/ inside are understood),
+            WebDataset shards (PATH/{000..009}.tar or URLs, see docs/data.md), or "rendered" for the embedded labelled
+            set. Has no default.
         output: folder of the run: config, metrics, checkpoints, pictures.
         seed: of weights, data order, crops and masks.
         resume: auto continues the run in the output folder if there is one; never refuses a folder that holds one;

@@ -41,6 +41,7 @@ class Stream(IntEnum):
     RENDER = 8
     SPLIT = 9
     PROBE = 10
+    SHUFFLE = 11
 
 
 def philox4x32(counter, key):

@@ -18,8 +18,7 @@ from ijepa_fast import checkpoint as checkpoints
 from ijepa_fast.captured import CapturedStep
 from ijepa_fast.checkpoint import Checkpoint, CheckpointError
 from ijepa_fast.config import RunConfig, as_dict, changes, flatten, from_dict
-from ijepa_fast.data import TrainLoader
-from ijepa_fast.data.datasets import Sources, open_sources
+from ijepa_fast.data.datasets import Sources, open_sources, train_loader
 from ijepa_fast.distributed import Ranks, ranks
 from ijepa_fast.evaluate import HealthBuffer, OnlineKNN
 from ijepa_fast.jepa import IJEPA
@@ -99,9 +98,11 @@ def _run(config: RunConfig, me: Ranks, sources: Sources, to_yaml: Callable[[RunC
         "ratio": config.loader.crop_ratio,
         "flip": config.loader.flip,
         "max_bad_share": config.loader.max_bad_share,
+        "epoch_images": config.loader.epoch_images,
+        "shuffle": config.loader.shuffle,
         "pin_memory": me.device.type == "cuda",
     }
-    steps_per_epoch = TrainLoader(sources.train, **loader_settings).steps_per_epoch
+    steps_per_epoch = train_loader(sources.train, **loader_settings).steps_per_epoch
     total_steps = train.total_steps(steps_per_epoch)
     schedules = config.optim.schedules(total_steps, steps_per_epoch)
 
@@ -159,7 +160,7 @@ def _run(config: RunConfig, me: Ranks, sources: Sources, to_yaml: Callable[[RunC
             state.extra["bad_files"] = bad_files
             checkpoints.save(folder / "checkpoints", state, train.keep)
 
-    loader = TrainLoader(sources.train, **loader_settings, start_step=start_step, num_steps=total_steps - start_step)
+    loader = train_loader(sources.train, **loader_settings, start_step=start_step, num_steps=total_steps - start_step)
     run_log = RunLog(folder, total_steps, start_step, folder.name) if me.is_main else None
     meter = _Meter(me, train.batch_size)
     stop = _StopFlag()

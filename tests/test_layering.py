@@ -72,6 +72,7 @@ INSIDE_FUNCTIONS = {
     "attention_backends": "flash_attn flash_attn_interface xformers",
     "bench": "flash_attn flash_attn_interface xformers",
     "config": "yaml",
+    "data": "webdataset",
     "doctor": "triton",
 }
 

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import NamedTuple
 
 from ijepa_fast.data.folder import ImageFolder, find_split
+from ijepa_fast.data.loader import TrainLoader
+from ijepa_fast.data.shards import TarShards, expand_shards, is_remote, names_shards
 from ijepa_fast.data.source import Source
+from ijepa_fast.data.stream import StreamedShards, StreamLoader
 
 log = logging.getLogger(__name__)
 
@@ -24,12 +28,13 @@ def open_sources(data: str | None, evaluation_data: str | None = None) -> Source
     """The training and test images of a run.
 
     Args:
-        data: "rendered" for the embedded set, else a folder. Of a folder with train/ and val/ (or test/), these.
-        evaluation_data: folder of labelled test images, instead of the one found beside the training images.
+        data: "rendered" for the embedded set, else a folder (of one with train/ and val/ or test/, these) or tar shards
+            (a path that ends in .tar, braces and "*" included, or URLs, of which classes and test images are not used).
+        evaluation_data: folder or shards of labelled test images, instead of the ones found beside the training images.
 
     Raises:
-        ValueError, OSError: no data is given; as ``ImageFolder``; or the test images have classes that the training
-            images lack.
+        ValueError, OSError: no data is given; as ``ImageFolder`` and ``TarShards``; or the test images have classes
+            that the training images lack.
     """
     if data is None:
         raise ValueError('no images are given: set data to a folder of images (--data PATH), or to "rendered"')
@@ -37,15 +42,54 @@ def open_sources(data: str | None, evaluation_data: str | None = None) -> Source
         from ijepa_fast.data.rendered import RenderedTextures
 
         return Sources(RenderedTextures("train"), RenderedTextures("test"))
-    split = find_split(data)
-    train = ImageFolder(split.train)
-    test_folder = evaluation_data or split.evaluation
+    train, beside = _open_training(data)
+    test = evaluation_data or beside
     if train.labels is None:
         if evaluation_data:
-            raise ValueError(f"{evaluation_data} cannot be used for evaluation: {split.train} has no class folders")
-        log.info("%s has no class folders: k-NN and linear probe are left out", split.train)
+            raise ValueError(f"{evaluation_data} cannot be used for evaluation: the images of {data} have no classes")
+        log.info("the images of %s have no classes: k-NN and linear probe are left out", data)
         return Sources(train, None)
-    if test_folder is None:
-        log.info("%s has no val or test folder beside it: probe and final k-NN are left out", split.train)
+    if test is None:
+        log.info("there are no test images beside those of %s: probe and final k-NN are left out", data)
         return Sources(train, None)
-    return Sources(train, ImageFolder(test_folder, classes=train.classes))
+    return Sources(train, _open_labelled(str(test), train.classes))
+
+
+def train_loader(source: Source, *, epoch_images: int | None, shuffle: int, **settings) -> TrainLoader | StreamLoader:
+    """The loader that this source needs; ``settings`` as in ``TrainLoader``, the other two as in ``StreamLoader``.
+
+    Raises:
+        ValueError: as the loaders, or ``epoch_images`` is set for a source whose images are counted.
+    """
+    if isinstance(source, StreamedShards):
+        return StreamLoader(source, epoch_images=epoch_images, shuffle=shuffle, **settings)
+    if epoch_images is not None:
+        raise ValueError(
+            f"loader.epoch_images is for images from URLs; there are {len(source)} images (got {epoch_images})"
+        )
+    return TrainLoader(source, **settings)
+
+
+def _are_shards(data: str) -> bool:
+    return names_shards(data) and not Path(data).is_dir()
+
+
+def _open_training(data: str) -> tuple[Source, Path | None]:
+    """Training images, and where test images lie beside them."""
+    if not _are_shards(data):
+        split = find_split(data)
+        return ImageFolder(split.train), split.evaluation
+    shards = expand_shards(data)
+    return (StreamedShards(shards) if is_remote(shards[0]) else TarShards(shards)), None
+
+
+def _open_labelled(data: str, classes: list[str]) -> Source:
+    if not _are_shards(data):
+        return ImageFolder(data, classes=classes)
+    shards = expand_shards(data)
+    if is_remote(shards[0]):
+        raise ValueError(f"{data} cannot be used for evaluation, which reads images in any order: use local shards")
+    source = TarShards(shards, classes=classes)
+    if source.labels is None:
+        raise ValueError(f"{data} cannot be used for evaluation: its images have no .cls")
+    return source

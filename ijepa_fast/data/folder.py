@@ -44,7 +44,7 @@ class ImageFolder:
         paths, others = _scan(self.root)
         if not paths:
             raise ValueError(f"no images below {self.root}: {_seen(others)}")
-        self._paths = _PackedStrings(os.fsencode(path) for path in sorted(paths, key=os.fsencode))
+        self._paths = PackedStrings(os.fsencode(path) for path in sorted(paths, key=os.fsencode))
         self.labels: np.ndarray | None = None
         self.classes: list[str] | None = None
         if class_folders:
@@ -117,7 +117,7 @@ def find_split(root) -> Splits:
     return Splits(train, evaluation)
 
 
-class _PackedStrings:
+class PackedStrings:
     """Byte strings in one buffer: a list of millions of objects would be copied into every forked worker."""
 
     def __init__(self, strings: Iterable[bytes]):

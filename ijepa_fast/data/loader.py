@@ -71,7 +71,7 @@ class TrainLoader:
         reduced_decode: decode JPEGs at reduced scale where that suffices.
 
     Attributes:
-        bad: description -> reason of every image found bad by this rank so far.
+        bad: description -> reason of every image found bad by this rank so far, and of the source's damaged shards.
 
     Raises:
         ValueError: settings that cannot work, at construction.
@@ -113,12 +113,13 @@ class TrainLoader:
         crop = {"size": as_height_width(image_size), "scale": tuple(scale), "ratio": tuple(ratio), "flip": flip}
         self._samples = _TrainSamples(source, seed, crop | {"reduced_decode": reduced_decode})
         self._requests = _TrainRequests(len(source), global_batch, seed, rank, world_size, start_step, num_steps)
-        self._loading = _loading_options(workers, prefetch, pin_memory)
+        self._loading = loading_options(workers, prefetch, pin_memory)
         self._bad = _BadFiles(source, max_bad_share, min_seen)
+        self._damaged = getattr(source, "damaged", {})
 
     @property
     def bad(self) -> dict[str, str]:
-        return self._bad.reasons
+        return self._damaged | self._bad.reasons
 
     def __iter__(self) -> Iterator[Batch]:
         for batch in DataLoader(self._samples, sampler=self._requests, **self._loading):
@@ -168,7 +169,7 @@ class EvalLoader:
         crop = {"size": as_height_width(image_size), "resize_ratio": resize_ratio, "reduced_decode": reduced_decode}
         self._samples = _EvalSamples(source, crop)
         self._requests = [wanted[first : first + batch_size] for first in range(0, len(wanted), batch_size)]
-        self._loading = _loading_options(workers, prefetch, pin_memory)
+        self._loading = loading_options(workers, prefetch, pin_memory)
         self._bad = _BadFiles(source, max_share=1.0, min_seen=len(source))
 
     @property
@@ -310,7 +311,7 @@ class _BadFiles:
         return f"{what} ({counts}), for example:{''.join(examples)}"
 
 
-def _loading_options(workers: int, prefetch: int, pin_memory: bool) -> dict:
+def loading_options(workers: int, prefetch: int, pin_memory: bool) -> dict:
     """What both loaders tell the DataLoader: requests are whole batches, workers stay out of the run's signals."""
     if workers < 0:
         raise ValueError(f"workers must not be negative, got {workers}")

@@ -1,0 +1,223 @@
+"""Images in WebDataset tar shards on local disks: indexed once, then read in any order, like a folder."""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import io
+import logging
+import os
+import re
+import tempfile
+import zipfile
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from ijepa_fast.data.decode import open_image
+from ijepa_fast.data.folder import PackedStrings
+from ijepa_fast.data.tar import UNLABELLED, Damage, read_samples
+
+log = logging.getLogger(__name__)
+
+_INDEX_FORMAT = 1
+_REMOTE = re.compile(r"^(pipe:|[A-Za-z][A-Za-z0-9+.-]*://)")
+_TAR = re.compile(r"\.(tar|tgz|tar\.[a-z0-9]+)$", re.IGNORECASE)
+
+
+def is_remote(shard: str) -> bool:
+    """Whether a shard is a URL or a "pipe:" command, not a file."""
+    return bool(_REMOTE.match(shard))
+
+
+def names_shards(data: str) -> bool:
+    """Whether a setting names tar shards (files, patterns or URLs) instead of a folder."""
+    return is_remote(data) or bool(_TAR.search(data))
+
+
+def expand_shards(data: str) -> list[str]:
+    """Every shard that a setting names, in order: braces ("{000..009}") and "::" as in webdataset, local "*" sorted.
+
+    Raises:
+        ValueError: nothing fits a pattern, a shard is named twice, or local and remote shards are mixed.
+        FileNotFoundError: a local shard that is named does not exist.
+    """
+    from webdataset.shardlists import expand_urls
+
+    shards = []
+    for url in expand_urls(data):
+        if is_remote(url):
+            shards.append(url)
+            continue
+        path = str(Path(url).expanduser().absolute())
+        found = sorted(glob.glob(path)) if glob.has_magic(path) and not os.path.exists(path) else [path]
+        if not found:
+            raise ValueError(f"no shard fits the pattern {url}")
+        if missing := [name for name in found if not os.path.isfile(name)]:
+            raise FileNotFoundError(f"shard not found: {missing[0]}")
+        shards += found
+    if len(set(shards)) < len(shards):
+        raise ValueError(f"a shard is named twice: {next(s for s in shards if shards.count(s) > 1)}")
+    if len({is_remote(shard) for shard in shards}) > 1:
+        raise ValueError(f"{data} mixes local shards, which are indexed, with URLs, which are streamed")
+    return shards
+
+
+class TarShards:
+    """All images of local tar shards, shard after shard, in the order of their members. A `Source`.
+
+    Where each image lies is looked up once per shard and kept in the folder ``cache``; a shard whose size or time of
+    change is another one is looked through again. What is damaged is passed over and named in ``damaged`` (members that
+    only turn out to be damaged when they are decoded are the loader's to name). See `data.tar` for what makes a sample.
+
+    Args:
+        shards: paths of plain (not compressed) tar files.
+        classes: names of the classes, such as those of the training shards when these are the test shards.
+        cache: folder for the index; by default ``ijepa_fast/shards`` in $XDG_CACHE_HOME or ~/.cache.
+
+    Attributes:
+        labels: int64 [n], from ``.cls`` members, -1 where an image has none; None where no image has one.
+        classes: "0", "1", ... up to the largest label, or as given; None without labels.
+        damaged: name of a shard -> what could not be used of it.
+
+    Raises:
+        ValueError: no shard holds an image, a shard is compressed, or a label lies outside ``classes``.
+        OSError: a shard cannot be read at all.
+    """
+
+    def __init__(self, shards: Sequence[str], *, classes: Sequence[str] | None = None, cache: str | None = None):
+        folder = Path(cache) if cache is not None else _default_cache()
+        self.shards = [str(shard) for shard in shards]
+        indexes = [_index_of(shard, folder) for shard in self.shards]
+        self.damaged = {s: "; ".join(i.damage) for s, i in zip(self.shards, indexes, strict=True) if i.damage}
+        for shard, reason in self.damaged.items():
+            log.warning("damaged shard %s: %s", shard, reason)
+        self._counts = np.array([len(index.offsets) for index in indexes])
+        if not self._counts.sum():
+            reasons = "".join(f"\n  {shard}: {reason}" for shard, reason in list(self.damaged.items())[:5])
+            raise ValueError(f"no images in {len(self.shards)} shards, the first being {self.shards[0]}{reasons}")
+        self._ends = self._counts.cumsum()
+        self._offsets = np.concatenate([index.offsets for index in indexes])
+        self._sizes = np.concatenate([index.sizes for index in indexes])
+        self._names = PackedStrings(name for index in indexes for name in index.names)
+        labels = np.concatenate([index.labels for index in indexes])
+        self.labels = self.classes = None
+        if (labels != UNLABELLED).any():
+            self.labels = labels
+            self.classes = [str(number) for number in range(labels.max() + 1)] if classes is None else list(classes)
+            if labels.max() >= len(self.classes):
+                raise ValueError(
+                    f"{self.shards[0]} ... has label {labels.max()}, but there are {len(self.classes)} classes"
+                )
+
+    def __len__(self) -> int:
+        return len(self._offsets)
+
+    def __repr__(self) -> str:
+        classes = "no classes" if self.classes is None else f"{len(self.classes)} classes"
+        return f"TarShards({len(self.shards)} shards from {self.shards[0]!r}: {len(self)} images, {classes})"
+
+    def open(self, index: int) -> Image.Image:
+        """The image, not decoded yet. EOFError where the shard has become shorter."""
+        with open(self._shard_of(index), "rb") as file:
+            file.seek(self._offsets[index])
+            content = file.read(self._sizes[index])
+        if len(content) < self._sizes[index]:
+            raise EOFError(f"the shard ends within {self.describe(index)}")
+        return open_image(io.BytesIO(content))
+
+    def describe(self, index: int) -> str:
+        return f"{self._shard_of(index)}: {os.fsdecode(self._names[index])}"
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Count of images and a hash of shard names, member names and sizes, in order."""
+        digest = hashlib.sha256()
+        for shard, count in zip(self.shards, self._counts, strict=True):
+            digest.update(b"%s\0%d\n" % (os.fsencode(os.path.basename(shard)), count))
+        for index in range(len(self)):
+            digest.update(self._names[index] + b"\0%d\n" % self._sizes[index])
+        return f"shards:{len(self)}:{digest.hexdigest()[:32]}"
+
+    def _shard_of(self, index: int) -> str:
+        if not 0 <= index < len(self):
+            raise IndexError(f"image {index} of {len(self)}")
+        return self.shards[int(np.searchsorted(self._ends, index, side="right"))]
+
+
+class _Index(NamedTuple):
+    """Where the images of one shard lie."""
+
+    names: list[bytes]
+    offsets: np.ndarray  # int64 [n]
+    sizes: np.ndarray  # int64 [n]
+    labels: np.ndarray  # int64 [n]
+    damage: list[str]
+
+
+def _default_cache() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base, "ijepa_fast", "shards")
+
+
+def _index_of(shard: str, cache: Path) -> _Index:
+    """From the cache, or else from the shard itself."""
+    status = os.stat(shard)
+    identity = f"{_INDEX_FORMAT} {os.path.realpath(shard)} {status.st_size} {status.st_mtime_ns}"
+    path = cache / f"{hashlib.sha256(os.fsencode(identity)).hexdigest()[:40]}.npz"
+    try:
+        with np.load(path) as saved:
+            names, damage = (saved[key].tobytes().split(b"\0")[:-1] for key in ("names", "damage"))
+            arrays = [saved[key] for key in ("offsets", "sizes", "labels")]
+            return _Index(names, *arrays, [reason.decode() for reason in damage])
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        pass  # not there, or broken: made anew
+    log.info("indexing %s", shard)
+    index = _build_index(shard)
+    _save_index(index, path)
+    return index
+
+
+def _build_index(shard: str) -> _Index:
+    samples, damage = [], []
+    with open(shard, "rb") as file:
+        for found in read_samples(file, contents=False):
+            if isinstance(found, Damage):
+                damage.append(found.reason)
+            else:
+                samples.append(found)
+        file.seek(0)
+        if not samples and file.read(3) in (b"\x1f\x8b\x08", b"BZh", b"\xfd7z", b"\x28\xb5\x2f"):
+            raise ValueError(f"{shard} is compressed, so its images cannot be found at once; unpack it to a plain tar")
+
+    def column(name: str) -> np.ndarray:
+        return np.array([getattr(sample, name) for sample in samples], dtype=np.int64)
+
+    names = [os.fsencode(sample.name) for sample in samples]
+    return _Index(names, column("offset"), column("size"), column("label"), damage)
+
+
+def _save_index(index: _Index, path: Path) -> None:
+    """Whole or not at all, for other ranks may read it meanwhile. A cache that cannot be written is done without."""
+
+    def joined(strings: list[bytes]) -> np.ndarray:
+        return np.frombuffer(b"".join(string + b"\0" for string in strings), dtype=np.uint8)
+
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".npz", delete=False) as file:
+            np.savez(
+                file,
+                names=joined(index.names),
+                damage=joined([reason.encode("utf-8", "backslashreplace") for reason in index.damage]),
+                offsets=index.offsets,
+                sizes=index.sizes,
+                labels=index.labels,
+            )
+        os.replace(file.name, path)
+    except OSError as error:
+        log.warning("the index of the shards cannot be kept in %s: %s", path.parent, error)

@@ -1,0 +1,169 @@
+"""WebDataset samples in a tar file, read front to back; damaged places are told, not fatal.
+
+A sample is what consecutive members with one key have in common, the key being a name up to the first dot of its last
+part: ``a/0001.jpg`` and ``a/0001.cls`` are one sample. It needs a member with an image's extension; its class is the
+whole number in its ``.cls``, if it has one.
+
+Python's tarfile takes a damaged header behind the first for the end of the archive, in silence; hence a reader that
+looks for the next header and says what it passed over. The format: POSIX.1-2017, pax, "ustar Interchange Format".
+"""
+
+from __future__ import annotations
+
+import re
+import tarfile
+from collections.abc import Callable, Iterator
+from typing import BinaryIO, NamedTuple
+
+from ijepa_fast.data.decode import image_extensions
+
+UNLABELLED = -1
+
+_BLOCK = 512
+_CHUNK = 1 << 20
+_MOST_CLS_BYTES = 64
+_META = re.compile(r"__[^/]*__($|/)")  # webdataset's names for members that describe the shard
+_PAX_RECORD = re.compile(rb"(\d+) ([^=]+)=")
+
+
+class Damage(NamedTuple):
+    """Why something in a shard cannot be used."""
+
+    reason: str
+
+
+class Member(NamedTuple):
+    name: str
+    offset: int  # of its content, bytes from the start of the file
+    size: int
+    content: bytes | None  # None where it was not wanted
+
+
+class Sample(NamedTuple):
+    name: str  # of the image
+    offset: int
+    size: int
+    content: bytes | None
+    label: int  # UNLABELLED without a .cls
+
+
+def read_samples(file: BinaryIO, contents: bool) -> Iterator[Sample | Damage]:
+    """Samples with an image, in order; with the image's bytes or without (``contents``)."""
+    from webdataset.tariterators import base_plus_ext
+
+    extensions = image_extensions()
+
+    def is_image(name: str) -> bool:
+        return f".{base_plus_ext(name)[1]}".lower() in extensions
+
+    def wanted(name: str, size: int) -> bool:
+        return (contents and is_image(name)) or (name.lower().endswith(".cls") and size <= _MOST_CLS_BYTES)
+
+    current, image, label = None, None, UNLABELLED
+    for found in read_members(file, wanted):
+        if isinstance(found, Damage):
+            yield found
+            continue
+        key, extension = base_plus_ext(found.name)
+        if key is None or _META.match(found.name):
+            continue
+        if key != current:
+            if image is not None:
+                yield Sample(*image, label)
+            current, image, label = key, None, UNLABELLED
+        if extension.lower() == "cls":
+            number = (found.content or b"").strip()
+            if number.isdigit() and len(number) < 10:
+                label = int(number)
+            else:
+                yield Damage(f"{found.name} holds no class number: {number[:20]!r}")
+        elif image is None and is_image(found.name):
+            image = found
+    if image is not None:
+        yield Sample(*image, label)
+
+
+def read_members(file: BinaryIO, wanted: Callable[[str, int], bool]) -> Iterator[Member | Damage]:
+    """Regular files of a tar, and its damaged places, where reading goes on at the next block that is a header.
+
+    Args:
+        file: at its start; content that is not wanted is passed over by seeking, if the file can seek.
+        wanted: whether to read the content of a file, by name and size.
+    """
+    seekable = file.seekable() if hasattr(file, "seekable") else False
+    length = _length(file) if seekable else None
+    position, lost_from, ended = 0, None, False
+    long_name, long_size = None, None
+    while len(block := file.read(_BLOCK)) == _BLOCK:
+        start, position = position, position + _BLOCK
+        if not block.strip(b"\0"):
+            ended = True
+            continue
+        try:
+            info = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+        except tarfile.HeaderError:
+            lost_from = start if lost_from is None else lost_from
+            long_name = long_size = None
+            continue
+        if lost_from is not None:
+            yield Damage(f"bytes {lost_from} to {start} hold no readable header")
+            lost_from = None
+        ended = False
+        extended = info.type in (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE)
+        has_content = info.isreg() or extended or info.type not in tarfile.SUPPORTED_TYPES
+        name = info.name if long_name is None else long_name
+        size = (info.size if long_size is None or extended else long_size) if has_content else 0
+        take = extended or (info.isreg() and wanted(name, size))
+        content = _pass(file, size, take, seekable)
+        room = -(-size // _BLOCK) * _BLOCK
+        if content is None or (length is not None and position + size > length):
+            yield Damage(f"is cut off in {name}")
+            return
+        _pass(file, room - size, False, seekable)
+        if info.type == tarfile.GNUTYPE_LONGNAME:
+            long_name = content.rstrip(b"\0").decode("utf-8", "surrogateescape")
+        elif info.type == tarfile.XHDTYPE:
+            records = _pax_records(content)
+            long_name = records.get(b"path", b"").decode("utf-8", "surrogateescape") or long_name
+            long_size = int(records[b"size"]) if records.get(b"size", b"").isdigit() else long_size
+        elif not extended:
+            if info.isreg():
+                yield Member(name, position, size, content if take else None)
+            long_name = long_size = None
+        position += room
+    if lost_from is not None:
+        yield Damage(f"bytes {lost_from} to {position} hold no readable header")
+    elif not ended:
+        yield Damage("ends without an end-of-archive mark, as if it had been cut off")
+
+
+def _length(file: BinaryIO) -> int:
+    length = file.seek(0, 2)
+    file.seek(0)
+    return length
+
+
+def _pass(file: BinaryIO, size: int, take: bool, seekable: bool) -> bytes | None:
+    """The next ``size`` bytes; b"" where they are not to be taken; None where the file ends before."""
+    if take:
+        content = file.read(size)
+        return content if len(content) == size else None
+    if seekable:
+        file.seek(size, 1)
+        return b""
+    while size:
+        chunk = file.read(min(size, _CHUNK))
+        if not chunk:
+            return None
+        size -= len(chunk)
+    return b""
+
+
+def _pax_records(content: bytes) -> dict[bytes, bytes]:
+    """Records "length key=value\\n", the length counting all of it."""
+    records, place = {}, 0
+    while match := _PAX_RECORD.match(content, place):
+        end = place + int(match[1])
+        records[match[2]] = content[match.end() : end - 1]
+        place = max(end, match.end())
+    return records
