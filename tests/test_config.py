@@ -118,6 +118,9 @@ def test_changes_are_told_apart():
         ({"objective": {"loss": "huber"}}, "objective.loss must be .* got 'huber'"),
         ({"objective": {"target_eps": 0}}, "objective.target_eps must be positive, got 0"),
         ({"masks": {"context": "batch_min"}}, "needs group_size"),
+        ({"train": {"capture": True, "device": "cpu"}}, "train.capture needs a GPU.* device cpu"),
+        ({"train": {"capture": True, "accumulate": 2}}, "train.capture needs .* accumulate 2"),
+        ({"train": {"capture": True, "precision": "fp16"}}, "train.capture needs .* precision fp16"),
         ({"evaluation": {"monitor_every": 0}}, "evaluation.monitor_every must be at least 1, got 0"),
     ],
 )

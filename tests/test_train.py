@@ -9,6 +9,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ import torch
 from ijepa_fast import checkpoint
 from ijepa_fast.checkpoint import CheckpointError
 from ijepa_fast.step import TrainStep
-from ijepa_fast.train import NotFinite, Stopped, load_trained, pretrain
+from ijepa_fast.train import NotFinite, Stopped, _check_batches, load_trained, pretrain
 from tests.image_files import bad_files, write_folder
 from tests.tiny import tiny_run
 
@@ -139,6 +140,23 @@ def test_signals_save_and_stop_and_the_run_continues_exactly(data, straight, tmp
     assert checkpoint.list_steps(tmp_path / "run" / "checkpoints")[-1] == 7
     pretrain(tiny_run(data, tmp_path / "run"))
     assert_same_end(tmp_path / "run", straight)
+
+
+@pytest.mark.parametrize(("ranks", "device"), [(1, "cpu"), (2, "cuda")])
+def test_capture_is_for_one_gpu(data, tmp_path, ranks, device):
+    config = tiny_run(data, tmp_path / "run", device="auto", capture=True)
+    with pytest.raises(ValueError, match=f"train.capture is for one GPU, but this run has {ranks} ranks on {device}"):
+        _check_batches(config, SimpleNamespace(world_size=ranks, device=torch.device(device)))
+
+
+@pytest.mark.slow
+def test_compiled_blocks_train_the_same(data, straight, tmp_path):
+    """With inductor, in fp32: fused kernels round otherwise, and Adam's first steps have the sign of a gradient."""
+    pretrain(tiny_run(data, tmp_path / "run", compile=True))
+    lines = [(path / "metrics.jsonl").read_text().splitlines()[-1] for path in (tmp_path / "run", straight)]
+    compiled, eager = (json.loads(line) for line in lines)
+    assert compiled["loss"] == pytest.approx(eager["loss"], rel=1e-3)
+    assert compiled["context_tokens_per_image"] == eager["context_tokens_per_image"]
 
 
 @pytest.mark.parametrize(("every", "monitored"), [(1, 12), (5, 3), (100, 1)])
