@@ -381,19 +381,15 @@ def find_recipe(name: str) -> Path:
     raise ValueError(f"{name!r} is neither a file nor a recipe; {hint}")
 
 
-def read_recipe(name: str) -> dict:
+def read_recipe(name: str, above: tuple[Path, ...] = ()) -> dict:
     """Nested settings of a YAML file or shipped recipe: what ``from_dict`` takes.
 
     A file may name a recipe, or another file (relative to its own folder), as its ``base``: it then holds only what
-    differs from that.
+    differs from that. ``above`` are the files that this one is a base of.
 
     Raises:
         ValueError: there is no such file or recipe, it is not YAML with settings, or it is its own base.
     """
-    return _read_recipe(name, ())
-
-
-def _read_recipe(name: str, above: tuple[Path, ...]) -> dict:
     import yaml
 
     path = find_recipe(name).resolve()
@@ -408,15 +404,14 @@ def _read_recipe(name: str, above: tuple[Path, ...]) -> dict:
     base = values.pop("base", None)
     if base is None:
         return values
-    if base not in recipes():
-        base = str(path.parent / base)
-    return _merged(_read_recipe(base, (*above, path)), values)
+    return _merged(read_recipe(base if base in recipes() else str(path.parent / base), (*above, path)), values)
 
 
 def _merged(base: dict, changed: dict) -> dict:
     """``base`` with the settings of ``changed``, section by section."""
-    both = dict(base)
-    for name, value in changed.items():
-        is_section = isinstance(value, dict) and isinstance(base.get(name), dict)
-        both[name] = _merged(base[name], value) if is_section else value
-    return both
+
+    def value_of(name: str):
+        old, new = base.get(name), changed.get(name)
+        return _merged(old, new) if isinstance(old, dict) and isinstance(new, dict) else changed.get(name, old)
+
+    return {name: value_of(name) for name in base | changed}
