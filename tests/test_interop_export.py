@@ -238,6 +238,7 @@ def official_file(tmp_path_factory):
         (["import", "TIMM", "--out", "x"], "is none of the known sizes: give num_heads"),
         (["import", "OTHER", "--out", "x"], "not the weights of a ViT encoder: no pos_embed, patch_embed.proj.weight"),
         (["import", "TIMM", "--out", "RUN", "--num_heads", "2"], "already holds a run; give another folder"),
+        (["import", "OURS", "--out", "x"], "needs no import: probe, knn and export read checkpoints of runs"),
     ],
 )
 def test_mistakes_end_with_a_clear_message(small, tmp_path, capsys, monkeypatch, arguments, message):
@@ -246,7 +247,7 @@ def test_mistakes_end_with_a_clear_message(small, tmp_path, capsys, monkeypatch,
     (tmp_path / "TEXT").write_text("no weights")
     torch.save({"conv1.weight": torch.zeros(2)}, tmp_path / "OTHER")
     (tmp_path / "FOLDER").mkdir()
-    names = {"RUN": str(small), "TIMM": "timm.pth"}
+    names = {"RUN": str(small), "TIMM": "timm.pth", "OURS": str(checkpoints.find(small))}
     assert cli.main([names.get(argument, argument) for argument in arguments]) == 1
     error = capsys.readouterr().err
     assert message in error and "Traceback" not in error

@@ -118,6 +118,10 @@ def read_any(source: Path | str) -> Found:
         start = file.read(9)
     if start[8:9] == b"{":  # a safetensors file: the header's length in 8 bytes, then JSON
         state, metadata = read_safetensors(source)
+        if "ijepa_fast" in metadata:
+            raise WeightsError(
+                f"{source} needs no import: probe, knn and export read checkpoints of runs, JEPAModel.load those of its own"
+            )
         if KEY in metadata:
             encoder, about = load_encoder(source)
             return _of_encoder(f"the {about.get('encoder', '')} encoder of a run of ijepa_fast", encoder)
