@@ -120,7 +120,7 @@ def read_any(source: Path | str) -> Found:
         state, metadata = read_safetensors(source)
         if "ijepa_fast" in metadata:
             raise WeightsError(
-                f"{source} needs no import: probe, knn and export read checkpoints of runs, JEPAModel.load those of its own"
+                f"{source} needs no import: probe, knn and export read checkpoints of runs, JEPAModel.load its own"
             )
         if KEY in metadata:
             encoder, about = load_encoder(source)
