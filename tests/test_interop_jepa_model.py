@@ -12,6 +12,7 @@ from tiny_jepa import BATCH, PATCHES, TINY, images, same, tiny, train, trained, 
 from torch import nn
 
 from ijepa_fast import IJEPA, JEPAModel, Ragged
+from ijepa_fast.interop import jepa_model
 from ijepa_fast.interop.jepa_config import JEPAConfig, nearest_heads
 from ijepa_fast.interop.weights import WeightsError
 from ijepa_fast.jepa import Objective
@@ -69,6 +70,9 @@ class TestConfiguration:
             ({"ema_momentum": 1.5}, "ema_momentum must lie in [0, 1], got 1.5"),
             ({"total_steps": 0}, "total_steps must be at least 1, got 0"),
             ({"encoder_dim": 0}, "encoder_dim must be at least 1, got 0"),
+            ({"encoder_depth": 0}, "depth must be at least 1, got 0"),
+            ({"predictor_heads": 0}, "width 8 cannot be split into 0 heads"),
+            ({"mlp_ratio": 0}, "mlp_ratio leaves no hidden units at width 16: 0"),
             ({"img_size": 30}, "30 x 30"),
             ({"mask_ratio": 1.5}, "mask_ratio must be between 0 and 1, got 1.5"),
             ({"loss": "l3"}, "'l3'"),
@@ -160,6 +164,17 @@ class TestLoss:
         ours, theirs = model(images(), padded)[1], model(images(), masks)[1]
         torch.testing.assert_close(ours["cosine_similarity"], theirs["cosine_similarity"])
         assert ours["tokens"] == theirs["tokens"]
+
+    def test_away_from_the_cpu_rows_are_rounded_up_and_the_loss_stays(self, monkeypatch):
+        model = tiny().eval()
+        exact = model(images())[0]
+        where = {"seed": 0, "step": 3, "first_image": 0}
+        capacity = jepa_model.capacity_of(model.sampler, BATCH, torch.device("cuda"), **where)
+        counts = model.sampler.counts(BATCH, **where)
+        assert all(rows % 128 == 0 and 0 <= rows - count < 128 for rows, count in zip(capacity, counts, strict=True))
+        assert jepa_model.capacity_of(model.sampler, BATCH, torch.device("cpu"), **where) is None
+        monkeypatch.setattr(jepa_model, "capacity_of", lambda *arguments, **where: capacity)
+        torch.testing.assert_close(model(images())[0], exact)
 
     def test_a_regularised_loss_reports_its_terms(self):
         loss, metrics = tiny(variance_weight=2.0, covariance_weight=0.5)(images())

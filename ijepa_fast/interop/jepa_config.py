@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal
 
 from ijepa_fast.masks import MaskConfig
@@ -99,20 +99,20 @@ class JEPAConfig:
         """The same settings with everything that was left open filled in."""
         size = min(SIZES, key=lambda name: abs(SIZES[name]["embed_dim"] - self.encoder_dim))
         exact = SIZES[size] if SIZES[size]["embed_dim"] == self.encoder_dim else {}
-        heads = self.encoder_heads or exact.get("num_heads") or nearest_heads(self.encoder_dim, self.encoder_dim / 64)
+        heads = self.encoder_heads
+        if heads is None:
+            heads = exact.get("num_heads") or nearest_heads(self.encoder_dim, self.encoder_dim / 64)
         rgb = self.in_chans == 3
-        return type(self)(
-            **{
-                **{f.name: getattr(self, f.name) for f in fields(self)},
-                "encoder_depth": self.encoder_depth or SIZES[size]["depth"],
-                "encoder_heads": heads,
-                "predictor_depth": self.predictor_depth or PREDICTOR_DEPTH[size],
-                "predictor_heads": self.predictor_heads or nearest_heads(self.predictor_dim, heads),
-                "mlp_ratio": self.mlp_ratio or exact.get("mlp_ratio", 4.0),
-                "mean": self.mean or (IMAGENET_MEAN if rgb else (0.5,) * self.in_chans),
-                "std": self.std or (IMAGENET_STD if rgb else (0.5,) * self.in_chans),
-            }
-        )
+        derived = {
+            "encoder_depth": SIZES[size]["depth"],
+            "encoder_heads": heads,
+            "predictor_depth": PREDICTOR_DEPTH[size],
+            "predictor_heads": nearest_heads(self.predictor_dim, heads),
+            "mlp_ratio": exact.get("mlp_ratio", 4.0),
+            "mean": IMAGENET_MEAN if rgb else (0.5,) * self.in_chans,
+            "std": IMAGENET_STD if rgb else (0.5,) * self.in_chans,
+        }
+        return replace(self, **{name: value for name, value in derived.items() if getattr(self, name) is None})
 
     def mask_config(self, num_patches: int) -> MaskConfig:
         """The masks for images of this many patches."""
