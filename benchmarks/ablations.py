@@ -177,7 +177,7 @@ def short(recipe: str) -> str:
     return recipe.rpartition("/")[2].removesuffix(".yaml")
 
 
-def _spread(runs: list[dict], figure: str, unit: float) -> str:
+def spread(runs: list[dict], figure: str, unit: float) -> str:
     values = [unit * run[figure] for run in runs]
     mean = f"{statistics.mean(values):.1f}"
     return f"{mean} ± {statistics.stdev(values):.1f}" if len(values) > 1 else mean
@@ -195,7 +195,7 @@ def markdown_table(report: dict) -> str:
     entries += [(short(entry["recipe"]), entry["changes"], entry["runs"]) for entry in report["recipes"]]
     for name, changed, runs in entries:
         settings = ", ".join(f"{setting} {value}" for setting, value in changed.items())
-        cells = [_spread(runs, "probe", 100), _spread(runs, "knn", 100), _spread(runs, "rank", 1)]
+        cells = [spread(runs, "probe", 100), spread(runs, "knn", 100), spread(runs, "rank", 1)]
         gaps = (100 * (run["probe"] - base["probe"]) for run, base in zip(runs, baseline, strict=True))
         cells.append("" if runs is baseline else ", ".join(f"{gap:+.1f}" for gap in gaps))
         lines.append(f"| {' | '.join([name, settings, *cells])} |")

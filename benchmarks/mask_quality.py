@@ -1,6 +1,6 @@
 """Exact against truncated masks: what the encoder learns in equal steps, and in equal time.
 
-    python -m benchmarks.mask_quality DATA [--seeds 0 1 2] [--steps 200] [--out runs/mask_quality] [--json FILE]
+    python -m benchmarks.mask_quality DATA [--seeds 0 1 2] [--steps 200] [--json FILE] [--doc FILE]
 
 DATA is a folder with train/ and val/ and one folder per class in each, of images of 32 px. One small encoder is
 pretrained with masks of three kinds:
@@ -27,7 +27,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.ablations import machine, run, sources_of
+from benchmarks.ablations import machine, run, sources_of, spread, write_into
 from ijepa_fast.config import EvaluationConfig, RunConfig, from_dict, read_recipe
 from ijepa_fast.data import TrainLoader
 from ijepa_fast.logs import write_json
@@ -37,6 +37,7 @@ from ijepa_fast.step import TrainStep
 
 BATCH = 64
 TIMED_STEPS, WARM_UP = 20, 3
+DOC_START, DOC_END = "<!-- table of benchmarks/mask_quality.py -->\n", "<!-- end of table of mask_quality -->"
 MASKS = {"exact": {"context": "exact"}, "batch_min": {"context": "batch_min", "group_size": BATCH}}
 
 
@@ -107,6 +108,25 @@ def step_seconds(data: str, out: Path) -> dict[str, float]:
     return seconds
 
 
+def markdown_table(report: dict) -> str:
+    """Means and sample standard deviations over the seeds; the last column has the seeds themselves."""
+    seeds = ", ".join(str(run["seed"]) for run in report["runs"]["exact"])
+    lines = [
+        f"| encoder | steps | processor time of the steps | probe, % | k-NN, % | rank | probe - exact, seeds {seeds} |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, runs in report["runs"].items():
+        cells = ["", ""]
+        if steps := report["steps"].get(name):
+            kind = "batch_min" if name.startswith("batch_min") else "exact"
+            cells = [str(steps), f"{steps * report['step_seconds'][kind]:.1f} s"]
+        cells += [spread(runs, "probe", 100), spread(runs, "knn", 100), spread(runs, "rank", 1)]
+        pairs = zip(runs, report["runs"]["exact"], strict=True)
+        gaps = [f"{100 * (run['probe'] - exact['probe']):+.1f}" for run, exact in pairs]
+        lines.append(f"| {' | '.join([name, *cells, '' if name == 'exact' else ', '.join(gaps)])} |")
+    return "\n".join(lines) + "\n"
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", help="folder with train/ and val/, a folder per class in each")
@@ -115,6 +135,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--out", type=Path, default=Path("runs/mask_quality"))
     parser.add_argument("--json", type=Path, default=Path("benchmarks/results/mask_quality.json"))
+    parser.add_argument("--doc", type=Path, help="write the table into this file, between its comments")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     data, out, steps = arguments.data, arguments.out, arguments.steps
@@ -147,6 +168,9 @@ def main() -> int:
     }
     arguments.json.parent.mkdir(parents=True, exist_ok=True)
     write_json(arguments.json, report)
+    if arguments.doc:
+        write_into(arguments.doc, markdown_table(report), DOC_START, DOC_END)
+    print(markdown_table(report))
     return 0
 
 

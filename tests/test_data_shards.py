@@ -3,6 +3,7 @@
 import functools
 import http.server
 import io
+import sys
 import tarfile
 import threading
 from dataclasses import replace
@@ -238,6 +239,12 @@ ERRORS = {
 def test_errors_name_the_values(four, make, error, message):
     with pytest.raises(error, match=message):
         make(four)
+
+
+def test_without_webdataset_the_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "webdataset.shardlists", None)
+    with pytest.raises(RuntimeError, match=r"ijepa_fast\[shards\]"):
+        expand_shards("x.tar")
 
 
 def test_compressed_shards_are_refused(four):

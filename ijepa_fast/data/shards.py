@@ -45,8 +45,14 @@ def expand_shards(data: str) -> list[str]:
     Raises:
         ValueError: nothing fits a pattern, a shard is named twice, or local and remote shards are mixed.
         FileNotFoundError: a local shard that is named does not exist.
+        RuntimeError: webdataset is not installed.
     """
-    from webdataset.shardlists import expand_urls
+    try:
+        from webdataset.shardlists import expand_urls
+    except ModuleNotFoundError as error:
+        raise RuntimeError(
+            f"tar shards need the package webdataset: pip install 'ijepa_fast[shards]' ({error})"
+        ) from error
 
     shards = []
     for url in expand_urls(data):
