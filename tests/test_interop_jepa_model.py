@@ -4,6 +4,8 @@ import copy
 import io
 import math
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -261,6 +263,11 @@ class TestSaving:
         (tmp_path / "broken.safetensors").write_bytes(b"no")
         with pytest.raises(WeightsError, match="damaged"):
             JEPAModel.load(tmp_path / "broken.safetensors")
+
+    def test_training_needs_no_optional_package(self):
+        absent = ["safetensors", "PIL", "yaml", "transformers", "lightning", "matplotlib"]
+        code = f"import sys; sys.modules.update(dict.fromkeys({absent})); from ijepa_fast import JEPAModel; JEPAModel"
+        subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
     def test_the_state_dict_has_the_names_of_ijepa(self):
         model = tiny()

@@ -56,6 +56,7 @@ OPTIMIZERS = {
     "ours": lambda model: [FusedAdamW(model.parameters(), 1e-2)],
     "ours with ema": lambda model: [FusedAdamW(parameter_groups(model), 1e-2, momentum=0.1)],
     "two": halves,
+    "muon and adamw": lambda model: [torch.optim.Muon(halves(model)[0].param_groups[0]["params"]), halves(model)[1]],
     "subclass": lambda model: [Half(trained(model), 0.1)],
     "around": lambda model: [Around(trained(model))],
     "encoder and predictor": lambda model: [

@@ -20,7 +20,6 @@ from torch.optim import Optimizer
 from ijepa_fast.interop.jepa_config import JEPAConfig
 from ijepa_fast.interop.jepa_parts import Encoder, Metrics, cosine_similarity
 from ijepa_fast.interop.optimizer_steps import averages_into, changed_weights, parameter_ids, watch
-from ijepa_fast.interop.weights import WeightsError, load_weights, read_safetensors
 from ijepa_fast.jepa import IJEPA, Losses, Objective
 from ijepa_fast.masks import Masks, MaskSampler
 from ijepa_fast.optim import EMA
@@ -291,7 +290,7 @@ class JEPAModel(IJEPA):
 
     def save(self, path: Path | str) -> None:
         """Write the model, its configuration and its counters to one safetensors file. Nothing else appears under
-        that name, not even for a moment. The optimizer's ``state_dict`` is yours to save."""
+        that name, not even for a moment. The optimizer's ``state_dict`` is yours to save. Needs safetensors."""
         from safetensors.torch import save_file
 
         path = Path(path)
@@ -308,6 +307,8 @@ class JEPAModel(IJEPA):
             WeightsError: the file is damaged, or was not written by ``save``.
             OSError: it cannot be opened.
         """
+        from ijepa_fast.interop.weights import WeightsError, load_weights, read_safetensors
+
         tensors, metadata = read_safetensors(path)
         about = json.loads(metadata.get("ijepa_fast", "{}"))
         if about.get("format") != FORMAT:
