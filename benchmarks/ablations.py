@@ -125,14 +125,14 @@ def run_all(configs: dict[str, list[RunConfig]], jobs: int) -> dict[tuple[str, s
     return results
 
 
-def report_of(configs: dict[str, list[RunConfig]], results: dict[tuple[str, str], list[dict]]) -> dict:
+def report_of(configs: dict[str, list[RunConfig]], results: dict[tuple[str, str], list[dict]], made_on: dict) -> dict:
     """What the results file holds."""
     baseline = next(iter(configs))
     first = configs[baseline][0]
     return {
         "kind": "ablations",
         "data": first.data,
-        "machine": machine(),
+        "machine": made_on,
         "settings": {name: value for name, value in flatten(first).items() if name not in ("output", "seed")},
         "untrained": results[baseline, "untrained"],
         "recipes": [
@@ -254,7 +254,8 @@ def main() -> int:
     else:
         names = chosen_recipes(arguments.recipes)
         configs = {n: [run_config(n, s, arguments.out, arguments.data) for s in arguments.seeds] for n in names}
-        report = report_of(configs, run_all(configs, arguments.jobs))
+        made_on = machine()  # before hours pass, and the checkout moves on
+        report = report_of(configs, run_all(configs, arguments.jobs), made_on)
         (arguments.out / "ablations.json").write_text(json.dumps(report, indent=2) + "\n")
     table = markdown_table(report)
     if arguments.doc:
