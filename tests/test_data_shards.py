@@ -147,6 +147,12 @@ def broken(four, kind):
     elif kind == "cut between members":
         del content[third.offset :]
         kept, words = [6, 7], "without an end-of-archive mark"
+    elif kind == "negative size":  # base-256 -1, with a checksum that fits
+        header = content[third.offset : third.offset + 512]
+        header[124:136], header[148:156] = b"\xff" * 12, b" " * 8
+        header[148:156] = b"%06o\0 " % sum(header)
+        content[third.offset : third.offset + 512] = header
+        kept, words = [6, 7, 9, 10, 11], f"bytes {third.offset} to .* no readable header"
     elif kind == "empty":
         content.clear()
         kept, words = [], "without an end-of-archive mark"
@@ -166,7 +172,7 @@ def tar_of(path, name):
         return tar.getmember(name)
 
 
-DAMAGES = ["header", "cut in a member", "cut between members", "empty", "text", "cls"]
+DAMAGES = ["header", "negative size", "cut in a member", "cut between members", "empty", "text", "cls"]
 
 
 @pytest.mark.parametrize("kind", DAMAGES)

@@ -40,7 +40,7 @@ class Batch(NamedTuple):
     images: Tensor  # uint8 [b, 3, H, W]
     labels: Tensor  # int64 [b], -1 where the source has no labels
     indices: Tensor  # int64 [b], positions in the source
-    failures: Sequence[tuple[int, str]] = ()  # (index, reason) of every image that could not be decoded on the way
+    failures: Sequence[tuple[int | str, str]] = ()  # (index, or name in a stream; reason) of what was bad on the way
 
 
 class BadFilesError(RuntimeError):

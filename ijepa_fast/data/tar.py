@@ -101,6 +101,8 @@ def read_members(file: BinaryIO, wanted: Callable[[str, int], bool]) -> Iterator
             continue
         try:
             info = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+            if info.size < 0:
+                raise tarfile.HeaderError(f"size {info.size}")
         except tarfile.HeaderError:
             lost_from = start if lost_from is None else lost_from
             long_name = long_size = None
