@@ -9,6 +9,7 @@ import pickle
 
 import pytest
 import torch
+import torch.distributed as dist
 from tiny_jepa import images, same, tiny, train, trained, weights
 from torch import nn
 
@@ -305,28 +306,42 @@ class TestUpdateTarget:
         assert len(caplog.records) == 1 and "auto_ema=False" in caplog.text
 
 
-def rank_main(rank: int, store: str, queue) -> None:
-    import torch.distributed as dist
-    from torch.nn.parallel import DistributedDataParallel
+def distributed(model: JEPAModel, how: str) -> nn.Module:
+    if how == "ddp":
+        return nn.parallel.DistributedDataParallel(model)
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
 
+    mesh = init_device_mesh("cpu", (2,))
+    blocks = (model.context_encoder.blocks, model.target_encoder.blocks, model.predictor.predictor_blocks)
+    for block in itertools.chain(*blocks):
+        fully_shard(block, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def rank_main(rank: int, how: str, store: str, queue) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    model = DistributedDataParallel(tiny())
-    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    inner = tiny()
+    model = distributed(inner, how)
+    optimizer = torch.optim.SGD(trained(model), 0.1)
     for step in range(2):
         loss, _ = model(images(step)[rank * 2 : rank * 2 + 2])
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    queue.put((rank, {name: value.numpy() for name, value in model.module.state_dict().items()}))
+    state = {name: v.full_tensor() if hasattr(v, "full_tensor") else v for name, v in inner.state_dict().items()}
+    queue.put((rank, {name: value.numpy() for name, value in state.items()}))
     dist.destroy_process_group()
 
 
 @pytest.mark.slow
-def test_two_ranks_are_one_process_with_twice_the_images(tmp_path):
+@pytest.mark.parametrize("how", ["ddp", "fsdp2"])
+def test_two_ranks_are_one_process_with_twice_the_images(how, tmp_path):
     context = torch.multiprocessing.get_context("spawn")
     queue = context.SimpleQueue()
-    processes = [context.Process(target=rank_main, args=(rank, str(tmp_path / "store"), queue)) for rank in range(2)]
+    store = str(tmp_path / "store")
+    processes = [context.Process(target=rank_main, args=(rank, how, store, queue)) for rank in range(2)]
     for process in processes:
         process.start()
     found = dict(queue.get() for _ in processes)
