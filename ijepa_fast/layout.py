@@ -66,7 +66,8 @@ def predictor_layout(
     Raises:
         ValueError: the sequence counts do not belong to one number of images.
     """
-    images, rest = divmod(context.num_sequences, max(num_contexts, 1))
+    images = context.num_sequences // max(num_contexts, 1)
+    rest = context.num_sequences % max(num_contexts, 1)  # torch.compile knows no divmod of sizes that vary
     if rest or min(num_contexts, num_targets) < 1 or targets.num_sequences != images * num_targets:
         raise ValueError(
             f"{context.num_sequences} context and {targets.num_sequences} target sequences do not fit "

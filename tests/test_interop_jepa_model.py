@@ -3,6 +3,7 @@
 import copy
 import io
 import math
+import pickle
 import re
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from torch import nn
 from ijepa_fast import IJEPA, JEPAModel, Ragged
 from ijepa_fast.interop import jepa_model
 from ijepa_fast.interop.jepa_config import JEPAConfig, nearest_heads
-from ijepa_fast.interop.weights import WeightsError
+from ijepa_fast.interop.weights import WeightsError, interpolate_positions
 from ijepa_fast.jepa import Objective
 from ijepa_fast.vit import IMAGENET_MEAN, IMAGENET_STD, PREDICTOR_DEPTH, SIZES, sincos_positions
 
@@ -254,6 +255,31 @@ class TestSaving:
             assert int(other.updates) == 3 and other.calls == 3
             assert int(model.updates) == 1 and model.calls == 1 and same(model.parameters(), before)
 
+    def test_a_model_compiled_in_place_is_copied_uncompiled(self):
+        model = tiny()
+        model.compile(backend="aot_eager")
+        for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            train(other, torch.optim.SGD(other.parameters(), 0.1), range(1))
+            assert int(other.updates) == 1 and int(model.updates) == 0
+
+    def test_a_state_dict_that_does_not_fit_changes_nothing(self):
+        model, other = tiny(), tiny()
+        before, state = weights(model), {name: value + 1 for name, value in other.state_dict().items()}
+        del state["predictor.mask_token"]
+        with pytest.raises(WeightsError, match="1 missing: predictor.mask_token"):
+            model.load_state_dict(state)
+        with pytest.raises(WeightsError, match="the model has width 16|of another shape"):
+            model.load_state_dict(tiny(encoder_dim=32).state_dict())
+        assert same(model.parameters(), before) and model.calls == 0
+
+    def test_weights_for_images_of_another_size_are_interpolated(self):
+        small, large = tiny(), tiny(img_size=48)
+        with pytest.raises(WeightsError, match="trained on 36 patches per image and the model is built for 144"):
+            large.load_state_dict(small.state_dict())
+        large.load_state_dict(interpolate_positions(small.state_dict(), large.context_encoder.grid))
+        larger_images = torch.randint(0, 256, (2, 3, 48, 48), dtype=torch.uint8)
+        torch.testing.assert_close(large.target_encoder(larger_images), small.target_encoder(larger_images))
+
     def test_other_files_are_refused(self, tmp_path):
         from safetensors.torch import save_file
 
@@ -294,6 +320,14 @@ class TestCompile:
         assert int(model.updates) == 3 and model.calls == 3
         for ours, theirs in zip(compiled.target_encoder.parameters(), eager.target_encoder.parameters(), strict=True):
             torch.testing.assert_close(ours, theirs)
+
+    @pytest.mark.slow
+    def test_the_number_of_images_may_change(self):
+        torch.compiler.reset()
+        model, eager = tiny(), tiny()
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+        for step, count in enumerate((4, 3, 5)):
+            torch.testing.assert_close(*(m(images(step, count))[0] for m in (compiled, eager)))
 
     @pytest.mark.slow
     def test_networks_and_loss_are_one_graph_for_all_masks(self):

@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 from ijepa_fast.interop.jepa_config import JEPAConfig
 from ijepa_fast.interop.jepa_parts import Encoder, Metrics, cosine_similarity
 from ijepa_fast.interop.optimizer_steps import averages_into, changed_weights, parameter_ids, watch
+from ijepa_fast.interop.weights import WeightsError, check_fit, load_weights, read_safetensors
 from ijepa_fast.jepa import IJEPA, Losses, Objective
 from ijepa_fast.masks import Masks, MaskSampler
 from ijepa_fast.optim import EMA
@@ -269,6 +270,16 @@ class JEPAModel(IJEPA):
         self._update_if_pending()
         return super().state_dict(*args, **kwargs)
 
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False):
+        """As of any module, but with ``strict`` everything is checked before anything is loaded.
+
+        Raises:
+            WeightsError: names are missing or unexpected, or shapes differ; the model is left as it was.
+        """
+        if strict:
+            state_dict = check_fit(self, state_dict)
+        return super().load_state_dict(state_dict, strict, assign)
+
     def get_extra_state(self) -> Tensor:
         return torch.tensor(self.calls)
 
@@ -281,7 +292,7 @@ class JEPAModel(IJEPA):
 
     def __getstate__(self) -> dict:
         self._update_if_pending()
-        return {**self.__dict__, "_average": None, "_addresses": ()}
+        return {**super().__getstate__(), "_average": None, "_addresses": ()}
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
@@ -307,8 +318,6 @@ class JEPAModel(IJEPA):
             WeightsError: the file is damaged, or was not written by ``save``.
             OSError: it cannot be opened.
         """
-        from ijepa_fast.interop.weights import WeightsError, load_weights, read_safetensors
-
         tensors, metadata = read_safetensors(path)
         about = json.loads(metadata.get("ijepa_fast", "{}"))
         if about.get("format") != FORMAT:

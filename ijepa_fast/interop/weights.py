@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ijepa_fast.vit import SIZES, resize_positions
@@ -23,6 +22,7 @@ LISTED = 8
 """Names of each kind that an error message lists."""
 
 POSITION_TABLES = ("pos_embed", "predictor_pos_embed")
+"""Last part of their names."""
 _WRAPPERS = ("module.", "_orig_mod.")
 """What DistributedDataParallel and torch.compile put before the names of a module."""
 
@@ -126,6 +126,8 @@ def read_safetensors(path: Path | str) -> tuple[dict[str, Tensor], dict[str, str
         WeightsError: the file is damaged.
         OSError: it cannot be opened.
     """
+    from safetensors import SafetensorError, safe_open
+
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
@@ -163,11 +165,15 @@ def interpolate_positions(state: Mapping[str, Tensor], grid: tuple[int, int]) ->
         WeightsError: the tables are not those of a square grid.
     """
     resized = dict(state)
-    for name in POSITION_TABLES:
-        if name in resized:
-            side = square_side(resized[name].shape[1])
-            resized[name] = resize_positions(resized[name][0], (side, side), grid)[None]
+    for name, value in state.items():
+        if _is_position_table(name):
+            side = square_side(value.shape[1])
+            resized[name] = resize_positions(value[0], (side, side), grid)[None]
     return resized
+
+
+def _is_position_table(name: str) -> bool:
+    return name.rpartition(".")[2] in POSITION_TABLES
 
 
 def check_fit(module: nn.Module, state: Mapping[str, Tensor], source: str = "the state dict") -> dict[str, Tensor]:
@@ -186,12 +192,13 @@ def check_fit(module: nn.Module, state: Mapping[str, Tensor], source: str = "the
         return state
     lines = [f"{source} does not fit this {type(module).__name__}, which is left as it was:"]
     lines += _other_architecture(wanted, state)
-    if other and not missing and not unexpected and all(name in POSITION_TABLES for name in other):
+    if other and not missing and not unexpected and all(map(_is_position_table, other)):
         there, here = state[other[0]].shape[1], wanted[other[0]].shape[1]
         lines.append(
             f"it was trained on {there} patches per image and the model is built for {here}. Build the model with the "
             "img_size of the weights: images of other sizes then have their positions interpolated in each call. Or "
-            "interpolate once: load_weights(model, interpolate_positions(state, model.grid))"
+            "interpolate once: load_weights(model, interpolate_positions(state, grid)), with grid = model.grid or "
+            "model.context_encoder.grid"
         )
     else:
         if missing:
