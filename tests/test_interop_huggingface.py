@@ -223,6 +223,12 @@ class TestFolders:
         with pytest.raises(WeightsError, match=r"1 missing: blocks\.0\.mlp\.fc2\.weight"):
             from_huggingface(tmp_path)
 
+    def test_a_pickle_of_something_else(self, folder, tmp_path):
+        (tmp_path / "config.json").write_text((folder / "config.json").read_text())
+        torch.save([1], tmp_path / "pytorch_model.bin")
+        with pytest.raises(WeightsError, match="pytorch_model.bin holds list, no weights"):
+            from_huggingface(tmp_path)
+
     def test_an_empty_folder(self, tmp_path):
         with pytest.raises(WeightsError, match=re.escape(f"{tmp_path} has no model.safetensors")):
             from_huggingface(tmp_path)
@@ -324,6 +330,10 @@ class TestPacked:
         torch.testing.assert_close(packed.unflatten(0, (2, 36)), expected, rtol=0, atol=1e-5)
         with pytest.raises(ValueError, match="images of 36 x 32 px"):
             PackedIJepa(model)(torch.randn(2, 3, 36, 32), Ragged.full(2, 16))
+
+    def test_other_models_are_refused(self):
+        with pytest.raises(ValueError, match="of a classifier its .ijepa"):
+            PackedIJepa(IJepaForImageClassification(to_huggingface(make_encoder()).config))
 
     def test_dropout_and_bytes_are_refused(self):
         config = to_huggingface(make_encoder()).config

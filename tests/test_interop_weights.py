@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+from tiny_jepa import tiny
 
 from ijepa_fast.interop.weights import (
     WeightsError,
     architecture,
     check_fit,
+    encoder_in,
     interpolate_positions,
     load_weights,
     plain_names,
@@ -35,6 +37,15 @@ def test_interpolated_weights_give_the_features_that_larger_images_give():
         load_weights(large, small.state_dict())
     load_weights(large, interpolate_positions(small.state_dict(), large.grid))
     torch.testing.assert_close(large(images), small(images))
+
+
+def test_other_modules_are_no_encoders():
+    wrapped = torch.nn.DataParallel(encoder())
+    assert encoder_in(wrapped) is wrapped.module
+    with pytest.raises(ValueError, match="got JEPAModel: give its context_encoder or its target_encoder"):
+        encoder_in(tiny())
+    with pytest.raises(ValueError, match="got Linear$"):
+        encoder_in(torch.nn.Linear(2, 2))
 
 
 def test_positions_of_no_square_grid_are_refused():

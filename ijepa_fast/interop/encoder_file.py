@@ -9,7 +9,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 
 from ijepa_fast.interop.timm import to_timm
-from ijepa_fast.interop.weights import WeightsError, load_weights, read_safetensors
+from ijepa_fast.interop.weights import WeightsError, encoder_in, load_weights, read_safetensors
 from ijepa_fast.vit import VisionTransformer
 
 KEY = "ijepa_fast_encoder"
@@ -49,6 +49,7 @@ def load_encoder(path: Path | str) -> tuple[VisionTransformer, dict]:
 
 def build_arguments(encoder: VisionTransformer) -> dict:
     """Arguments of ``VisionTransformer`` that build one of this shape, as JSON holds them."""
+    encoder = encoder_in(encoder)
     block = encoder.blocks[0]
     return {
         "img_size": [side * encoder.patch_size for side in encoder.grid],

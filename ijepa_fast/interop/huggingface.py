@@ -10,7 +10,7 @@ Legend: B images, L tokens per image, N patches per image, D width, T packed row
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -22,7 +22,15 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from ijepa_fast import ops
 from ijepa_fast.attention import varlen_attention
 from ijepa_fast.interop.huggingface_names import from_huggingface_names, style_of, to_huggingface_names
-from ijepa_fast.interop.weights import WeightsError, load_weights, read_pickle, read_safetensors, unwrapped
+from ijepa_fast.interop.weights import (
+    WeightsError,
+    encoder_in,
+    load_weights,
+    plain_names,
+    read_pickle,
+    read_safetensors,
+    unwrapped,
+)
 from ijepa_fast.mask_geometry import pack_mask
 from ijepa_fast.ragged import Ragged
 from ijepa_fast.vit import IMAGENET_MEAN, IMAGENET_STD, VisionTransformer, resize_positions
@@ -38,7 +46,7 @@ def to_huggingface(encoder: VisionTransformer) -> IJepaModel:
     ``to_huggingface(encoder)(pixel_values).last_hidden_state`` is ``encoder(pixel_values)`` for normalised float
     images; the layer-norm eps of the encoder (1e-6) is in the config. The positions, fixed here, are a parameter there.
     """
-    encoder = unwrapped(encoder)
+    encoder = encoder_in(encoder)
     block = encoder.blocks[0]
     height, width = (side * encoder.patch_size for side in encoder.grid)
     config = IJepaConfig(
@@ -65,7 +73,7 @@ def save_huggingface(encoder: VisionTransformer, folder: Path | str) -> None:
 
     The image processor resizes to the encoder's size and normalises with its mean and std.
     """
-    encoder, folder = unwrapped(encoder), Path(folder)
+    encoder, folder = encoder_in(encoder), Path(folder)
     to_huggingface(encoder).save_pretrained(folder)
     height, width = (side * encoder.patch_size for side in encoder.grid)
     processor = {
@@ -144,7 +152,7 @@ def _encoder_for(config: IJepaConfig, processor: dict, attention: str) -> Vision
 
 def _read_folder(folder: Path) -> dict[str, Tensor]:
     """All weights of a folder, whether in one file or in several."""
-    for name, read in (("model.safetensors", _read_safetensors), ("pytorch_model.bin", read_pickle)):
+    for name, read in (("model.safetensors", _read_safetensors), ("pytorch_model.bin", _read_pickle)):
         if (folder / name).is_file():
             return read(folder / name)
         if (index := folder / f"{name}.index.json").is_file():
@@ -155,6 +163,13 @@ def _read_folder(folder: Path) -> dict[str, Tensor]:
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
     return read_safetensors(path)[0]
+
+
+def _read_pickle(path: Path) -> dict[str, Tensor]:
+    contents = read_pickle(path)
+    if not isinstance(contents, Mapping):
+        raise WeightsError(f"{path} holds {type(contents).__name__}, no weights")
+    return plain_names(contents)
 
 
 def attention_forward(
@@ -230,11 +245,14 @@ class PackedIJepa(nn.Module):
         attention: backend of ``ijepa_fast.attention``.
 
     Raises:
-        ValueError: the model has dropout, which is not computed here.
+        ValueError: another model, or one with dropout, which is not computed here.
     """
 
     def __init__(self, model: IJepaModel, attention: str = "auto"):
         super().__init__()
+        model = unwrapped(model)
+        if not isinstance(model, IJepaModel):
+            raise ValueError(f"PackedIJepa runs an IJepaModel (of a classifier its .ijepa), got {type(model).__name__}")
         config = model.config
         if config.hidden_dropout_prob or config.attention_probs_dropout_prob:
             raise ValueError(

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from ijepa_fast.interop.weights import WeightsError, plain_names, unwrapped
+from ijepa_fast.interop.weights import WeightsError, encoder_in, plain_names
 from ijepa_fast.vit import VisionTransformer
 
 BASE_MODEL = "vit_base_patch16_gap_224"
@@ -24,6 +24,7 @@ def timm_arguments(encoder: VisionTransformer) -> dict:
     ``timm.create_model(**timm_arguments(encoder))``; the model's ``forward_features`` is the encoder's forward, and
     its forward the average over patches.
     """
+    encoder = encoder_in(encoder)
     height, width = (side * encoder.patch_size for side in encoder.grid)
     block = encoder.blocks[0]
     return {
@@ -42,7 +43,7 @@ def timm_arguments(encoder: VisionTransformer) -> dict:
 
 def to_timm(encoder: VisionTransformer) -> dict[str, Tensor]:
     """fp32 weights that a timm model made by ``timm_arguments(encoder)`` loads, all of them. Copies, on the CPU."""
-    return {name: value.detach().float().cpu().clone() for name, value in unwrapped(encoder).state_dict().items()}
+    return {name: value.detach().float().cpu().clone() for name, value in encoder_in(encoder).state_dict().items()}
 
 
 def from_timm(model: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ijepa_fast.vit import SIZES, resize_positions
+from ijepa_fast.vit import SIZES, VisionTransformer, resize_positions
 
 LISTED = 8
 """Names of each kind that an error message lists."""
@@ -156,6 +156,16 @@ def unwrapped(module: nn.Module) -> nn.Module:
     while inner := getattr(module, "module", None) or getattr(module, "_orig_mod", None):
         module = inner
     return module
+
+
+def encoder_in(module: nn.Module) -> VisionTransformer:
+    """The encoder inside DistributedDataParallel and torch.compile. Raises ValueError for any other module."""
+    encoder = unwrapped(module)
+    if not isinstance(encoder, VisionTransformer):
+        parts = [name for name, part in encoder.named_children() if isinstance(part, VisionTransformer)]
+        hint = f": give its {' or its '.join(parts)}" if parts else ""
+        raise ValueError(f"an encoder (VisionTransformer) is needed, got {type(encoder).__name__}{hint}")
+    return encoder
 
 
 def interpolate_positions(state: Mapping[str, Tensor], grid: tuple[int, int]) -> dict[str, Tensor]:

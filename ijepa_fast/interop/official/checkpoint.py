@@ -72,11 +72,15 @@ def read(path: Path | str) -> OfficialCheckpoint:
 
 
 def parse(contents: Mapping) -> OfficialCheckpoint:
-    """The contents of a file for which ``is_official`` holds. Raises WeightsError for weights that are no tensors."""
+    """The contents of a file for which ``is_official`` holds. Raises WeightsError for what is no state_dict."""
     networks = {name: plain_names(contents[name]) for name in NETWORKS}
+    opt = contents.get("opt") or None
+    parts = [opt.get(name) for name in ("state", "param_groups")] if isinstance(opt, Mapping) else []
+    if opt is not None and not (parts and isinstance(parts[0], Mapping) and isinstance(parts[1], list)):
+        raise WeightsError('"opt" of the official checkpoint is no state_dict of an optimizer')
     return OfficialCheckpoint(
         **networks,
-        opt=contents.get("opt"),
+        opt=opt,
         scaler=contents.get("scaler"),
         epoch=int(contents.get("epoch", 0)),
         loss=float(contents.get("loss", float("nan"))),
