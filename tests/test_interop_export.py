@@ -176,12 +176,15 @@ def encoder_files(tmp_path):
     return encoder, ["ours.safetensors", "timm.pth", "wrapped.pt"]
 
 
-def test_an_encoder_alone_becomes_both_encoders(tmp_path, capsys):
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_an_encoder_alone_becomes_both_encoders(tmp_path, capsys, precision):
     encoder, files = encoder_files(tmp_path)
     for name in files:
         out = tmp_path / f"run-{name}"
         heads = HEADS if not name.startswith("ours") else []
-        assert cli.main(["import", str(tmp_path / name), "--out", str(out), "--train.precision", "fp32", *heads]) == 0
+        assert (
+            cli.main(["import", str(tmp_path / name), "--out", str(out), "--train.precision", precision, *heads]) == 0
+        )
         said = capsys.readouterr().out
         assert "both encoders start from the one that is there\nthe predictor is new" in said
         model, config, step = load_trained(out)

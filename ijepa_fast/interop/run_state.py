@@ -61,11 +61,12 @@ def save_run(
 
     Args:
         folder: of the run; the file goes to its checkpoints/.
-        model: fp32, on the CPU; its weights are cast to the run's precision here.
+        model: fp32, on the CPU; to train on, its weights are cast to the run's precision here.
         config: of the run.
         step: steps done.
         moments: dotted parameter name -> exp_avg and exp_avg_sq; by default zero, as at the start of a run.
-        data: fingerprint of the training images. None: a checkpoint to evaluate, without optimizer state.
+        data: fingerprint of the training images. None: a checkpoint to evaluate, in fp32 and without
+            optimizer state.
         about: where the weights are from, kept in the file as "imported".
 
     Returns:
@@ -85,8 +86,10 @@ def save_run(
         "bad_files": {},
         "imported": dict(about or {}),
     }
-    state = {} if data is None else _training_state(model, config, step, moments or {})
-    cast_weights(model, PRECISION_DTYPES[config.train.precision])
+    state = {}
+    if data is not None:
+        state = _training_state(model, config, step, moments or {})
+        cast_weights(model, PRECISION_DTYPES[config.train.precision])
     tensors = {f"model.{name}": value for name, value in model.state_dict().items()} | state
     return checkpoints.save(folder / "checkpoints", Checkpoint(step, tensors, extra), keep=1)
 
