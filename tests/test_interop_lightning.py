@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny_jepa import TINY, images, same
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 
 from ijepa_fast import IJEPA, JEPAModel, MaskConfig, MaskSampler, Predictor, VisionTransformer, parameter_groups
 from ijepa_fast.interop.lightning import IJEPACallback, IJEPAModule, images_of
@@ -76,6 +76,18 @@ class TestModule:
         trainer(tmp_path, accumulate_grad_batches=2).fit(lit, loader())
         assert int(lit.model.updates) == BATCHES and lit.model.calls == 2 * BATCHES
         assert lit.model.config.total_steps == BATCHES
+
+    def test_the_momentum_follows_the_trainer_that_has_the_model(self, tmp_path):
+        lit = module()
+        for epochs in (1, 3):
+            trainer(tmp_path, epochs).fit(lit, loader())
+            assert lit.model.config.total_steps == epochs * BATCHES
+
+    def test_predictions_are_features_of_the_target_encoder(self, tmp_path):
+        lit = module()
+        labelled = TensorDataset(torch.cat([images(step) for step in range(2)]), torch.arange(8))
+        batches = trainer(tmp_path).predict(lit, DataLoader(labelled, batch_size=4))
+        assert same(batches, [lit.model.target_encoder(images(step)) for step in range(2)])
 
     def test_a_resumed_run_ends_with_the_same_bits(self, tmp_path):
         whole = module()
@@ -210,5 +222,5 @@ def test_batches_of_every_kind():
 
     for batch in (tensor, (tensor, 1), [tensor], {"pixel_values": tensor}, {"image": tensor, "label": 1}, Batch()):
         assert images_of(batch) is tensor
-    with pytest.raises(ValueError, match="a batch must be images"):
+    with pytest.raises(ValueError, match="a batch must be images.*got a dict with picture$"):
         images_of({"picture": tensor})

@@ -39,9 +39,13 @@ def images_of(batch: Any) -> Tensor:
         batch = getattr(batch, "images", batch)
     if not isinstance(batch, Tensor):
         raise ValueError(
-            f"a batch must be images, (images, ...) or a dict with {', '.join(_IMAGE_KEYS)}, got {batch!r}"
+            f"a batch must be images, (images, ...) or a dict with {', '.join(_IMAGE_KEYS)}, got {_described(batch)}"
         )
     return batch
+
+
+def _described(batch: Any) -> str:
+    return f"a dict with {', '.join(map(str, batch))}" if isinstance(batch, Mapping) else type(batch).__name__
 
 
 class IJEPAModule(L.LightningModule):
@@ -96,7 +100,7 @@ class IJEPAModule(L.LightningModule):
             weight_decay=settings.weight_decay,
             final_weight_decay=settings.final_weight_decay,
         )
-        if self.model.config.total_steps is None:
+        if settings.config.get("total_steps") is None:  # of this trainer, if another one has had the model before
             self.model.config = replace(self.model.config, total_steps=steps)
         return FusedAdamW(parameter_groups(self.model), lr=settings.lr, max_grad_norm=settings.max_grad_norm)
 
@@ -118,6 +122,9 @@ class IJEPAModule(L.LightningModule):
         _, metrics = self.model(images)
         named = {f"val/{name}": metrics[name] for name in ("loss", "cosine_similarity", "feature_std")}
         self.log_dict(named, batch_size=len(images))
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self(images_of(batch))
 
 
 class IJEPACallback(L.Callback):
