@@ -3,7 +3,7 @@
 Legend: Tq, Tk packed rows of queries and keys, S sequences, H heads, Dh head dim.
 
 ``varlen_attention`` and ``varlen_self_attention`` are the two calls a model makes. ``backend="auto"`` takes the first
-entry of the priority list of its device that can run the given dtype, head dim and length, and logs the choice once.
+entry of the priority list of its device that can run the given dtype, head dim and length, and logs each choice once.
 A backend named by the user that cannot run raises with the reason: when the model is built if it cannot be imported, at
 the first call if it cannot run what it is given.
 """
@@ -80,7 +80,7 @@ def _check_name(name: str) -> None:
         raise ValueError(f"attention backend must be one of auto, {', '.join(BACKENDS)}; got {name!r}")
 
 
-_logged: set[Request] = set()
+_logged: set[tuple] = set()
 
 
 def resolve(name: str, request: Request) -> str:
@@ -111,8 +111,9 @@ def resolve(name: str, request: Request) -> str:
 
 
 def _log_once(request: Request, chosen: str, reasons: dict[str, str]) -> None:
-    if request not in _logged:
-        _logged.add(request)
+    kind = (request.device, request.dtype, request.head_dim, chosen)  # lengths may differ at every call
+    if kind not in _logged:
+        _logged.add(kind)
         passed_over = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
         log.info("attention %s: %s%s", request, chosen, f" (not {passed_over})" if passed_over else "")
 
