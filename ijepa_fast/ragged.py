@@ -118,7 +118,8 @@ class Ragged:
         ``masks[m][b]``.
 
         Raises:
-            ValueError: a mask is not 2-D integer, the batch sizes differ, or the list is empty.
+            ValueError: a mask is not 2-D integer, the batch sizes differ, the list is empty, or (where masks are on
+                the CPU) a patch is not in the image.
         """
         if not masks:
             raise ValueError("masks is an empty list; pass None for the whole image")
@@ -128,6 +129,12 @@ class Ragged:
             integer = not (mask.is_floating_point() or mask.is_complex() or mask.dtype == torch.bool)
             if mask.dim() != 2 or not integer or mask.shape[0] != batch:
                 raise ValueError(f"masks must be integer [B={batch}, K], got {mask.dtype} {tuple(mask.shape)}")
+            # A GPU would have to be waited for.
+            if mask.is_cpu and not torch.compiler.is_compiling() and ((mask < 0) | (mask >= num_patches)).any():
+                raise ValueError(
+                    f"masks must hold patches from 0 to {num_patches - 1}, "
+                    f"got from {int(mask.min())} to {int(mask.max())}"
+                )
             first = torch.arange(batch, device=mask.device)[:, None] * num_patches
             rows.append((mask + first).flatten().to(torch.int32))
             lengths += [mask.shape[1]] * batch

@@ -292,6 +292,8 @@ class VisionTransformer(_Blocks):
             raise ValueError(f"patch_size must be at least 1 pixel, got {patch_size}")
         if len(mean) != in_chans or len(std) != in_chans:
             raise ValueError(f"mean and std need {in_chans} values, got {list(mean)} and {list(std)}")
+        if not all(value > 0 for value in std):
+            raise ValueError(f"std must be positive, got {list(std)}")
         height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
         self.patch_size, self.embed_dim, self.num_heads = patch_size, embed_dim, num_heads
         self.in_chans = in_chans
@@ -344,6 +346,8 @@ class VisionTransformer(_Blocks):
     def _grid_of_images(self, images: Tensor) -> tuple[int, int]:
         if images.dim() != 4 or images.shape[1] != self.in_chans:
             raise ValueError(f"images must be [B, {self.in_chans}, h, w], got {list(images.shape)}")
+        if images.dtype != torch.uint8 and not images.is_floating_point():
+            raise ValueError(f"images must be uint8 or normalised float, got {images.dtype}")
         return self.grid_of(*images.shape[2:])
 
     def _embed(self, images: Tensor, tokens: Ragged, grid: tuple[int, int]) -> Tensor:

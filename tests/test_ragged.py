@@ -80,6 +80,8 @@ def test_from_masks_is_mask_major():
         ([torch.zeros(3, dtype=torch.int64)], r"\(3,\)"),
         ([torch.zeros(2, 3, dtype=torch.int64), torch.zeros(1, 3, dtype=torch.int64)], r"\(1, 3\)"),
         ([torch.ones(2, 16, dtype=torch.bool)], "bool"),
+        ([torch.tensor([[0, 16]])], "patches from 0 to 15, got from 0 to 16"),
+        ([torch.tensor([[-1, 3]])], "got from -1 to 3"),
     ],
 )
 def test_from_masks_rejects(masks, message):

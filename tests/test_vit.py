@@ -276,6 +276,7 @@ ERRORS = [
     (lambda: VisionTransformer(32, 16, embed_dim=18, num_heads=3), "multiple of 4, got 18"),
     (lambda: VisionTransformer(32, 16, depth=0), "depth .* 0"),
     (lambda: VisionTransformer(32, 16, in_chans=1), "1 values"),
+    (lambda: VisionTransformer(32, 16, std=(0.2, 0, 0.2)), "std must be positive"),
     (lambda: VisionTransformer(32, 16, embed_dim=12, num_heads=3, init="zeros"), "'zeros'"),
     (lambda: VisionTransformer(32, 16, attention="flash"), "'flash'"),
     (lambda: VisionTransformer(32, 16, embed_dim=12, num_heads=3, mlp_ratio=0), "mlp_ratio .* 0"),
@@ -287,6 +288,7 @@ ERRORS = [
     (lambda: make_encoder()(torch.zeros(1, 1, 24, 24)), r"\[1, 1, 24, 24\]"),
     (lambda: make_encoder()(torch.zeros(1, 3, 24, 26)), "24 x 26 px"),
     (lambda: make_encoder().intermediate_layers(torch.zeros(1, 1, 24, 24), n=1), r"\[1, 1, 24, 24\]"),
+    (lambda: make_encoder()(torch.zeros(1, 3, 24, 24, dtype=torch.int64)), "torch.int64"),
     (lambda: make_encoder()(float_images(1), []), "empty list"),
     (
         lambda: make_encoder()(float_images(1), [torch.zeros(1, k, dtype=torch.int64) for k in (2, 3)]),

@@ -140,7 +140,8 @@ class JEPAModel(IJEPA):
         if (rows, columns) != (height, width):
             raise ValueError(
                 f"images of {images.shape[2]} x {images.shape[3]} px have {rows} x {columns} patches, but this model "
-                f"is built with img_size={self.config.img_size}, {height} x {width} patches"
+                f"is built with img_size={self.config.img_size}, {height} x {width} patches: resize the images, or "
+                "give masks for theirs (positions are then interpolated)"
             )
         rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
         step = _EVALUATION_STEP
