@@ -59,7 +59,8 @@ class CudaGraphs:
     def capture(self, work: Work) -> Work:
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize(self._stream.device)
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+        # Only this thread must keep to what can be captured: the one that pins a loader's batches allocates meanwhile.
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
             result = work()
 
         def replay() -> StepResult:
@@ -71,6 +72,8 @@ class CudaGraphs:
 
 class CapturedStep(TrainStep):
     """``TrainStep`` that replays graphs. The tensors of a result are overwritten by the next step.
+
+    Activations take memory twice: once in the pool of the graphs, once for the steps of new buckets, which run eagerly.
 
     Args:
         graphs: what runs and captures; by default CUDA graphs on the model's device.

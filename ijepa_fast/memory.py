@@ -79,7 +79,9 @@ def set_checkpointing(model: IJEPA, config: RunConfig, images: int, device: torc
         wanted = False
         if device.type == "cuda":
             available = USABLE * torch.cuda.get_device_properties(device).total_memory
-            needed = state_bytes(model) + activation_bytes(config, images, checkpointing=False)
+            activations = activation_bytes(config, images, checkpointing=False)
+            # The pool of CUDA graphs keeps its activations while steps that are not captured take theirs beside it.
+            needed = state_bytes(model) + (2 if config.train.capture else 1) * activations
             wanted = needed > available
             log.info(
                 "activation checkpointing %s: a step needs about %.1f of %.1f GiB without",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
 import signal
 import time
@@ -20,6 +21,7 @@ from ijepa_fast.checkpoint import Checkpoint, CheckpointError
 from ijepa_fast.config import RunConfig, as_dict, changes, flatten, from_dict
 from ijepa_fast.data.datasets import Sources, open_sources, train_loader
 from ijepa_fast.distributed import Ranks, ranks
+from ijepa_fast.environment import describe
 from ijepa_fast.evaluate import HealthBuffer, OnlineKNN
 from ijepa_fast.jepa import IJEPA
 from ijepa_fast.judge import draw_pictures, judge
@@ -51,8 +53,8 @@ def pretrain(config: RunConfig, to_yaml: Callable[[RunConfig], str] | None = Non
         to_yaml: how config.yaml is written; JSON (which is YAML too) without it.
 
     Returns:
-        What ``summary.json`` holds: steps, seconds, bad files, and with labelled data "before" and "after" with
-        "knn", "probe" and "rank", and "pixels".
+        What ``summary.json`` holds: steps, seconds (of all starts together), bad files, and with labelled data "before"
+        and "after" with "knn", "probe" and "rank", and "pixels".
 
     Raises:
         ValueError: settings that contradict each other or the data, before anything is written.
@@ -82,6 +84,8 @@ def _run(config: RunConfig, me: Ranks, sources: Sources, to_yaml: Callable[[RunC
     folder, train = Path(config.output), config.train
     started = time.monotonic()
     if train.deterministic:
+        # Without it cuBLAS refuses its first product; torch looks once, at that product.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     torch.manual_seed(config.seed)
     model = config.model.build(config.objective)
@@ -116,6 +120,7 @@ def _run(config: RunConfig, me: Ranks, sources: Sources, to_yaml: Callable[[RunC
             network.compile_blocks()
     if me.is_main:
         write_text(folder / "config.yaml", to_yaml(config))
+        write_json(folder / "environment.json", describe())
         if config.evaluation.before_and_after and sources.test is not None and not (folder / "before.json").exists():
             write_json(folder / "before.json", judge(model.target_encoder, sources, config, baselines=True))
     optimizer = FusedAdamW(
@@ -128,10 +133,11 @@ def _run(config: RunConfig, me: Ranks, sources: Sources, to_yaml: Callable[[RunC
     )
     scaler = torch.amp.GradScaler(me.device.type) if train.precision == "fp16" else None
     health = HealthBuffer(config.model.embed_dim, device=me.device)
-    start_step, bad_files = 0, {}
+    start_step, bad_files, earlier_seconds = 0, {}, 0.0
     if found is not None:
         restored = checkpoints.load(Path(found))
         start_step, bad_files = restored.step, restored.extra["bad_files"]
+        earlier_seconds = restored.extra.get("seconds", 0.0)
         _restore(restored, model, optimizer, scaler, health)
         log.info("continuing %s at step %d of %d", folder, start_step, total_steps)
     wrapped = None
@@ -158,6 +164,7 @@ def _run(config: RunConfig, me: Ranks, sources: Sources, to_yaml: Callable[[RunC
         if me.is_main:
             state = _state(step, config, sources, model, optimizer, scaler, health)
             state.extra["bad_files"] = bad_files
+            state.extra["seconds"] = earlier_seconds + time.monotonic() - started
             checkpoints.save(folder / "checkpoints", state, train.keep)
 
     loader = train_loader(sources.train, **loader_settings, start_step=start_step, num_steps=total_steps - start_step)
@@ -205,7 +212,8 @@ def _run(config: RunConfig, me: Ranks, sources: Sources, to_yaml: Callable[[RunC
             run_log.close()
     summary = {}
     if me.is_main:
-        summary = _finish(config, model, sources, total_steps, time.monotonic() - started, bad_files)
+        seconds = earlier_seconds + time.monotonic() - started
+        summary = _finish(config, model, sources, total_steps, seconds, bad_files)
     me.barrier()
     return summary
 

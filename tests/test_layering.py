@@ -47,7 +47,7 @@ STANDS_ON = {
     "logs": "",
     "environment": "",
     "judge": "plots evaluate config data",
-    "train": "judge logs checkpoint distributed captured memory",
+    "train": "judge logs checkpoint distributed captured memory environment",
     "report": "judge logs checkpoint distributed environment",
     "interop": "config checkpoint evaluate",
     "bench": "config attention",

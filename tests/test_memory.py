@@ -9,7 +9,7 @@ import torch
 from ijepa_fast.config import ModelConfig, RunConfig, TrainConfig
 from ijepa_fast.jepa import Objective
 from ijepa_fast.masks import MaskConfig, MaskSampler
-from ijepa_fast.memory import activation_bytes, set_checkpointing, state_bytes
+from ijepa_fast.memory import USABLE, activation_bytes, set_checkpointing, state_bytes
 from ijepa_fast.optim import FusedAdamW, parameter_groups
 from ijepa_fast.step import PRECISION_DTYPES
 from ijepa_fast.vit import cast_weights
@@ -92,3 +92,13 @@ def test_a_setting_is_obeyed(wanted):
     config, model = build("fp32", wanted)
     assert set_checkpointing(model, config, IMAGES, torch.device("cuda")) is wanted
     assert model.predictor.activation_checkpointing is wanted
+
+
+def test_captured_steps_need_activations_twice(monkeypatch):
+    config, model = build("bf16", "auto")
+    activations = activation_bytes(config, IMAGES, checkpointing=False)
+    total = int((state_bytes(model) + 1.5 * activations) / USABLE)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=total))
+    captured = replace(config, train=replace(config.train, capture=True))
+    assert set_checkpointing(model, config, IMAGES, torch.device("cuda")) is False
+    assert set_checkpointing(model, captured, IMAGES, torch.device("cuda")) is True

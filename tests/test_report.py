@@ -105,6 +105,7 @@ class TestFinishedRun:
         for name, version in describe().items():
             # Work may go on in the checkout, so not with which commit.
             assert f"{name} {'' if name == 'commit' else version}" in page.text
+        assert f"Trained (last start) with ijepa_fast {describe()['ijepa_fast']}" in page.text
 
     def test_the_same_run_and_versions_give_the_same_file(self, finished, tmp_path, monkeypatch):
         monkeypatch.setattr("ijepa_fast.report.describe", lambda: {"ijepa_fast": "1"})

@@ -62,7 +62,7 @@ def assert_same_end(folder, straight):
 
 def test_a_run_leaves_what_it_should(straight):
     names = {path.name for path in straight.iterdir()}
-    assert names == {"config.yaml", "metrics.jsonl", "tensorboard", "checkpoints", "summary.json"}
+    assert names == {"config.yaml", "environment.json", "metrics.jsonl", "tensorboard", "checkpoints", "summary.json"}
     lines = [json.loads(line) for line in (straight / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [4, 8, 12]
     for key in ("loss", "lr", "weight_decay", "momentum", "grad_norm", "images_per_second", "data_wait_share"):

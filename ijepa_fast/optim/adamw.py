@@ -232,13 +232,14 @@ class FusedAdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        capturing = self._device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        if capturing and self._scalars is None:
+            raise RuntimeError("run at least one step before a CUDA graph captures one")
         plan = self._current_plan()
         if plan is None:
             return loss
-        if not (self._device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+        if not capturing:
             self.upload_scalars()
-        elif self._scalars is None:
-            raise RuntimeError("run at least one step before a CUDA graph captures one")
         for i, value in enumerate(self._scalar_values()):
             if isinstance(value, Tensor) and value.is_cuda:
                 self._scalars[i].copy_(value)

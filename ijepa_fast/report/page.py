@@ -67,7 +67,7 @@ def page(
         ("curves", "Curves", _curves(run)),
         ("pictures", "Pictures", "".join(map(_picture, pictures))),
         ("configuration", "Configuration", _configuration(run)),
-        ("about", "Model, data and versions", _facts(facts) + _versions(made_with)),
+        ("about", "Model, data and versions", _facts(facts) + _versions(run.environment, made_with)),
     ]
     links = "".join(f'<a href="#{key}">{title}</a>' for key, title, _ in sections)
     body = "".join(f'<section id="{key}"><h2>{title}</h2>{html}</section>' for key, title, html in sections)
@@ -102,7 +102,7 @@ def _status(run: RunRecord) -> str:
     state = "Finished" if run.summary is not None else "Unfinished"
     status = f"{state}: {run.last_step:,}{of} steps" + (f", {epochs:.3g} epochs" if epochs else "")
     seconds = number((run.summary or {}).get("seconds"))
-    return status + (f", {_duration(seconds)} since it was last started" if seconds else "")
+    return status + (f", {_duration(seconds)} in all" if seconds else "")
 
 
 def _duration(seconds: float) -> str:
@@ -277,9 +277,9 @@ def _facts(facts: dict[str, str]) -> str:
     return f"<table><tbody>{rows}</tbody></table>" if rows else ""
 
 
-def _versions(made_with: dict[str, str]) -> str:
-    listed = ", ".join(f"{name} {version}" for name, version in made_with.items())
-    return (
-        f'<p class="note">This page and its pictures were made with {escape(listed)}. A run does not record its own '
-        "versions.</p>"
-    )
+def _versions(trained_with: dict, made_with: dict[str, str]) -> str:
+    def listed(versions: dict) -> str:
+        return escape(", ".join(f"{name} {version}" for name, version in versions.items()))
+
+    trained = f"Trained (last start) with {listed(trained_with)}. " if trained_with else ""
+    return f'<p class="note">{trained}This page and its pictures were made with {listed(made_with)}.</p>'

@@ -24,6 +24,7 @@ class RunRecord:
         before: figures of the untrained encoder, and "pixels" and "colours"; empty if they were not taken.
         summary: what a finished run wrote, else None.
         checkpoint_step: steps done at the newest checkpoint, None without one.
+        environment: name -> version, of the last start; empty if it was not recorded.
         problems: files and lines that could not be read, in words.
     """
 
@@ -33,6 +34,7 @@ class RunRecord:
     before: dict = field(default_factory=dict)
     summary: dict | None = None
     checkpoint_step: int | None = None
+    environment: dict = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
 
     @property
@@ -78,6 +80,7 @@ def read_run(folder: Path) -> RunRecord:
         before=_mapping(folder / "before.json", json.loads, problems) or {},
         summary=_mapping(folder / "summary.json", json.loads, problems),
         checkpoint_step=steps[-1] if steps else None,
+        environment=_mapping(folder / "environment.json", json.loads, problems) or {},
         problems=problems,
     )
 
