@@ -48,7 +48,7 @@ class TestConfiguration:
         expected = {"mlp_ratio": 4.0} | SIZES[size]
         assert config.encoder_depth == expected["depth"] and config.encoder_heads == expected["num_heads"]
         assert config.predictor_depth == PREDICTOR_DEPTH[size] and config.predictor_heads == expected["num_heads"]
-        assert config.mlp_ratio == expected["mlp_ratio"]
+        assert config.mlp_ratio == expected["mlp_ratio"] and config.predictor_mlp_ratio == 4.0
 
     def test_widths_between_those_of_the_paper(self):
         config = JEPAConfig(encoder_dim=512, predictor_dim=100).resolved()
@@ -60,6 +60,12 @@ class TestConfiguration:
         config = JEPAConfig(encoder_depth=3, encoder_heads=4, predictor_depth=2, predictor_heads=2).resolved()
         assert (config.encoder_depth, config.encoder_heads) == (3, 4)
         assert (config.predictor_depth, config.predictor_heads) == (2, 2)
+        assert JEPAConfig(mlp_ratio=2.0).resolved().predictor_mlp_ratio == 2.0
+        model = JEPAModel(**TINY, mlp_ratio=2.0, predictor_mlp_ratio=3.0)
+        hidden = [
+            block.mlp.fc1.out_features for block in (model.context_encoder.blocks[0], *model.predictor.predictor_blocks)
+        ]
+        assert hidden[0] == 2 * model.config.encoder_dim and set(hidden[1:]) == {3 * model.config.predictor_dim}
 
     def test_keywords_win_over_the_dict(self):
         assert tiny(seed=5, encoder_dim=32).config.encoder_dim == 32

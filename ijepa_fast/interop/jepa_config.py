@@ -28,7 +28,8 @@ class JEPAConfig:
         predictor_depth: its blocks. By default those that go with the nearest width of the encoder (6, 12 from large
             on, 16 for giant).
         predictor_heads: by default the encoder's, or the nearest number that divides predictor_dim.
-        mlp_ratio: hidden width of the MLPs over the width. By default 4, at the width of giant 6144 / 1408.
+        mlp_ratio: hidden width of the encoder's MLPs over its width. By default 4, at the width of giant 6144 / 1408.
+        predictor_mlp_ratio: the same of the predictor. By default mlp_ratio where that is given, otherwise 4.
         mask_ratio: share of the patches that the context leaves out: it has round((1 - mask_ratio) * N) patches, a
             uniform random subset of those it can see. None: all that it can see, as in the paper.
         masks: further settings of ``MaskConfig``, such as num_targets, target_scale or min_keep. min_keep is by
@@ -63,6 +64,7 @@ class JEPAConfig:
     predictor_depth: int | None = None
     predictor_heads: int | None = None
     mlp_ratio: float | None = None
+    predictor_mlp_ratio: float | None = None
     mask_ratio: float | None = 0.75
     masks: Mapping[str, Any] = field(default_factory=dict)
     loss: Literal["l2", "smooth_l1", "l1"] = "l2"
@@ -109,6 +111,7 @@ class JEPAConfig:
             "predictor_depth": PREDICTOR_DEPTH[size],
             "predictor_heads": nearest_heads(self.predictor_dim, heads),
             "mlp_ratio": exact.get("mlp_ratio", 4.0),
+            "predictor_mlp_ratio": 4.0 if self.mlp_ratio is None else self.mlp_ratio,
             "mean": IMAGENET_MEAN if rgb else (0.5,) * self.in_chans,
             "std": IMAGENET_STD if rgb else (0.5,) * self.in_chans,
         }

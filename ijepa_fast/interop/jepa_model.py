@@ -68,7 +68,6 @@ class JEPAModel(IJEPA):
     def __init__(self, config: Mapping[str, Any] | None = None, **settings: Any):
         config = JEPAConfig.from_keys({**(config or {}), **settings}).resolved()
         shared = {
-            "mlp_ratio": config.mlp_ratio,
             "init": config.init,
             "attention": config.attention,
             "activation_checkpointing": config.activation_checkpointing,
@@ -80,6 +79,7 @@ class JEPAModel(IJEPA):
             config.encoder_dim,
             config.encoder_depth,
             config.encoder_heads,
+            mlp_ratio=config.mlp_ratio,
             mean=config.mean,
             std=config.std,
             **shared,
@@ -90,6 +90,7 @@ class JEPAModel(IJEPA):
             config.predictor_dim,
             config.predictor_depth,
             config.predictor_heads,
+            mlp_ratio=config.predictor_mlp_ratio,
             **shared,
         )
         objective = Objective(
