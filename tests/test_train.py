@@ -152,6 +152,7 @@ def test_capture_is_for_one_gpu(data, tmp_path, ranks, device):
 @pytest.mark.slow
 def test_compiled_blocks_train_the_same(data, straight, tmp_path):
     """With inductor, in fp32: fused kernels round otherwise, and Adam's first steps have the sign of a gradient."""
+    torch._dynamo.reset()  # what other tests compiled of the same code counts towards dynamo's limit
     pretrain(tiny_run(data, tmp_path / "run", compile=True))
     lines = [(path / "metrics.jsonl").read_text().splitlines()[-1] for path in (tmp_path / "run", straight)]
     compiled, eager = (json.loads(line) for line in lines)
