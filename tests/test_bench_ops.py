@@ -58,9 +58,10 @@ def test_compiled_providers_agree_with_the_reference():
 
 
 def test_every_op_has_a_case():
-    """Those of ops.py, but for backward passes, which their forward passes bring, and the packed form of attention."""
-    tree = ast.parse((ROOT / "ijepa_fast" / "ops.py").read_text())
-    names = [n.args[0].value for n in ast.walk(tree) if isinstance(n, ast.Call) and "custom_op" in ast.unparse(n.func)]
+    """Those of ops/, but for backward passes, which their forward passes bring, and the packed form of attention."""
+    trees = [ast.parse(path.read_text()) for path in (ROOT / "ijepa_fast" / "ops").glob("*.py")]
+    calls = [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    names = [call.args[0].value for call in calls if "custom_op" in ast.unparse(call.func)]
     names = {name.removeprefix("ijepa_fast::") for name in names}
     wanted = {name for name in names if not name.endswith("_backward")} - {"varlen_self_attention"}
     assert len(wanted) >= 10 and {case.op for case in cases().values()} == wanted

@@ -155,7 +155,7 @@ def test_only_ops_registers_with_torch_library():
     for path, tree in [*parsed("ijepa_fast"), *parsed("kernels")]:
         uses = [n for n in ast.walk(tree) if isinstance(n, ast.Attribute) and ast.unparse(n) == "torch.library"]
         uses += [i for i in imports_of(tree, package_of(path)) if i.name.startswith("torch.library")]
-        assert not uses or path == ROOT / "ijepa_fast" / "ops.py", f"{path.relative_to(ROOT)} uses torch.library"
+        assert not uses or ROOT / "ijepa_fast" / "ops" in path.parents, f"{path.relative_to(ROOT)} uses torch.library"
 
 
 def test_nothing_imports_kernels_as_a_top_level_package():

@@ -1,6 +1,6 @@
 """The registered ops: schema, fake tensors, gradients, torch.compile, autocast, and one signature everywhere.
 
-What an op computes is tested in test_reference.py and, for the kernels, in test_kernel_*.py.
+What an op computes is tested in test_kernel_*.py, kernels and definitions alike.
 """
 
 import importlib

@@ -1,0 +1,58 @@
+"""The operators of the package, registered with torch: the only place that knows ``torch.library``.
+
+Each op stands with its shape rule (fake) and its autograd formula. What an op computes is defined in ``reference``,
+which every device without a kernel of ours runs; CUDA tensors take the kernels, and attention on the CPU torch's fused
+kernel.
+"""
+
+from ijepa_fast.ops.attention import (
+    varlen_attention,
+    varlen_attention_backward,
+    varlen_self_attention,
+    varlen_self_attention_backward,
+)
+from ijepa_fast.ops.layers import (
+    bias_gelu,
+    bias_gelu_backward,
+    layer_norm,
+    layer_norm_backward,
+)
+from ijepa_fast.ops.loss import (
+    target_loss,
+    target_loss_backward,
+)
+from ijepa_fast.ops.optimizer import (
+    adamw_ema_,
+    ema_,
+    grad_norm,
+    pointer_tables,
+)
+from ijepa_fast.ops.tokens import (
+    gather_add,
+    gather_add_backward,
+    gather_patches,
+    predictor_tokens,
+    predictor_tokens_backward,
+)
+
+__all__ = [
+    "adamw_ema_",
+    "bias_gelu",
+    "bias_gelu_backward",
+    "ema_",
+    "gather_add",
+    "gather_add_backward",
+    "gather_patches",
+    "grad_norm",
+    "layer_norm",
+    "layer_norm_backward",
+    "pointer_tables",
+    "predictor_tokens",
+    "predictor_tokens_backward",
+    "target_loss",
+    "target_loss_backward",
+    "varlen_attention",
+    "varlen_attention_backward",
+    "varlen_self_attention",
+    "varlen_self_attention_backward",
+]

@@ -1,0 +1,67 @@
+"""Plain torch definition of every op. Kernels are tested against these, and CPU tensors run them.
+
+Rows whose index is -1 are padding (see ``ragged.Ragged``); every op writes zeros there. Sums are accumulated in
+fp32 (fp64 for fp64 inputs).
+"""
+
+from ijepa_fast.reference.attention import (
+    pack_sequences,
+    pad_sequences,
+    varlen_attention,
+    varlen_attention_backward,
+    varlen_self_attention,
+    varlen_self_attention_backward,
+)
+from ijepa_fast.reference.layers import (
+    bias_gelu,
+    bias_gelu_backward,
+    layer_norm,
+    layer_norm_backward,
+)
+from ijepa_fast.reference.loss import (
+    LOSS_KINDS,
+    target_loss,
+    target_loss_backward,
+)
+from ijepa_fast.reference.optimizer import (
+    SETTINGS,
+    adamw_ema_,
+    ema_,
+    grad_norm,
+)
+from ijepa_fast.reference.precision import accumulation_dtype
+from ijepa_fast.reference.tokens import (
+    gather_add,
+    gather_add_backward,
+    gather_patches,
+    padded_patch_width,
+    predictor_tokens,
+    predictor_tokens_backward,
+)
+
+__all__ = [
+    "LOSS_KINDS",
+    "SETTINGS",
+    "accumulation_dtype",
+    "adamw_ema_",
+    "bias_gelu",
+    "bias_gelu_backward",
+    "ema_",
+    "gather_add",
+    "gather_add_backward",
+    "gather_patches",
+    "grad_norm",
+    "layer_norm",
+    "layer_norm_backward",
+    "pack_sequences",
+    "pad_sequences",
+    "padded_patch_width",
+    "predictor_tokens",
+    "predictor_tokens_backward",
+    "target_loss",
+    "target_loss_backward",
+    "varlen_attention",
+    "varlen_attention_backward",
+    "varlen_self_attention",
+    "varlen_self_attention_backward",
+]

@@ -1,0 +1,121 @@
+"""Gathers of patches and tokens: into the encoders, and into the predictor.
+
+Legend: B images, C channels, p patch size, N patches per image, T packed rows, M target blocks per image, D width,
+K = C * p * p rounded up to a multiple of 16.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ijepa_fast.reference.precision import accumulation_dtype
+
+
+def padded_patch_width(channels: int, patch_size: int) -> int:
+    """K: values of one patch rounded up to a multiple of 16, so that bf16 rows start on 32-byte boundaries."""
+    return -(-channels * patch_size * patch_size // 16) * 16
+
+
+def gather_patches(
+    images: Tensor, indices: Tensor, patch_size: int, mean: list[float], std: list[float], dtype: torch.dtype
+) -> Tensor:
+    """Normalised pixels of the wanted patches, one patch a row.
+
+    Args:
+        images: uint8 or floating [B, C, h, w], h and w divisible by ``patch_size``. uint8 is divided by 255 first.
+        indices: int32 [T], ``image * N + patch`` with patches in row-major order; -1 for padding.
+        patch_size: p, pixels.
+        mean, std: per channel, in units of [0, 1] images; both empty to leave the values as they are.
+        dtype: of the result.
+
+    Returns:
+        [T, K]; columns in (channel, row, column) order, as a convolution's weight flattens; zeros behind C * p * p.
+    """
+    batch, channels, height, width = images.shape
+    grid_h, grid_w = height // patch_size, width // patch_size
+    rows = indices.clamp(min=0).long()
+    image, patch = rows // (grid_h * grid_w), rows % (grid_h * grid_w)
+    grid = images.view(batch, channels, grid_h, patch_size, grid_w, patch_size)
+    x = grid[image, :, patch // grid_w, :, patch % grid_w].to(
+        accumulation_dtype(torch.promote_types(images.dtype, dtype))
+    )
+    if images.dtype == torch.uint8:
+        x = x / 255
+    if mean:
+        shape = (1, channels, 1, 1)
+        x = (x - x.new_tensor(mean).view(shape)) / x.new_tensor(std).view(shape)
+    x = x.flatten(1).to(dtype).masked_fill((indices < 0)[:, None], 0)
+    return F.pad(x, (0, padded_patch_width(channels, patch_size) - x.shape[1]))
+
+
+def gather_add(x: Tensor, table: Tensor, indices: Tensor, gather: bool) -> Tensor:
+    """Rows of ``x`` plus the position of their patch.
+
+    ``out[t] = x[indices[t] if gather else t] + table[indices[t] % N]``
+
+    Args:
+        x: [R, D]; without ``gather`` R = T.
+        table: [N, D] positions.
+        indices: int32 [T]; -1 for padding.
+
+    Returns:
+        [T, D] in the dtype of ``x``.
+    """
+    rows = indices.clamp(min=0).long()
+    values = x.index_select(0, rows) if gather else x
+    out = values + table.index_select(0, rows % table.shape[0]).to(x.dtype)
+    return out.masked_fill((indices < 0)[:, None], 0)
+
+
+def gather_add_backward(
+    grad: Tensor, indices: Tensor, num_rows: int, num_positions: int, gather: bool, need_table: bool
+) -> tuple[Tensor, Tensor]:
+    """Gradients of ``gather_add`` into ``x`` [num_rows, D] and, if wanted, ``table`` [N, D] (fp32, else empty)."""
+    grad = grad.masked_fill((indices < 0)[:, None], 0)
+    rows = indices.clamp(min=0).long()
+    wide = grad.to(accumulation_dtype(grad.dtype))
+    grad_table = wide.new_zeros(0)
+    if need_table:
+        grad_table = wide.new_zeros(num_positions, grad.shape[1]).index_add_(0, rows % num_positions, wide)
+    if not gather:
+        return grad, grad_table
+    grad_x = wide.new_zeros(num_rows, grad.shape[1]).index_add_(0, rows, wide)
+    return grad_x.to(grad.dtype), grad_table
+
+
+def predictor_tokens(
+    context: Tensor, mask_token: Tensor, positions: Tensor, indices: Tensor, sources: Tensor, copies: Tensor
+) -> Tensor:
+    """Input rows of the predictor: projected context or the mask token, plus the position of the patch.
+
+    ``out[t] = (context[sources[t]] if sources[t] >= 0 else mask_token) + positions[indices[t] % N]``
+
+    Args:
+        context: [Tc, D] projected context rows.
+        mask_token: [D].
+        positions: [N, D] frozen table.
+        indices: int32 [Tp] token index of every predictor row; -1 for padding.
+        sources: int32 [Tp] context row each predictor row copies; -1 for a mask token (or padding).
+        copies: int32 [Tc, M] predictor rows that copy a context row; -1 where there is none. Read by the backward.
+
+    Returns:
+        [Tp, D] in the dtype of ``context``.
+    """
+    from_context = context.index_select(0, sources.clamp(min=0).long())
+    values = torch.where((sources >= 0)[:, None], from_context, mask_token.to(context.dtype))
+    table = positions.index_select(0, indices.clamp(min=0).long() % positions.shape[0]).to(context.dtype)
+    return (values + table).masked_fill((indices < 0)[:, None], 0)
+
+
+def predictor_tokens_backward(grad: Tensor, indices: Tensor, sources: Tensor, copies: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients into ``context`` [Tc, D] (sum of the M copies in order) and ``mask_token`` [D] (fp32)."""
+    wide = grad.to(accumulation_dtype(grad.dtype))
+    grad_context = wide.new_zeros(copies.shape[0], grad.shape[1])
+    for copy in copies.T:
+        taken = wide.index_select(0, copy.clamp(min=0).long())
+        grad_context += taken.masked_fill((copy < 0)[:, None], 0)
+    is_mask_token = (sources < 0) & (indices >= 0)
+    grad_token = wide.masked_fill(~is_mask_token[:, None], 0).sum(0)
+    return grad_context.to(grad.dtype), grad_token
