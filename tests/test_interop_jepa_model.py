@@ -289,9 +289,16 @@ class TestSaving:
     def test_other_files_are_refused(self, tmp_path):
         from safetensors.torch import save_file
 
-        save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors")
-        with pytest.raises(WeightsError, match="was not written by JEPAModel.save"):
-            JEPAModel.load(tmp_path / "other.safetensors")
+        for metadata, message in (
+            (None, "was not written by ijepa_fast"),
+            ({"ijepa_fast": "{"}, "'ijepa_fast' are not JSON"),
+            ({"ijepa_fast": "[1]"}, "do not say format, config"),
+            ({"ijepa_fast": '{"format": 1}'}, "do not say config"),
+            ({"ijepa_fast": '{"format": "x", "config": {}}'}, "was not written by JEPAModel.save: its format is 'x'"),
+        ):
+            save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors", metadata)
+            with pytest.raises(WeightsError, match=message):
+                JEPAModel.load(tmp_path / "other.safetensors")
         (tmp_path / "broken.safetensors").write_bytes(b"no")
         with pytest.raises(WeightsError, match="damaged"):
             JEPAModel.load(tmp_path / "broken.safetensors")

@@ -9,7 +9,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 
 from ijepa_fast.interop.timm import to_timm
-from ijepa_fast.interop.weights import WeightsError, encoder_in, load_weights, read_safetensors
+from ijepa_fast.interop.weights import description_in, encoder_in, load_weights, read_safetensors
 from ijepa_fast.vit import VisionTransformer
 
 KEY = "ijepa_fast_encoder"
@@ -39,9 +39,7 @@ def load_encoder(path: Path | str) -> tuple[VisionTransformer, dict]:
         OSError: it cannot be opened.
     """
     state, metadata = read_safetensors(path)
-    if KEY not in metadata:
-        raise WeightsError(f"{path} does not say how its encoder is built: it was not written by ijepa_fast")
-    described = json.loads(metadata[KEY])
+    described = description_in(metadata, KEY, ("build", "about"), path)
     encoder = VisionTransformer(**described["build"])
     load_weights(encoder, state, str(path))
     return encoder.eval(), described["about"]

@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 from ijepa_fast.interop.jepa_config import JEPAConfig
 from ijepa_fast.interop.jepa_parts import Encoder, Metrics, cosine_similarity
 from ijepa_fast.interop.optimizer_steps import averages_into, changed_weights, parameter_ids, watch
-from ijepa_fast.interop.weights import WeightsError, check_fit, load_weights, read_safetensors
+from ijepa_fast.interop.weights import WeightsError, check_fit, description_in, load_weights, read_safetensors
 from ijepa_fast.jepa import IJEPA, Losses, Objective
 from ijepa_fast.masks import Masks, MaskSampler
 from ijepa_fast.optim import EMA
@@ -321,9 +321,9 @@ class JEPAModel(IJEPA):
             OSError: it cannot be opened.
         """
         tensors, metadata = read_safetensors(path)
-        about = json.loads(metadata.get("ijepa_fast", "{}"))
-        if about.get("format") != FORMAT:
-            raise WeightsError(f"{path} was not written by JEPAModel.save: its format is {about.get('format')!r}")
+        about = description_in(metadata, "ijepa_fast", ("format", "config"), path)
+        if about["format"] != FORMAT:
+            raise WeightsError(f"{path} was not written by JEPAModel.save: its format is {about['format']!r}")
         model = cls(about["config"])
         load_weights(model, tensors, str(path))
         return model

@@ -6,10 +6,11 @@ Nothing is copied into a module before every name and shape has been checked, so
 from __future__ import annotations
 
 import difflib
+import json
 import math
 import pickle
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -133,6 +134,24 @@ def read_safetensors(path: Path | str) -> tuple[dict[str, Tensor], dict[str, str
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
     except SafetensorError as error:
         raise WeightsError(f"{path} is damaged or not a safetensors file: {error}") from error
+
+
+def description_in(metadata: Mapping[str, str], key: str, entries: Iterable[str], path: Path | str) -> dict:
+    """The JSON object that a file's metadata holds under ``key``, with at least these entries.
+
+    Raises:
+        WeightsError: there is none, it is not a JSON object, or an entry is missing.
+    """
+    if key not in metadata:
+        raise WeightsError(f"{path} was not written by ijepa_fast: its metadata have no {key!r}")
+    try:
+        described = json.loads(metadata[key])
+    except json.JSONDecodeError as error:
+        raise WeightsError(f"{path} is damaged: its metadata {key!r} are not JSON ({error})") from error
+    missing = [name for name in entries if not isinstance(described, dict) or name not in described]
+    if missing:
+        raise WeightsError(f"{path} is damaged: its metadata {key!r} do not say {', '.join(missing)}")
+    return described
 
 
 def plain_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
