@@ -1,15 +1,17 @@
-"""Variable-length attention on the CPU: torch's fused kernel on one sequence after another, without padding.
+"""Variable-length attention on the CPU: torch's fused kernel on sequences of one length at a time, without padding.
 
 The definition is ``reference.varlen_attention``. Reading lengths costs nothing where the host is the device, and a
-sequence of a hundred tokens keeps the cores busy (heads times blocks of 32 queries). Sequences of one length are taken
-together.
+sequence of a hundred tokens keeps the cores busy (heads times blocks of 32 queries). Many short sequences would leave
+them idle between calls; these are first brought in order of length, so that one call takes all sequences of a length.
 
 Legend: Tq, Tk packed rows of queries and keys, H heads, Dh head dim.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from functools import lru_cache
+from itertools import groupby, pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,52 +21,122 @@ from ijepa_fast.reference import accumulation_dtype
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
-
-def _sequences(cu_q: Tensor, cu_k: Tensor) -> Iterator[tuple[slice, slice]]:
-    """Rows of queries and of keys of every sequence."""
-    bounds_q, bounds_k = cu_q.tolist(), cu_k.tolist()
-    for i in range(len(bounds_q) - 1):
-        yield slice(*bounds_q[i : i + 2]), slice(*bounds_k[i : i + 2])
+CALL = 1 << 14
+"""Values of queries and keys (rows times H * Dh) that are brought in order in the time that one call takes."""
 
 
-def _filled(rows: slice) -> bool:
-    return rows.start < rows.stop
+class _Run(NamedTuple):
+    """Rows of ``count`` neighbouring sequences that have one length of queries and one of keys."""
+
+    count: int
+    q: slice
+    k: slice
+
+    @property
+    def empty(self) -> bool:
+        return self.q.start == self.q.stop or self.k.start == self.k.stop
 
 
-def _one_length(x: Tensor, cu_seqlens: Tensor) -> int:
-    """The length of the sequences of x if all have the same and no row is padding, else 0."""
-    lengths = set(cu_seqlens.diff().tolist())
-    return lengths.pop() if len(lengths) == 1 and int(cu_seqlens[-1]) == x.shape[0] else 0
+_NO_ROWS = _Run(0, slice(0, 0), slice(0, 0))
 
 
-def _batched(x_THD: Tensor, length: int) -> Tensor:
-    """View [S, H, length, Dh] of sequences of one length."""
-    return x_THD.unflatten(0, (-1, length)).transpose(1, 2)
+class _Plan(NamedTuple):
+    """How sequences are gone through.
+
+    Attributes:
+        runs: of the rows once they are in order.
+        order_q, order_k: int64 [Tq], [Tk]; which packed row each of these is. None: rows are taken as they are packed.
+    """
+
+    runs: tuple[_Run, ...]
+    order_q: Tensor | None
+    order_k: Tensor | None
 
 
-def _heads_first(x_THD: Tensor, rows: slice) -> Tensor:
-    return x_THD[rows].transpose(0, 1)[None]
+def _plan(q: Tensor, k: Tensor, cu_q: Tensor, cu_k: Tensor) -> _Plan:
+    # Padding is one more sequence, to be left in its place.
+    return _plan_of((*cu_q.tolist(), q.shape[0]), (*cu_k.tolist(), k.shape[0]), q.shape[1] * q.shape[2])
+
+
+@lru_cache(maxsize=8)  # every layer asks, forward and backward
+def _plan_of(bounds_q: tuple[int, ...], bounds_k: tuple[int, ...], width: int) -> _Plan:
+    lengths = [[stop - start for start, stop in pairwise(bounds)] for bounds in (bounds_q, bounds_k)]
+    pairs = list(zip(*lengths, strict=True))[:-1]
+    runs = _runs(pairs)
+    if (len(runs) - len(set(pairs))) * CALL <= (bounds_q[-1] + bounds_k[-1]) * width:
+        return _Plan(runs, None, None)
+    order = sorted(range(len(pairs)), key=pairs.__getitem__)
+    order_q = _rows(bounds_q, [*order, len(order)])
+    order_k = order_q if bounds_k == bounds_q else _rows(bounds_k, [*order, len(order)])
+    return _Plan(_runs([pairs[i] for i in order]), order_q, order_k)
+
+
+def _runs(pairs: list[tuple[int, int]]) -> tuple[_Run, ...]:
+    """Of sequences with these lengths of queries and keys, one after another."""
+    runs, start_q, start_k = [], 0, 0
+    for (length_q, length_k), equal in groupby(pairs):
+        count = len(list(equal))
+        stop_q, stop_k = start_q + count * length_q, start_k + count * length_k
+        runs.append(_Run(count, slice(start_q, stop_q), slice(start_k, stop_k)))
+        start_q, start_k = stop_q, stop_k
+    return tuple(runs)
+
+
+def _rows(bounds: tuple[int, ...], order: list[int]) -> Tensor:
+    """The packed row of every row, once the sequences between these bounds stand in order."""
+    packed = torch.tensor(bounds)
+    starts, lengths = packed[:-1][order], packed.diff()[order]
+    moved = starts - (lengths.cumsum(0) - lengths)
+    return torch.arange(bounds[-1]) + moved.repeat_interleave(lengths)
+
+
+def _ordered(x: Tensor, order: Tensor | None) -> Tensor:
+    return x if order is None else x.index_select(0, order)
+
+
+def _packed(x: Tensor, order: Tensor | None) -> Tensor:
+    """Inverse of ``_ordered``."""
+    return x if order is None else torch.empty_like(x).index_copy_(0, order, x)
+
+
+def _batched(x_THD: Tensor, count: int) -> Tensor:
+    """View [count, H, length, Dh] of the rows of sequences of one length."""
+    return x_THD.view(count, -1, *x_THD.shape[1:]).transpose(1, 2)
 
 
 def varlen_attention(
     q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int
 ) -> tuple[Tensor, Tensor]:
     """As ``reference.varlen_attention``."""
-    length_q, length_k = _one_length(q, cu_q), _one_length(k, cu_k)
-    if length_q and length_k:
-        out, lse = _forward(_batched(q, length_q), _batched(k, length_k), _batched(v, length_k))
-        return out.transpose(1, 2).flatten(0, 1), lse.transpose(1, 2).flatten(0, 1)
-    out, used = torch.empty(q.shape, dtype=q.dtype), int(cu_q[-1])
-    lse = torch.empty(q.shape[:2], dtype=accumulation_dtype(q.dtype))
-    out[used:] = lse[used:] = 0
-    for rows_q, rows_k in _sequences(cu_q, cu_k):
-        if not (_filled(rows_q) and _filled(rows_k)):
-            out[rows_q], lse[rows_q] = 0, float("-inf")
-            continue
-        part, part_lse = _forward(_heads_first(q, rows_q), _heads_first(k, rows_k), _heads_first(v, rows_k))
-        out[rows_q] = part[0].transpose(0, 1)
-        lse[rows_q] = part_lse[0].T
-    return out, lse
+    plan = _plan(q, k, cu_q, cu_k)
+    out, lse = _attend(_ordered(q, plan.order_q), _ordered(k, plan.order_k), _ordered(v, plan.order_k), plan.runs)
+    return _packed(out, plan.order_q), _packed(lse, plan.order_q)
+
+
+def varlen_self_attention(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> tuple[Tensor, Tensor]:
+    """As ``reference.varlen_self_attention``."""
+    plan = _plan(qkv[:, 0], qkv[:, 1], cu_seqlens, cu_seqlens)
+    out, lse = _attend(*_ordered(qkv, plan.order_q).unbind(1), plan.runs)
+    return _packed(out, plan.order_q), _packed(lse, plan.order_q)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, runs: tuple[_Run, ...]) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp of rows in order."""
+    outs, lses = [], []
+    for run in runs:
+        if run.empty:
+            out = q.new_zeros(q[run.q].shape)
+            lse = q.new_full(out.shape[:2], float("-inf"), dtype=accumulation_dtype(q.dtype))
+        else:
+            out, lse = _forward(*(_batched(x[rows], run.count) for x, rows in ((q, run.q), (k, run.k), (v, run.k))))
+            out, lse = (x.transpose(1, 2).flatten(0, 1) for x in (out, lse))
+        outs.append(out)
+        lses.append(lse)
+    padding = q.shape[0] - (runs[-1] if runs else _NO_ROWS).q.stop
+    if padding or len(runs) != 1:
+        outs.append(q.new_zeros(padding, *q.shape[1:]))
+        lses.append(q.new_zeros(padding, q.shape[1], dtype=accumulation_dtype(q.dtype)))
+    return tuple(parts[0] if len(parts) == 1 else torch.cat(parts) for parts in (outs, lses))
 
 
 def varlen_attention_backward(
@@ -80,46 +152,46 @@ def varlen_attention_backward(
     max_k: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As ``reference.varlen_attention_backward``."""
+    plan = _plan(q, k, cu_q, cu_k)
     grads = tuple(torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v))
-    _write_gradients(grads, grad, (q, k, v), out, lse, cu_q, cu_k)
-    return grads
-
-
-def varlen_self_attention(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> tuple[Tensor, Tensor]:
-    """As ``reference.varlen_self_attention``."""
-    return varlen_attention(*qkv.unbind(1), cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
+    inputs = _ordered(q, plan.order_q), _ordered(k, plan.order_k), _ordered(v, plan.order_k)
+    outputs = (_ordered(x, plan.order_q) for x in (grad, out, lse))
+    _write_gradients(grads, inputs, *outputs, plan.runs)
+    orders = (plan.order_q, plan.order_k, plan.order_k)
+    return tuple(_packed(x, order) for x, order in zip(grads, orders, strict=True))
 
 
 def varlen_self_attention_backward(
     grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor, max_seqlen: int
 ) -> Tensor:
     """As ``reference.varlen_self_attention_backward``."""
+    plan = _plan(qkv[:, 0], qkv[:, 1], cu_seqlens, cu_seqlens)
     grad_qkv = torch.empty(qkv.shape, dtype=qkv.dtype)
-    _write_gradients(grad_qkv.unbind(1), grad, qkv.unbind(1), out, lse, cu_seqlens, cu_seqlens)
-    return grad_qkv
+    outputs = (_ordered(x, plan.order_q) for x in (grad, out, lse))
+    _write_gradients(grad_qkv.unbind(1), _ordered(qkv, plan.order_q).unbind(1), *outputs, plan.runs)
+    return _packed(grad_qkv, plan.order_q)
 
 
-def _write_gradients(grads: tuple[Tensor, ...], grad: Tensor, qkv, out: Tensor, lse: Tensor, cu_q, cu_k) -> None:
-    """Fill ``grads``, of queries, keys and values."""
-    length_q, length_k = _one_length(qkv[0], cu_q), _one_length(qkv[1], cu_k)
-    if length_q and length_k:
-        lengths = (length_q, length_k, length_k)
-        inputs = [_batched(x, length) for x, length in zip(qkv, lengths, strict=True)]
-        all_lse = lse.unflatten(0, (-1, length_q)).transpose(1, 2).contiguous()
-        parts = _backward(_batched(grad, length_q), *inputs, _batched(out, length_q), all_lse, 0.0, False)
-        for target, part, length in zip(grads, parts, lengths, strict=True):
-            _batched(target, length).copy_(part)
-        return
-    for target, bounds in zip(grads, (cu_q, cu_k, cu_k), strict=True):
-        target[int(bounds[-1]) :] = 0
-    for rows_q, rows_k in _sequences(cu_q, cu_k):
-        rows = (rows_q, rows_k, rows_k)
-        if not (_filled(rows_q) and _filled(rows_k)):
+def _write_gradients(
+    grads: tuple[Tensor, ...],
+    inputs: tuple[Tensor, ...],
+    grad: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    runs: tuple[_Run, ...],
+) -> None:
+    """Fill ``grads`` of ``inputs`` (queries, keys and values), rows in order."""
+    last = runs[-1] if runs else _NO_ROWS
+    for target, rows in zip(grads, (last.q, last.k, last.k), strict=True):
+        target[rows.stop :] = 0
+    for run in runs:
+        rows = (run.q, run.k, run.k)
+        if run.empty:
             for target, r in zip(grads, rows, strict=True):
                 target[r] = 0
             continue
-        inputs = [_heads_first(x, r) for x, r in zip(qkv, rows, strict=True)]
-        part_lse = lse[rows_q].T.contiguous()[None]
-        parts = _backward(_heads_first(grad, rows_q), *inputs, _heads_first(out, rows_q), part_lse, 0.0, False)
+        qkv = [_batched(x[r], run.count) for x, r in zip(inputs, rows, strict=True)]
+        grad_run, out_run, lse_run = (_batched(x[run.q], run.count) for x in (grad, out, lse))
+        parts = _backward(grad_run, *qkv, out_run, lse_run.contiguous(), 0.0, False)
         for target, part, r in zip(grads, parts, rows, strict=True):
-            target[r] = part[0].transpose(0, 1)
+            _batched(target[r], run.count).copy_(part)
