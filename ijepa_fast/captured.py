@@ -44,6 +44,8 @@ class CudaGraphs:
     """
 
     def __init__(self, device: torch.device):
+        if device.type != "cuda":
+            raise ValueError(f"CUDA graphs need a GPU, but the model is on {device.type}")
         self._stream, self._pool = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
 
     def run(self, work: Work) -> StepResult:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from ijepa_fast import checkpoint as checkpoints
-from ijepa_fast.captured import CapturedStep
+from ijepa_fast.assemble import make_optimizer, make_scaler, make_step, prepare
 from ijepa_fast.checkpoint import Checkpoint, CheckpointError
 from ijepa_fast.config import RunConfig, as_dict, changes, flatten, from_dict
 from ijepa_fast.data.datasets import Sources, open_sources, train_loader
@@ -27,10 +27,7 @@ from ijepa_fast.jepa import IJEPA
 from ijepa_fast.judge import draw_pictures, judge
 from ijepa_fast.logs import RunLog, write_json, write_text
 from ijepa_fast.masks import MaskSampler
-from ijepa_fast.memory import set_checkpointing
-from ijepa_fast.optim import FusedAdamW, parameter_groups
-from ijepa_fast.step import PRECISION_DTYPES, TrainStep
-from ijepa_fast.vit import cast_weights
+from ijepa_fast.step import TrainStep
 
 log = logging.getLogger(__name__)
 
@@ -111,27 +108,15 @@ def _run(config: RunConfig, me: Ranks, sources: Sources, to_yaml: Callable[[RunC
     schedules = config.optim.schedules(total_steps, steps_per_epoch)
 
     found = me.from_main(_claim_folder(config, sources) if me.is_main else None)
-    model.to(me.device)
-    cast_weights(model, PRECISION_DTYPES[train.precision])
     per_rank = train.batch_size // me.world_size
-    set_checkpointing(model, config, per_rank // train.accumulate, me.device)
-    if train.compile:
-        for network in (model.context_encoder, model.target_encoder, model.predictor):
-            network.compile_blocks()
+    prepare(model, config, per_rank // train.accumulate, me.device)
     if me.is_main:
         write_text(folder / "config.yaml", to_yaml(config))
         write_json(folder / "environment.json", describe())
         if config.evaluation.before_and_after and sources.test is not None and not (folder / "before.json").exists():
             write_json(folder / "before.json", judge(model.target_encoder, sources, config, baselines=True))
-    optimizer = FusedAdamW(
-        parameter_groups(model, config.optim.layer_decay),
-        lr=config.optim.lr,
-        betas=config.optim.betas,
-        eps=config.optim.eps,
-        max_grad_norm=config.optim.max_grad_norm,
-        flat_gradients=train.capture,
-    )
-    scaler = torch.amp.GradScaler(me.device.type) if train.precision == "fp16" else None
+    optimizer = make_optimizer(model, config)
+    scaler = make_scaler(config, me.device)
     health = HealthBuffer(config.model.embed_dim, device=me.device)
     start_step, bad_files, earlier_seconds = 0, {}, 0.0
     if found is not None:
@@ -144,16 +129,7 @@ def _run(config: RunConfig, me: Ranks, sources: Sources, to_yaml: Callable[[RunC
     if me.world_size > 1:
         devices = [me.device] if me.device.type == "cuda" else None
         wrapped = DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)
-    step_once = (CapturedStep if train.capture else TrainStep)(
-        model,
-        optimizer,
-        sampler,
-        schedules,
-        seed=config.seed,
-        wrapped=wrapped,
-        accumulate=train.accumulate,
-        scaler=scaler,
-    )
+    step_once = make_step(model, optimizer, sampler, schedules, config, scaler=scaler, wrapped=wrapped)
     knn = None
     if sources.train.labels is not None and config.evaluation.bank:
         bank = min(config.evaluation.bank, len(sources.train))

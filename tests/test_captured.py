@@ -145,6 +145,8 @@ def test_what_a_graph_cannot_hold_is_refused():
     schedules = Schedules(total_steps=STEPS, warmup_steps=2)
     with pytest.raises(ValueError, match="flat_gradients=True"):
         CapturedStep(model, optimizer, MaskSampler(MASKS, GRID), schedules, seed=0, graphs=Recorder())
+    with pytest.raises(ValueError, match="need a GPU, but the model is on cpu"):
+        make(CapturedStep)
     step = make(CapturedStep, graphs=Recorder())
     step(images(0), 0)
     with pytest.raises(ValueError, match=r"like the first, torch.uint8 \[8, 3, 24, 24\], got torch.uint8 \[4, 3"):

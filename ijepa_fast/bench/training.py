@@ -7,12 +7,10 @@ from typing import Any
 
 import torch
 
+from ijepa_fast.assemble import assemble
 from ijepa_fast.bench.measure import Times
 from ijepa_fast.config import RunConfig
 from ijepa_fast.masks import MaskSampler
-from ijepa_fast.optim import FusedAdamW, parameter_groups
-from ijepa_fast.step import PRECISION_DTYPES, TrainStep
-from ijepa_fast.vit import cast_weights
 
 WARM_UP, WANTED, LEAST = 3, 5, 2  # steps: not timed, timed at least, timed at least where they are slow
 STEPS = 1000  # of the schedules
@@ -32,24 +30,9 @@ def step_rate(config: RunConfig, device: torch.device, images: int, seconds: flo
         RuntimeError: the loss was not finite.
     """
     torch.manual_seed(config.seed)
-    model = config.model.build(config.objective).to(device)
-    cast_weights(model, PRECISION_DTYPES[config.train.precision])
-    optim = config.optim
-    optimizer = FusedAdamW(
-        parameter_groups(model, optim.layer_decay),
-        betas=optim.betas,
-        eps=optim.eps,
-        max_grad_norm=optim.max_grad_norm,
-    )
-    step = TrainStep(
-        model,
-        optimizer,
-        MaskSampler(config.masks, model.context_encoder.grid),
-        optim.schedules(STEPS, STEPS // 100),
-        seed=config.seed,
-        scaler=torch.amp.GradScaler(device.type) if config.train.precision == "fp16" else None,
-        all_targets=False,
-    )
+    model = config.model.build(config.objective)
+    sampler = MaskSampler(config.masks, model.context_encoder.grid)
+    step = assemble(model, config, sampler, config.optim.schedules(STEPS, STEPS // 100), images, device)
     side = config.model.img_size
     pixels = torch.randint(256, (images, 3, side, side), dtype=torch.uint8, device=device)
     if device.type == "cuda":

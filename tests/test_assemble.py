@@ -1,0 +1,65 @@
+"""A step assembled from a configuration does what the configuration says."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from ijepa_fast import captured
+from ijepa_fast.assemble import assemble
+from ijepa_fast.captured import CapturedStep
+from ijepa_fast.masks import MaskSampler
+from ijepa_fast.schedules import Schedules
+from ijepa_fast.step import TrainStep
+from tests.test_captured import Recorder
+from tests.tiny import GRID, MASKS, images, tiny_run, tiny_step
+
+CPU = torch.device("cpu")
+
+
+def made(config, count=8):
+    torch.manual_seed(0)
+    model = config.model.build(config.objective)
+    schedules = Schedules(total_steps=20, warmup_steps=2)
+    return assemble(model, config, MaskSampler(MASKS, GRID), schedules, count, CPU)
+
+
+def run(train=None, **settings):
+    config = tiny_run("none", "none", **(train or {}))
+    return replace(config, **settings)
+
+
+def test_it_trains_as_the_pieces_put_together_by_hand():
+    assembled, by_hand = made(run()), tiny_step()
+    for number in range(3):
+        got, want = (step(images(number), number).losses.total for step in (assembled, by_hand))
+        assert torch.equal(got, want)
+    assert type(assembled) is TrainStep
+
+
+def test_settings_reach_what_they_are_for():
+    config = run({"precision": "fp16", "accumulate": 2}, seed=3)
+    optim = replace(config.optim, betas=(0.8, 0.9), eps=1e-6, max_grad_norm=0.5, layer_decay=0.5)
+    model = replace(config.model, activation_checkpointing=True)
+    step = made(replace(config, optim=optim, model=model))
+    assert (step.seed, step.accumulate) == (3, 2) and step.scaler is not None
+    networks, optimizer = step.model, step.optimizer
+    assert networks.context_encoder.blocks[0].mlp.fc1.weight.dtype == torch.float16
+    assert networks.context_encoder.activation_checkpointing and networks.predictor.activation_checkpointing
+    assert optimizer.max_grad_norm == 0.5 and not optimizer.flat_gradients
+    group = optimizer.param_groups[0]
+    assert (group["betas"], group["eps"]) == ((0.8, 0.9), 1e-6)
+    assert min(group["lr_scale"] for group in optimizer.param_groups) < 1
+
+
+def test_compile_and_capture(monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda function, **options: compiled.append(options) or function)
+    config = run({"device": "auto", "capture": True, "compile": True})
+    with pytest.raises(ValueError, match="need a GPU"):
+        made(config)
+    compiled.clear()
+    monkeypatch.setattr(captured, "CudaGraphs", lambda device: Recorder())
+    step = made(config)
+    assert isinstance(step, CapturedStep) and step.optimizer.flat_gradients and step.scaler is None
+    assert len(compiled) == 3 and all(options["fullgraph"] for options in compiled)
