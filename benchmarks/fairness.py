@@ -29,7 +29,7 @@ import torch.distributed as dist
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.baselines import Eager
-from benchmarks.step import MODELS, model_config
+from benchmarks.implementations import MODELS, model_config
 from ijepa_fast.bench.measure import machine, write_json
 from ijepa_fast.schedules import Schedules
 

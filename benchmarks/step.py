@@ -1,12 +1,16 @@
 """Whole training steps, this package's beside the published algorithm and a skilled user's, interleaved in one run.
 
     python -m benchmarks.step --model vit_small --batch 16 --masks batch_min --impl ours,eager --device cpu --json FILE
+    python -m benchmarks.step --model vit_b16 --batch 512 --impl ours,ours+compile,ours+capture,eager,compiled
 
-Every round runs one step of each implementation on the same images, from the same weights; the ratio of two is the
-median over rounds. ``eager`` can only use masks of equal lengths, so it always runs the official truncated ones, while
-``ours`` and ``compiled`` run those that --masks names. Before anything is timed, losses and gradients of
-implementations that see the same masks are compared. On the CPU the report also has ratios of CPU time, which busy
-neighbours disturb less.
+implementations.py says what can be named and proves that they agree; what does not agree, or does not run, is named
+under "failed" and not timed. Every round runs one step of each implementation on the same images, from the same
+weights; the ratio of two is the median over rounds. ``eager`` can only use masks of equal lengths, so it always runs
+the official truncated ones, while ``ours`` and ``compiled`` run those that --masks names. On the CPU the report also
+has ratios of CPU time, which busy neighbours disturb less.
+
+On a GPU each is first run alone, for its peak memory. Those that do not fit on it together are timed in groups, each
+beside the first one named; the report is written after every group.
 
 Drawing masks is part of our step. The others are handed theirs (``eager_mask_loop_ms`` in the report is what the
 published loop over images takes), and normalised images, as from DataLoader workers.
@@ -15,173 +19,31 @@ published loop over images takes), and normalised images, as from DataLoader wor
 from __future__ import annotations
 
 import argparse
+import gc
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
 
-from benchmarks.baselines import Eager, draw_masks, load_weights, mask_lists
-from benchmarks.compiled import Compiled, Packed
+from benchmarks.baselines import draw_masks
+from benchmarks.implementations import (
+    MODELS,
+    REHEARSAL,
+    SEED,
+    VARIANTS,
+    Candidate,
+    Case,
+    check_agreement,
+    model_config,
+    parse,
+    rehearse,
+)
 from ijepa_fast.bench.measure import machine, matmul_rate, write_json
-from ijepa_fast.config import ModelConfig
-from ijepa_fast.flops import StepFlops, TokenCounts, step_flops
-from ijepa_fast.jepa import Objective
-from ijepa_fast.masks import MaskConfig, Masks, MaskSampler
-from ijepa_fast.optim import FusedAdamW, parameter_groups
-from ijepa_fast.schedules import Schedules
-from ijepa_fast.step import PRECISION_DTYPES, TrainStep
-from ijepa_fast.vit import IMAGENET_MEAN, IMAGENET_STD, PREDICTOR_DEPTH, SIZES, cast_weights
-
-MODELS = {
-    "vit_tiny": ("tiny", 16),
-    "vit_small": ("small", 16),
-    "vit_b16": ("base", 16),
-    "vit_l16": ("large", 16),
-    "vit_h14": ("huge", 14),
-    "vit_g16": ("giant", 16),
-}
-IMPLEMENTATIONS = ("ours", "eager", "compiled")
-SEED = 0
-
-
-def model_config(name: str, img_size: int = 224) -> ModelConfig:
-    size, patch_size = MODELS[name]
-    return ModelConfig(img_size, patch_size, predictor_depth=PREDICTOR_DEPTH[size], **SIZES[size])
-
-
-class Candidate:
-    """One implementation, ready to run: ``step(n)`` trains once and returns when the device is done."""
-
-    def __init__(self, name: str, networks: Any, run: Callable[[int], Any], tokens: TokenCounts, flops: StepFlops):
-        self.name, self.networks, self.run, self.tokens, self.flops = name, networks, run, tokens, flops
-
-
-class Case:
-    """Model, images and masks that all implementations of a run share.
-
-    Args:
-        batch: images per step; batch_min cuts contexts to the shortest of the batch.
-        masks: exact or batch_min, of ours and compiled.
-        steps: masks are drawn for so many steps, beforehand for the baselines.
-    """
-
-    def __init__(self, model: ModelConfig, batch: int, masks: str, device: torch.device, precision: str, steps: int):
-        self.model, self.batch, self.device, self.precision, self.steps = model, batch, device, precision, steps
-        side = model.img_size // model.patch_size
-        self.grid = (side, side)
-        official = MaskSampler(MaskConfig.official(batch), self.grid)
-        self.sampler = official if masks == "batch_min" else MaskSampler(MaskConfig(), self.grid)
-        self.truncated, self.drawn = (
-            [sampler.sample(batch, seed=SEED, step=n) for n in range(steps)] for sampler in (official, self.sampler)
-        )
-        generator = torch.Generator().manual_seed(SEED)
-        shape = (batch, 3, model.img_size, model.img_size)
-        self.images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator).to(device)
-        mean, std = (torch.tensor(v, device=device).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
-        self.normalised = (self.images / 255 - mean) / std
-        torch.manual_seed(SEED)
-        self.state = model.build(Objective()).state_dict()
-        self.schedules = Schedules(total_steps=1000, warmup_steps=10)
-
-    def make(self, name: str) -> Candidate:
-        return {"ours": self._ours, "eager": self._eager, "compiled": self._compiled}[name]()
-
-    def _candidate(self, name: str, networks: Any, run: Callable, masks: list[Masks], plain: bool) -> Candidate:
-        tokens = TokenCounts.of(*masks)
-        flops = step_flops(self.model, tokens, all_targets=plain, all_predictions=plain)
-        return Candidate(name, networks, run, tokens, flops)
-
-    def _ours(self) -> Candidate:
-        model = self.model.build(Objective())
-        model.load_state_dict(self.state)
-        model.to(self.device)
-        cast_weights(model, PRECISION_DTYPES[self.precision])
-        step = TrainStep(
-            model, FusedAdamW(parameter_groups(model)), self.sampler, self.schedules, seed=SEED, all_targets=False
-        )
-        return self._candidate("ours", step, lambda n: step(self.images, n % self.steps), self.drawn, False)
-
-    def _eager(self) -> Candidate:
-        step = Eager(self.model, self.schedules, self.precision)
-        load_weights(step, self.state)
-        step.to(self.device)
-        masks = [self.lists(drawn) for drawn in self.truncated]
-        run = lambda n: step(self.normalised, masks[n % self.steps], n)  # noqa: E731
-        return self._candidate("eager", step, run, self.truncated, True)
-
-    def _compiled(self) -> Candidate:
-        step = Compiled(self.model, self.schedules, self.precision)
-        load_weights(step, self.state)
-        step.to(self.device)
-        masks = [Packed.of(drawn, self.device) for drawn in self.drawn]
-        run = lambda n: step(self.normalised, masks[n % self.steps], n)  # noqa: E731
-        return self._candidate("compiled", step, run, self.drawn, True)
-
-    def lists(self, masks: Masks) -> tuple[list[Tensor], list[Tensor]]:
-        """In the layout of ``Eager``."""
-        patches = self.grid[0] * self.grid[1]
-        return mask_lists(masks.context, 1, patches), mask_lists(masks.targets, masks.num_targets, patches)
-
-
-def networks_of(candidate: Candidate) -> nn.Module:
-    return candidate.networks.model if candidate.name == "ours" else candidate.networks
-
-
-def loss_and_gradients(case: Case, candidate: Candidate, masks: Masks) -> tuple[float, dict[str, Tensor]]:
-    """Of one batch, without training on it."""
-    networks = networks_of(candidate)
-    if candidate.name == "ours":
-        loss = networks(case.images, masks.to(case.device), all_targets=False)[0].total
-    elif candidate.name == "eager":
-        lists = ([mask.to(case.device) for mask in part] for part in case.lists(masks))
-        loss = networks.loss(case.normalised, *lists)
-    else:
-        loss = networks.loss(case.normalised, Packed.of(masks, case.device))
-    loss.backward()
-    gradients = {name: p.grad.float() for name, p in networks.named_parameters() if p.grad is not None}
-    networks.zero_grad(set_to_none=True)
-    return float(loss.detach()), gradients
-
-
-def check_agreement(case: Case, candidates: Sequence[Candidate]) -> dict[str, dict[str, float]]:
-    """Relative differences of losses and gradients between implementations that see the same masks.
-
-    Of the gradients, the largest over parameters; those that are next to nothing count relative to the whole gradient.
-
-    Raises:
-        ValueError: they are larger than rounding explains.
-    """
-    loss_tolerance, tolerance, nothing = {"fp32": (1e-5, 1e-3, 1e-4), "bf16": (2e-2, 0.2, 1e-2)}[case.precision]
-    found = {}
-    for masks in {id(case.drawn[0]): case.drawn[0], id(case.truncated[0]): case.truncated[0]}.values():
-        results = {
-            c.name: loss_and_gradients(case, c, masks) for c in candidates if c.name != "eager" or _equal_lengths(masks)
-        }
-        for name, (loss, gradients) in results.items():
-            reference = "eager" if "eager" in results else next(iter(results))
-            if name == reference:
-                continue
-            want_loss, want = results[reference]
-            if gradients.keys() != want.keys():
-                raise ValueError(f"{name} and {reference} train different parameters")
-            whole = sum(float(value.square().sum()) for value in want.values()) ** 0.5
-            off = max(
-                float((gradients[k] - value).norm()) / (float(value.norm()) + nothing * whole)
-                for k, value in want.items()
-            )
-            differences = {"loss": abs(loss - want_loss) / abs(want_loss), "gradient": off}
-            if not (differences["loss"] <= loss_tolerance and off <= tolerance):
-                raise ValueError(f"{name} does not train what {reference} trains: relative differences {differences}")
-            found[f"{name}/{reference}"] = differences
-    return found
-
-
-def _equal_lengths(masks: Masks) -> bool:
-    return all(len(set(part.lengths.tolist())) == 1 for part in (masks.context, masks.targets))
+from ijepa_fast.bench.ops_table import in_words
 
 
 class Clock:
@@ -215,7 +77,7 @@ PHASES = ("masks and images", "target encoder", "context encoder", "predictor", 
 
 def phases(candidate: Candidate, device: torch.device, rounds: int) -> dict[str, float]:
     """Milliseconds of every phase, medians over rounds. On a GPU these are of the stream: gaps count."""
-    clock, networks = Clock(device), networks_of(candidate)
+    clock, networks = Clock(device), candidate.networks
     after = {"target_encoder": PHASES[0], "context_encoder": PHASES[0], "predictor": PHASES[4]}
     names = dict(zip(("target_encoder", "context_encoder", "predictor"), PHASES[1:4], strict=True))
     hooks = []
@@ -223,7 +85,7 @@ def phases(candidate: Candidate, device: torch.device, rounds: int) -> dict[str,
         module = getattr(networks, part)
         hooks.append(module.register_forward_pre_hook(lambda *_, name=name: clock.mark(name)))
         hooks.append(module.register_forward_hook(lambda *_, name=after[part]: clock.mark(name)))
-    optimizer = candidate.networks.optimizer
+    optimizer = candidate.holder.optimizer
     hooks.append(optimizer.register_step_pre_hook(lambda *_: clock.mark("update")))
     samples = []
     for n in range(rounds):
@@ -257,15 +119,45 @@ def ratios(seconds: dict[str, list[float]]) -> dict[str, float]:
     }
 
 
-def peak_memory(case: Case, name: str) -> int:
-    """Bytes at the peak of a step, weights and optimizer included; the implementation alone on the GPU."""
-    before = torch.cuda.memory_allocated()
-    candidate = case.make(name)
+class Memory(NamedTuple):
+    """Bytes at the peak of a step, weights and optimizer included, and what stays between two steps."""
+
+    peak: int
+    kept: int
+
+
+def memory_alone(case: Case, name: str) -> Memory:
+    """Of an implementation that has the GPU to itself."""
+    _tidy(case.device)
     torch.cuda.reset_peak_memory_stats()
-    for n in range(2):
-        candidate.run(n)
+    allocated, reserved = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
+    candidate = case.make(name)
+    for number in REHEARSAL:
+        candidate.run(number)
     torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
+    if not candidate.captured:
+        return Memory(torch.cuda.max_memory_allocated() - allocated, torch.cuda.memory_allocated() - allocated)
+    # What a replay writes lies in the graphs' pool, which only counts as reserved.
+    peak = torch.cuda.max_memory_reserved() - reserved
+    torch.cuda.empty_cache()
+    return Memory(peak, torch.cuda.memory_reserved() - reserved)
+
+
+USABLE = 0.9
+"""Share of the GPU's memory that a group may fill by its members' own figures; fragments take the rest."""
+
+
+def groups(names: Sequence[str], memory: dict[str, Memory], available: float) -> list[list[str]]:
+    """Names that fit into ``available`` bytes together, the first one in every group."""
+    first, *others = names
+    found = [[first]]
+    for name in others:
+        together = [memory[member] for member in (*found[-1], name)]
+        needed = sum(m.kept for m in together) + max(m.peak - m.kept for m in together)
+        if needed > available and len(found[-1]) > 1:
+            found.append([first])
+        found[-1].append(name)
+    return found
 
 
 def mask_loop_ms(case: Case, rounds: int = 5) -> float:
@@ -278,49 +170,115 @@ def mask_loop_ms(case: Case, rounds: int = 5) -> float:
     return statistics.median(samples)
 
 
-def measure(case: Case, names: Sequence[str], rounds: int, warm_up: int) -> dict[str, Any]:
-    """Check, warm up, then time ``rounds`` steps of each, one after another in turn."""
-    memory = {name: peak_memory(case, name) for name in names} if case.device.type == "cuda" else {}
+def warm(candidate: Candidate, case: Case, warm_up: int) -> None:
+    """Steps that are not timed; every graph that the timed ones replay is captured."""
+    # A graph is captured when its shapes are met for the second time.
+    numbers = [*range(case.steps), *range(case.steps)] if candidate.captured else range(warm_up)
+    for number in numbers:
+        candidate.run(number)
+
+
+def measure_group(case: Case, names: Sequence[str], rounds: int, warm_up: int, report: dict[str, Any]) -> None:
+    """Check, warm up, then time ``rounds`` steps of each, one after another in turn. The results go into ``report``;
+    of what an earlier group measured, only the ratios to it are new."""
     candidates = [case.make(name) for name in names]
-    agreement = check_agreement(case, candidates)
-    for n in range(warm_up):
-        for candidate in candidates:
-            candidate.run(n)
-    seconds: dict[str, list[float]] = {name: [] for name in names}
-    cpu_seconds: dict[str, list[float]] = {name: [] for name in names}
+    agreement, wrong = check_agreement(case, candidates)
+    rehearsed, astray = rehearse(case, candidates)
+    report["agreement"] |= agreement
+    report["rehearsed"] |= rehearsed
+    report["failed"] |= astray | wrong
+    candidates = [candidate for candidate in candidates if candidate.name not in report["failed"]]
+    for candidate in candidates:
+        warm(candidate, case, warm_up)
+    seconds: dict[str, list[float]] = {candidate.name: [] for candidate in candidates}
+    cpu_seconds: dict[str, list[float]] = {candidate.name: [] for candidate in candidates}
     peaks = []
-    for n in range(rounds):
+    for n in range(rounds if candidates else 0):
         peaks.append(matmul_rate(case.device))
-        # Each starts a round once in len(names) rounds: a disturbance that grows within a round hits all alike.
+        # Each starts a round once in len(candidates) rounds: what disturbs more and more within one hits all alike.
         order = [candidates[(n + i) % len(candidates)] for i in range(len(candidates))]
         for candidate in order:
             wall, cpu = timed(candidate, warm_up + n, case.device)
             seconds[candidate.name].append(wall)
             cpu_seconds[candidate.name].append(cpu)
-    peak = statistics.median(peaks)
-    report: dict[str, Any] = {"agreement": agreement, "matmul_tflops": peak / 1e12, "implementations": {}}
     for candidate in candidates:
-        median = statistics.median(seconds[candidate.name])
-        rate = candidate.flops.total * case.batch / median
-        report["implementations"][candidate.name] = {
-            "images_per_second": case.batch / median,
-            "ms": median * 1e3,
-            "ms_of_rounds": [round(s * 1e3, 2) for s in seconds[candidate.name]],
-            "cpu_ms": statistics.median(cpu_seconds[candidate.name]) * 1e3,
-            "phases_ms": phases(candidate, case.device, min(rounds, 5)),
-            "context_tokens": candidate.tokens.context,
-            "target_tokens": candidate.tokens.targets,
-            "useful_gflops_per_image": candidate.flops.total / 1e9,
-            "useful_tflops": rate / 1e12,
-            "share_of_matmul_peak": rate / peak,
-            "peak_memory_bytes": memory.get(candidate.name),
-        }
-    report["ratio"] = ratios(seconds)
+        if candidate.name not in report["implementations"]:
+            took = seconds[candidate.name], cpu_seconds[candidate.name]
+            report["implementations"][candidate.name] = result(case, candidate, *took, statistics.median(peaks))
+    report["matmul_tflops"] = report["matmul_tflops"] or statistics.median(peaks) / 1e12
+    report["ratio"] |= ratios(seconds)
     if case.device.type == "cpu":
         report["cpu_time_ratio"] = ratios(cpu_seconds)
+
+
+def result(
+    case: Case, candidate: Candidate, seconds: Sequence[float], cpu_seconds: Sequence[float], peak: float
+) -> dict[str, Any]:
+    """What the report says of one implementation."""
+    median = statistics.median(seconds)
+    rate = candidate.flops.total * case.batch / median
+    parts = None if candidate.no_phases else phases(candidate, case.device, min(len(seconds), 5))
+    return {
+        "images_per_second": case.batch / median,
+        "ms": median * 1e3,
+        "ms_of_rounds": [round(s * 1e3, 2) for s in seconds],
+        "cpu_ms": statistics.median(cpu_seconds) * 1e3,
+        "phases_ms": parts,
+        "no_phases": candidate.no_phases,
+        "context_tokens": candidate.tokens.context,
+        "target_tokens": candidate.tokens.targets,
+        "useful_gflops_per_image": candidate.flops.total / 1e9,
+        "useful_tflops": rate / 1e12,
+        "share_of_matmul_peak": rate / peak,
+        "peak_memory_bytes": None,  # known where there is a GPU, from ``plan``
+    }
+
+
+def measure(
+    case: Case, names: Sequence[str], rounds: int, warm_up: int, save: Callable[[dict[str, Any]], None] = lambda _: None
+) -> dict[str, Any]:
+    """The report on these implementations; ``save`` gets it after every group. The case has ``rounds + warm_up`` steps.
+
+    "failed" names those that do not run on this GPU, or do not train what the others do, with the reason.
+    """
+    report: dict[str, Any] = {"agreement": {}, "rehearsed": {}, "failed": {}, "matmul_tflops": None}
+    report |= {"implementations": {}, "ratio": {}}
     if "eager" in names:
         report["eager_mask_loop_ms"] = mask_loop_ms(case)
+    memory, together = plan(case, names, report["failed"])
+    for group in together:
+        try:
+            measure_group(case, group, rounds, warm_up, report)
+        except torch.OutOfMemoryError as problem:
+            missing = [name for name in group if name not in report["implementations"]]
+            report["failed"] |= dict.fromkeys(missing, f"together with {', '.join(group)}: {in_words(problem)}")
+        for name, found in report["implementations"].items():
+            found["peak_memory_bytes"] = memory[name].peak if memory else None
+        save(report)
+        _tidy(case.device)
     return report
+
+
+def plan(case: Case, names: Sequence[str], failed: dict[str, str]) -> tuple[dict[str, Memory], list[list[str]]]:
+    """Memory of each implementation that runs on this GPU, and the groups to time them in; the others go to
+    ``failed``. On the CPU nothing is run beforehand, and all are one group."""
+    if case.device.type == "cpu":
+        return {}, [list(names)]
+    memory = {}
+    for name in names:
+        try:
+            memory[name] = memory_alone(case, name)
+        except Exception as problem:  # of one implementation: the others' results are worth having
+            failed[name] = in_words(problem)
+    _tidy(case.device)
+    free, _ = torch.cuda.mem_get_info()
+    return memory, groups(list(memory), memory, USABLE * free) if memory else []
+
+
+def _tidy(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
@@ -329,18 +287,26 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--img-size", type=int, default=224)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--masks", choices=("exact", "batch_min"), default="exact")
-    parser.add_argument("--impl", default="ours,eager", help="comma-separated, of ours, eager, compiled")
+    suffixes = ", ".join(VARIANTS)
+    parser.add_argument(
+        "--impl",
+        default="ours,eager",
+        help=f"comma-separated: ours (with +SUFFIX, of {suffixes}), eager, compiled; the first is beside all others",
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--precision", choices=("fp32", "bf16"), help="fp32 on the CPU, bf16 on CUDA by default")
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--warm-up", type=int, default=2)
     parser.add_argument("--threads", type=int, help="of torch on the CPU")
-    parser.add_argument("--json", type=Path, help="write the report here")
+    parser.add_argument("--json", type=Path, help="write the report here, whole after every group")
     options = parser.parse_args(arguments)
-    names = options.impl.split(",")
-    for name in names:
-        if name not in IMPLEMENTATIONS:
-            parser.error(f"--impl must name some of {', '.join(IMPLEMENTATIONS)}, got {name!r}")
+    names = list(dict.fromkeys(options.impl.split(",")))
+    try:
+        parsed = [parse(name) for name in names]
+    except ValueError as problem:
+        parser.error(f"--impl: {problem}")
+    if options.device == "cpu" and any(variant.settings.get("capture") for _, of in parsed for variant in of):
+        parser.error(f"--impl: CUDA graphs need a GPU, got {options.impl!r} on the CPU")
     if options.threads:
         torch.set_num_threads(options.threads)
     device = torch.device(options.device)
@@ -348,25 +314,27 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     model = model_config(options.model, options.img_size)
     case = Case(model, options.batch, options.masks, device, precision, steps=options.rounds + options.warm_up)
     settings = {name: getattr(options, name) for name in ("model", "img_size", "batch", "masks", "rounds", "warm_up")}
-    report = {
-        "schema": 1,
-        "kind": "step",
-        "machine": machine(device),
-        "settings": settings | {"precision": precision},
-        **measure(case, names, options.rounds, options.warm_up),
-    }
-    for name, result in report["implementations"].items():
+    head = {"schema": 1, "kind": "step", "machine": machine(device), "settings": settings | {"precision": precision}}
+
+    def save(report: dict[str, Any]) -> None:
+        if options.json:
+            write_json(options.json, head | report)
+
+    report = head | measure(case, names, options.rounds, options.warm_up, save)
+    save(report)
+    width = max(map(len, names))
+    for name, found in report["implementations"].items():
         print(
-            f"{name:9} {result['ms']:9.1f} ms  {result['images_per_second']:8.2f} images/s  "
-            f"{result['useful_tflops']:7.3f} TFLOP/s ({result['share_of_matmul_peak']:.0%} of matmul)  "
-            f"{result['context_tokens']:.1f} context tokens"
+            f"{name:{width}} {found['ms']:9.1f} ms  {found['images_per_second']:8.2f} images/s  "
+            f"{found['useful_tflops']:7.3f} TFLOP/s ({found['share_of_matmul_peak']:.0%} of matmul)  "
+            f"{found['context_tokens']:.1f} context tokens"
         )
     for pair, ratio in report["ratio"].items():
         print(f"{pair}: {ratio:.3f}")
-    if options.json:
-        write_json(options.json, report)
+    for name, reason in report["failed"].items():
+        print(f"{name} is not timed: {reason}")
     return report
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(1 if main()["failed"] else 0)

@@ -5,11 +5,16 @@ import json
 import pytest
 import torch
 
-from benchmarks.step import IMPLEMENTATIONS, PHASES, Case, check_agreement, main, measure, model_config
+from benchmarks import implementations, step
+from benchmarks.implementations import KINDS, VARIANTS, Case, Variant, check_agreement, model_config, parse, rehearse
+from benchmarks.step import PHASES, Memory, groups, main, measure
+from ijepa_fast import captured
 from ijepa_fast.config import ModelConfig
 from ijepa_fast.flops import TokenCounts, step_flops
+from tests.test_captured import Recorder
 
 MODEL = ModelConfig(56, 4, embed_dim=24, depth=2, num_heads=2, predictor_embed_dim=16, predictor_depth=2)
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
@@ -17,19 +22,19 @@ def without_compiling(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
 
 
-def make_case(masks):
-    return Case(MODEL, 4, masks, torch.device("cpu"), "fp32", steps=4)
+def make_case(masks, steps=4):
+    return Case(MODEL, 4, masks, CPU, "fp32", steps=steps)
 
 
 @pytest.mark.parametrize("masks", ["exact", "batch_min"])
 def test_all_implementations_are_compared_and_timed(masks):
     case = make_case(masks)
-    report = measure(case, IMPLEMENTATIONS, rounds=3, warm_up=1)
+    report = measure(case, KINDS, rounds=3, warm_up=1)
     expected = {"exact": {"compiled/ours"}, "batch_min": {"ours/eager", "compiled/eager"}}[masks]
     # Official masks are checked too when exact ones are timed: they are what eager can be compared on.
     assert expected | {"ours/eager", "compiled/eager"} == set(report["agreement"])
-    assert set(report["implementations"]) == set(IMPLEMENTATIONS)
-    assert set(report["ratio"]) == {f"{a}/{b}" for a in IMPLEMENTATIONS for b in IMPLEMENTATIONS if a != b}
+    assert set(report["implementations"]) == set(KINDS) and not report["failed"]
+    assert set(report["ratio"]) == {f"{a}/{b}" for a in KINDS for b in KINDS if a != b}
     for name, result in report["implementations"].items():
         assert set(result["phases_ms"]) == set(PHASES) and all(value > 0 for value in result["phases_ms"].values())
         assert len(result["ms_of_rounds"]) == 3
@@ -43,19 +48,116 @@ def test_all_implementations_are_compared_and_timed(masks):
     assert more > 1.2 if masks == "exact" else more == 1
 
 
+def test_variants_of_ours_are_timed_side_by_side(monkeypatch):
+    compiled, recorders = [], []
+    monkeypatch.setattr(torch, "compile", lambda function, **options: compiled.append(options) or function)
+    monkeypatch.setattr(captured, "CudaGraphs", lambda device: recorders.append(Recorder()) or recorders[-1])
+    names, timed, made = ["ours", "ours+compile", "ours+compile+capture"], step.timed, []
+
+    def counted(*arguments):
+        made.append((recorders[0].eager, recorders[0].captured))
+        return timed(*arguments)
+
+    monkeypatch.setattr(step, "timed", counted)
+    report = measure(make_case("exact"), names, rounds=2, warm_up=2)
+    assert set(report["implementations"]) == set(names) and not report["failed"]
+    assert len(compiled) == 2 * 3 and set(report["rehearsed"]) == set(names[1:])
+    assert set(report["agreement"]) == {f"{name}/ours" for name in names[1:]}
+    replayed = report["implementations"]["ours+compile+capture"]
+    assert replayed["phases_ms"] is None and "replayed" in replayed["no_phases"]
+    (recorder,) = recorders
+    # Graphs of all shapes were there before the first step that is timed.
+    assert {*made} == {(recorder.eager, recorder.captured)} and recorder.eager == recorder.captured > 0
+    assert len(recorder.replayed) == 3 + 2 * 4 + 2 - recorder.eager
+
+
+def test_names_of_implementations():
+    assert parse("ours") == ("ours", [])
+    assert parse("ours+compile+capture") == ("ours", [VARIANTS["compile"], VARIANTS["capture"]])
+    for name, words in {
+        "theirs": "ours, eager, compiled, got 'theirs'",
+        "eager+compile": "suffixes are for ours, got 'eager[+]compile'",
+        "ours+magic": "compile.*got 'ours[+]magic'",
+        "ours+compile+compile": "at most once",
+        "ours+": "got 'ours[+]'",
+    }.items():
+        with pytest.raises(ValueError, match=words):
+            parse(name)
+
+
 @pytest.mark.parametrize("wrong", ["weights", "loss"])
 def test_what_trains_something_else_is_not_timed(wrong, monkeypatch):
-    case = make_case("batch_min")
-    ours, eager = case.make("ours"), case.make("eager")
-    check_agreement(case, [ours, eager])
-    if wrong == "weights":
-        with torch.no_grad():
-            eager.networks.context_encoder.norm.weight[0] += 0.1
-    else:
-        loss = eager.networks.loss
-        monkeypatch.setattr(eager.networks, "loss", lambda *inputs: 1.001 * loss(*inputs))
-    with pytest.raises(ValueError, match="ours does not train what eager trains"):
-        check_agreement(case, [ours, eager])
+    case, make = make_case("batch_min"), Case.make
+
+    def spoiled(self, name):
+        candidate = make(self, name)
+        if name == "compiled" and wrong == "weights":
+            with torch.no_grad():
+                candidate.networks.context_encoder.norm.weight[0] += 0.1
+        elif name == "compiled":
+            loss = candidate.networks.loss
+            monkeypatch.setattr(candidate.networks, "loss", lambda *inputs: 1.001 * loss(*inputs))
+        return candidate
+
+    monkeypatch.setattr(Case, "make", spoiled)
+    report = measure(case, KINDS, rounds=1, warm_up=1)
+    assert set(report["implementations"]) == {"ours", "eager"}
+    assert "does not train what eager trains" in report["failed"]["compiled"] and len(report["failed"]) == 1
+
+
+def test_a_variant_that_updates_otherwise_is_found(monkeypatch):
+    case = make_case("exact")
+    ours, other = case.make("ours"), case.make("ours+compile")
+    other.holder.schedules = ours.holder.schedules.__class__(total_steps=1000, warmup_steps=10, start_lr=4e-4)
+    assert not check_agreement(case, [ours, other])[1]
+    found, wrong = rehearse(case, [ours, other])
+    assert found["ours+compile"] > 1e-4 and "go another way" in wrong["ours+compile"]
+
+
+def test_approximate_targets_are_judged_by_their_direction(monkeypatch):
+    monkeypatch.setitem(implementations.VARIANTS, "rounded", Variant({}, approximate=True))
+    case = make_case("exact")
+    ours, rounded = case.make("ours"), case.make("ours+rounded")
+    with torch.no_grad():
+        for parameter in rounded.networks.target_encoder.parameters():
+            parameter.copy_(parameter.to(torch.float8_e4m3fn).float())
+    found, wrong = check_agreement(case, [ours, rounded])
+    assert not wrong and found["ours+rounded/ours"].keys() == {"loss", "target_cosine"}
+    assert 0.98 < found["ours+rounded/ours"]["target_cosine"] < 0.99999
+    with torch.no_grad():
+        for parameter in rounded.networks.target_encoder.blocks[0].parameters():
+            parameter.normal_()
+    found, wrong = check_agreement(case, [ours, rounded])
+    assert found["ours+rounded/ours"]["target_cosine"] < 0.98 and "ours+rounded" in wrong
+
+
+def test_groups_fit_into_memory_and_begin_with_the_first():
+    memory = {"ours": Memory(80, 10), "eager": Memory(50, 20), "wide": Memory(90, 10), "pool": Memory(150, 80)}
+    assert groups(list(memory), memory, 1000) == [["ours", "eager", "wide", "pool"]]
+    # 10 + 20 kept and 70 in passing; 40 and 80; alone with the first, whatever it takes.
+    assert groups(list(memory), memory, 120) == [["ours", "eager", "wide"], ["ours", "pool"]]
+    assert groups(list(memory), memory, 119) == [["ours", "eager"], ["ours", "wide"], ["ours", "pool"]]
+
+
+def test_groups_are_timed_one_after_another_and_written_in_between(monkeypatch):
+    memory = {"ours": Memory(5, 1), "eager": Memory(7, 1), "compiled": Memory(6, 1), "ours+compile": Memory(5, 1)}
+    of = [["ours", "eager"], ["ours", "compiled"], ["ours", "ours+compile"]]
+    monkeypatch.setattr(step, "plan", lambda case, names, failed: (memory, of))
+    group, written = step.measure_group, []
+
+    def limited(case, names, *rest):
+        if "compiled" in names:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        group(case, names, *rest)
+
+    monkeypatch.setattr(step, "measure_group", limited)
+    report = measure(
+        make_case("exact"), list(memory), 2, 1, lambda report: written.append(list(report["implementations"]))
+    )
+    assert written == [["ours", "eager"], ["ours", "eager"], ["ours", "eager", "ours+compile"]]
+    assert report["failed"] == {"compiled": "together with ours, compiled: OutOfMemoryError: CUDA out of memory"}
+    assert report["implementations"]["eager"]["peak_memory_bytes"] == 7
+    assert report["ratio"].keys() >= {"ours/eager", "ours+compile/ours"} and "eager/compiled" not in report["ratio"]
 
 
 def test_report_file_and_errors(tmp_path, monkeypatch, capsys):
@@ -65,9 +167,10 @@ def test_report_file_and_errors(tmp_path, monkeypatch, capsys):
     report = json.loads(path.read_text())
     assert report["kind"] == "step" and report["machine"]["device"] == "cpu" and report["settings"]["batch"] == 4
     assert report["ratio"]["ours/eager"] > 0 and "ours/eager" in capsys.readouterr().out
-    with pytest.raises(SystemExit):
-        main(["--impl", "ours,theirs"])
-    assert "got 'theirs'" in capsys.readouterr().err
+    for names, words in {"ours,theirs": "got 'theirs'", "ours+capture": "CUDA graphs need a GPU"}.items():
+        with pytest.raises(SystemExit):
+            main(["--impl", names, "--device", "cpu"])
+        assert words in capsys.readouterr().err
 
 
 def test_model_names():

@@ -1,0 +1,312 @@
+"""The whole training steps that are compared, on the same model, images and masks, and the proof that they agree.
+
+``ours`` is the step of this package. Suffixes turn options of ``TrainConfig`` on, ``ours+compile+capture``: see
+``VARIANTS``. ``eager`` is the published algorithm (baselines.py), ``compiled`` what a skilled user has without this
+package (compiled.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks.baselines import Eager, load_weights, mask_lists
+from benchmarks.compiled import Compiled, Packed
+from ijepa_fast.assemble import assemble
+from ijepa_fast.config import ModelConfig, RunConfig, TrainConfig
+from ijepa_fast.flops import StepFlops, TokenCounts, step_flops
+from ijepa_fast.jepa import Objective
+from ijepa_fast.masks import MaskConfig, Masks, MaskSampler
+from ijepa_fast.schedules import Schedules
+from ijepa_fast.vit import IMAGENET_MEAN, IMAGENET_STD, PREDICTOR_DEPTH, SIZES
+
+MODELS = {
+    "vit_tiny": ("tiny", 16),
+    "vit_small": ("small", 16),
+    "vit_b16": ("base", 16),
+    "vit_l16": ("large", 16),
+    "vit_h14": ("huge", 14),
+    "vit_g16": ("giant", 16),
+}
+KINDS = ("ours", "eager", "compiled")
+SEED = 0
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What a suffix of ``ours`` stands for.
+
+    Attributes:
+        settings: of ``TrainConfig``.
+        approximate: it predicts other targets, so its gradients are others, too; see ``check_agreement``.
+        no_phases: why its phases cannot be timed apart, or None.
+    """
+
+    settings: dict[str, Any]
+    approximate: bool = False
+    no_phases: str | None = None
+
+
+_VARIANTS = {
+    "compile": Variant({"compile": True}),
+    "fused": Variant({"fused": True}),
+    "capture": Variant({"capture": True}, no_phases="a replayed graph is one launch"),
+    "fp8": Variant({"fp8_targets": True}, approximate=True),
+    "overlap": Variant({"overlap_target": True}, no_phases="two networks run at the same time"),
+    "wide": Variant({"wide_residual": True}),
+}
+VARIANTS = {
+    suffix: variant
+    for suffix, variant in _VARIANTS.items()
+    if variant.settings.keys() <= {field.name for field in fields(TrainConfig)}
+}
+"""Those whose option this version of the package has."""
+
+
+def parse(name: str) -> tuple[str, list[Variant]]:
+    """Kind and variants of an implementation's name.
+
+    Raises:
+        ValueError: there is no such implementation, with those there are.
+    """
+    kind, *suffixes = name.split("+")
+    if kind not in KINDS:
+        raise ValueError(f"implementations are {', '.join(KINDS)}, got {name!r}")
+    if suffixes and kind != "ours":
+        raise ValueError(f"suffixes are for ours, got {name!r}")
+    for suffix in suffixes:
+        if suffix not in VARIANTS or suffixes.count(suffix) > 1:
+            raise ValueError(f"suffixes of ours are {', '.join(VARIANTS)}, each at most once, got {name!r}")
+    return kind, [VARIANTS[suffix] for suffix in suffixes]
+
+
+def model_config(name: str, img_size: int = 224) -> ModelConfig:
+    """Without activation checkpointing: a step that does not fit into memory is said not to."""
+    size, patch_size = MODELS[name]
+    return ModelConfig(
+        img_size, patch_size, predictor_depth=PREDICTOR_DEPTH[size], activation_checkpointing=False, **SIZES[size]
+    )
+
+
+@dataclass
+class Candidate:
+    """One implementation, ready to run.
+
+    Attributes:
+        holder: has the ``optimizer``, and the networks (``networks``).
+        run: of a step number; trains once.
+        tokens, flops: per image, means over the masks of the case.
+        captured: steps are replayed from graphs, each captured when its shapes are met for the second time.
+        approximate, no_phases: see ``Variant``.
+    """
+
+    name: str
+    kind: str
+    holder: Any
+    run: Callable[[int], Any]
+    tokens: TokenCounts
+    flops: StepFlops
+    captured: bool = False
+    approximate: bool = False
+    no_phases: str | None = None
+
+    @property
+    def networks(self) -> nn.Module:
+        return self.holder.model if self.kind == "ours" else self.holder
+
+
+class Case:
+    """Model, images and masks that all implementations of a run share.
+
+    Args:
+        batch: images per step; batch_min cuts contexts to the shortest of the batch.
+        masks: exact or batch_min, of ours and compiled.
+        steps: masks are drawn for so many steps, beforehand for the baselines.
+    """
+
+    def __init__(self, model: ModelConfig, batch: int, masks: str, device: torch.device, precision: str, steps: int):
+        self.model, self.batch, self.device, self.precision, self.steps = model, batch, device, precision, steps
+        side = model.img_size // model.patch_size
+        self.grid = (side, side)
+        official = MaskSampler(MaskConfig.official(batch), self.grid)
+        self.sampler = official if masks == "batch_min" else MaskSampler(MaskConfig(), self.grid)
+        self.truncated, self.drawn = (
+            [sampler.sample(batch, seed=SEED, step=n) for n in range(steps)] for sampler in (official, self.sampler)
+        )
+        generator = torch.Generator().manual_seed(SEED)
+        shape = (batch, 3, model.img_size, model.img_size)
+        self.images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator).to(device)
+        mean, std = (torch.tensor(v, device=device).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
+        self.normalised = (self.images / 255 - mean) / std
+        torch.manual_seed(SEED)
+        with device:  # a CPU takes ten seconds to draw the weights of ViT-H
+            self.state = {name: value.cpu() for name, value in model.build(Objective()).state_dict().items()}
+        self.schedules = Schedules(total_steps=1000, warmup_steps=10)
+
+    def make(self, name: str) -> Candidate:
+        """From the same weights every time.
+
+        Raises:
+            ValueError: of ``parse``, or options that do not fit together or run on this device.
+        """
+        kind, variants = parse(name)
+        if kind == "ours":
+            return self._ours(name, variants)
+        with self.device:
+            holder = {"eager": Eager, "compiled": Compiled}[kind](self.model, self.schedules, self.precision)
+        load_weights(holder, self.state)
+        drawn = self.truncated if kind == "eager" else self.drawn
+        masks = [self.lists(m) if kind == "eager" else Packed.of(m, self.device) for m in drawn]
+        return self._candidate(name, kind, holder, lambda n: holder(self.normalised, masks[n % self.steps], n), drawn)
+
+    def _ours(self, name: str, variants: Sequence[Variant]) -> Candidate:
+        settings = {key: value for variant in variants for key, value in variant.settings.items()}
+        train = TrainConfig(batch_size=self.batch, precision=self.precision, **settings)
+        config = RunConfig(seed=SEED, model=self.model, train=train)
+        with self.device:
+            model = self.model.build(config.objective)
+        model.load_state_dict(self.state)
+        step = assemble(model, config, self.sampler, self.schedules, self.batch, self.device)
+        return self._candidate(
+            name,
+            "ours",
+            step,
+            lambda n: step(self.images, n % self.steps),
+            self.drawn,
+            captured=train.capture,
+            approximate=any(variant.approximate for variant in variants),
+            no_phases=next((variant.no_phases for variant in variants if variant.no_phases), None),
+        )
+
+    def _candidate(self, name: str, kind: str, holder: Any, run: Callable, masks: list[Masks], **more) -> Candidate:
+        tokens, plain = TokenCounts.of(*masks), kind != "ours"
+        flops = step_flops(self.model, tokens, all_targets=plain, all_predictions=plain)
+        return Candidate(name, kind, holder, run, tokens, flops, **more)
+
+    def lists(self, masks: Masks) -> tuple[list[Tensor], list[Tensor]]:
+        """In the layout of ``Eager``."""
+        patches = self.grid[0] * self.grid[1]
+        return mask_lists(masks.context, 1, patches), mask_lists(masks.targets, masks.num_targets, patches)
+
+
+LOSS_TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2}
+GRADIENT_TOLERANCE = {"fp32": 1e-3, "bf16": 0.2}
+NOTHING = {"fp32": 1e-4, "bf16": 1e-2}
+"""Share of the whole gradient below which that of a single parameter is rounding."""
+REHEARSED_TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2}
+"""Of losses after updates. Adam's first ones move a weight by the learning rate whatever its gradient, so where that is
+all but zero, rounding decides on the direction."""
+APPROXIMATE_LOSS, LEAST_COSINE = 5e-2, 0.98
+"""For targets computed in 8 bits, whose 3 bits of mantissa are off by 2 to 3 % in every product."""
+
+
+def loss_and_gradients(case: Case, candidate: Candidate, masks: Masks) -> tuple[float, dict[str, Tensor]]:
+    """Of one batch, without training on it."""
+    networks = candidate.networks
+    if candidate.kind == "ours":
+        loss = networks(case.images, masks.to(case.device), all_targets=False)[0].total
+    elif candidate.kind == "eager":
+        lists = ([mask.to(case.device) for mask in part] for part in case.lists(masks))
+        loss = networks.loss(case.normalised, *lists)
+    else:
+        loss = networks.loss(case.normalised, Packed.of(masks, case.device))
+    loss.backward()
+    # Copies: captured steps keep their gradients in place.
+    named = networks.named_parameters()
+    gradients = {name: p.grad.to(torch.float32, copy=True) for name, p in named if p.grad is not None}
+    candidate.holder.optimizer.zero_grad()
+    return float(loss.detach()), gradients
+
+
+@torch.no_grad()
+def target_cosine(case: Case, candidate: Candidate, reference: Candidate, masks: Masks) -> float:
+    """Of the target features of two variants of ours, mean over rows."""
+    found, want = (
+        c.networks.predict(case.images, masks.to(case.device), all_targets=False).targets
+        for c in (candidate, reference)
+    )
+    return float(F.cosine_similarity(found.float(), want.float(), dim=1).mean())
+
+
+def check_agreement(case: Case, candidates: Sequence[Candidate]) -> tuple[dict[str, dict[str, float]], dict[str, str]]:
+    """Whether implementations that see the same masks train the same.
+
+    They are compared with ``eager`` where it can see the masks, else with the first that is not approximate, by loss
+    and gradients; those of approximate targets by loss and targets.
+
+    Returns:
+        "name/reference" -> relative differences of the loss and of the gradient (the largest over parameters, those
+        that are next to nothing relative to the whole gradient), or the cosine similarity of targets; and name -> what
+        is wrong, of those that differ by more than rounding explains.
+    """
+    found, wrong = {}, {}
+    for masks in {id(case.drawn[0]): case.drawn[0], id(case.truncated[0]): case.truncated[0]}.values():
+        seeing = [c for c in candidates if c.kind != "eager" or _equal_lengths(masks)]
+        exact = [c for c in seeing if not c.approximate]
+        if not exact:
+            continue
+        reference = next((c for c in exact if c.kind == "eager"), exact[0])
+        plain = next((c for c in exact if c.kind == "ours"), None)
+        want_loss, want = loss_and_gradients(case, reference, masks)
+        for candidate in seeing:
+            if candidate is reference or candidate.name in wrong:
+                continue
+            loss, gradients = loss_and_gradients(case, candidate, masks)
+            differences = {"loss": abs(loss - want_loss) / abs(want_loss)}
+            limits = {"loss": APPROXIMATE_LOSS if candidate.approximate else LOSS_TOLERANCE[case.precision]}
+            if not candidate.approximate:
+                if gradients.keys() != want.keys():
+                    raise ValueError(f"{candidate.name} and {reference.name} train different parameters")
+                differences["gradient"] = _difference(gradients, want, NOTHING[case.precision])
+                limits["gradient"] = GRADIENT_TOLERANCE[case.precision]
+            agree = all(differences[key] <= limit for key, limit in limits.items())  # NaN does not
+            if candidate.approximate and plain is not None:
+                differences["target_cosine"] = target_cosine(case, candidate, plain, masks)
+                agree = agree and differences["target_cosine"] >= LEAST_COSINE
+            if not agree:
+                wrong[candidate.name] = f"does not train what {reference.name} trains: differences {differences}"
+            found[f"{candidate.name}/{reference.name}"] = differences
+    return found, wrong
+
+
+def _difference(gradients: dict[str, Tensor], want: dict[str, Tensor], nothing: float) -> float:
+    whole = sum(float(value.square().sum()) for value in want.values()) ** 0.5
+    return max(
+        float((gradients[name] - value).norm()) / (float(value.norm()) + nothing * whole)
+        for name, value in want.items()
+    )
+
+
+def _equal_lengths(masks: Masks) -> bool:
+    return all(len(set(part.lengths.tolist())) == 1 for part in (masks.context, masks.targets))
+
+
+REHEARSAL = (0, 0, 0)
+"""Step numbers: a captured step meets the shapes of step 0, captures them, and replays."""
+
+
+def rehearse(case: Case, candidates: Sequence[Candidate]) -> tuple[dict[str, float], dict[str, str]]:
+    """Train the same few steps with every variant of ours, and compare the losses with the first one's: optimizer,
+    graphs and streams are seen by no comparison of gradients.
+
+    Returns:
+        name -> largest relative difference, and name -> what is wrong.
+    """
+    ours = [candidate for candidate in candidates if candidate.kind == "ours"]
+    if len(ours) < 2:
+        return {}, {}
+    losses = {c.name: [float(c.run(number).losses.total) for number in REHEARSAL] for c in ours}
+    first, *others = ours
+    found, wrong = {}, {}
+    for candidate in others:
+        pairs = zip(losses[candidate.name], losses[first.name], strict=True)
+        found[candidate.name] = difference = max(abs(a - b) / abs(b) for a, b in pairs)
+        approximate = candidate.approximate or first.approximate
+        if not difference <= (APPROXIMATE_LOSS if approximate else REHEARSED_TOLERANCE[case.precision]):
+            wrong[candidate.name] = f"its losses go another way than those of {first.name}: {difference:.2g} apart"
+    return found, wrong
