@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -200,11 +201,21 @@ class BaselineStep(nn.Module):
 
 
 class Eager(BaselineStep):
-    """The published step. Images are normalised floats; masks are lists of int64 [B, K] of contexts and targets."""
+    """The published step. Images are normalised floats; masks are lists of int64 [B, K] of contexts and targets.
 
-    def __init__(self, model: ModelConfig, schedules: Schedules, precision: str = "fp32"):
+    Args:
+        context_loss: added to the loss, of the context encoder's output [C * B, K, D]; the published one has none.
+    """
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        schedules: Schedules,
+        precision: str = "fp32",
+        context_loss: Callable[[Tensor], Tensor] | None = None,
+    ):
         super().__init__(EagerEncoder(model), EagerPredictor(model), schedules, precision)
-        self.scaler = None
+        self.scaler, self.context_loss = None, context_loss
 
     def loss(self, images: Tensor, contexts: list[Tensor], targets: list[Tensor]) -> Tensor:
         with self.autocast():
@@ -212,8 +223,9 @@ class Eager(BaselineStep):
                 wanted = self.target_encoder(images)
                 wanted = F.layer_norm(wanted, wanted.shape[-1:])
                 wanted = torch.cat([_take(wanted, [mask] * len(contexts)) for mask in targets])
-            predicted = self.predictor(self.context_encoder(images, contexts), contexts, targets)
-            return F.smooth_l1_loss(predicted, wanted)
+            context = self.context_encoder(images, contexts)
+            loss = F.smooth_l1_loss(self.predictor(context, contexts, targets), wanted)
+            return loss if self.context_loss is None else loss + self.context_loss(context)
 
     def forward(self, images: Tensor, masks: tuple[list[Tensor], list[Tensor]], step: int) -> float:
         self.set_schedules(step)

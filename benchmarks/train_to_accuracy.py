@@ -1,25 +1,36 @@
-"""Which encoder does a fixed time buy? Pretrain with each implementation and mask mode, then probe the target encoder.
+"""Which encoder does a fixed time buy, and which do fixed epochs? Pretrain with each implementation and mask mode, then
+judge the target encoders on held-out images.
 
-    python -m benchmarks.train_to_accuracy --recipe cifar10 --data PATH --minutes 3 --json FILE
-    python -m benchmarks.train_to_accuracy --recipe cifar10 --data PATH --steps 500 --json FILE
+    python -m benchmarks.train_to_accuracy --recipe cifar10_vits4 --data PATH --minutes 30 --json FILE
+    python -m benchmarks.train_to_accuracy --recipe benchmarks/accuracy_cpu.yaml --data PATH --minutes 5 \\
+        --regularised --seeds 3 --threads 1 --json FILE
 
-With --minutes every contender runs as many steps as fit into that time on this machine, by its own rate measured
-beforehand, with schedules that end there; with --steps all run the same number. Contenders:
+PATH is a folder with train/ and val/, and a folder for each class in both. Contenders:
 
 - ``exact``: this package, all visible patches.
 - ``batch_min``: this package, the official truncated masks.
 - ``eager``: the published algorithm (benchmarks/baselines.py), the same truncated masks.
+- ``no_prediction``: a control, with --regularised alone: ``exact`` without the prediction loss.
+
+The first one named gets --minutes of training, or --steps, or --epochs. At equal epochs the others run as many steps;
+at equal time, as many as fit into that time by the rates of all contenders, which are measured beforehand, step by step
+in turn: processor time on the CPU, which busy neighbours disturb less, else wall-clock. A contender whose numbers of
+steps are the same is trained once. Schedules end where the run does.
 
 All start from the same weights, see the same crops in the same order, and minimise the prediction loss alone, which is
-what the published algorithm has: the recipe's regularisers are left out. Evaluation is the package's own for all three.
+what the published algorithm has. On sets of some ten thousand images that loss collapses (look at the rank), and what
+is compared then is noise; with --regularised everyone gets the recipe's variance-covariance term on top. Evaluation is
+the package's own for all. Started again with the same settings, the command passes over the runs that FILE has.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import statistics
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,48 +38,75 @@ import torch
 from torch import Tensor
 
 from benchmarks.baselines import Eager, load_weights, mask_lists
+from ijepa_fast.assemble import assemble
 from ijepa_fast.bench.measure import machine, write_json
 from ijepa_fast.config import RunConfig, from_dict, read_recipe
 from ijepa_fast.data import TrainLoader
 from ijepa_fast.data.datasets import Sources, open_sources
-from ijepa_fast.jepa import IJEPA, Objective
+from ijepa_fast.jepa import IJEPA, Objective, variance_covariance
 from ijepa_fast.judge import judge
 from ijepa_fast.masks import MaskConfig, MaskSampler
-from ijepa_fast.optim import FusedAdamW, parameter_groups
-from ijepa_fast.step import PRECISION_DTYPES, TrainStep
-from ijepa_fast.vit import cast_weights
 
 CONTENDERS = ("exact", "batch_min", "eager")
-WARM_UP, RATED = 2, 5  # steps: not timed, and timed, to find the rate
+CONTROL = "no_prediction"
+COMPARISONS = ("time", "epochs")
+WARM_UP, RATED = 2, 9  # steps: not timed, and timed, to find the rate
 WARM_UP_SHARE = 0.1
 """Of a run, at most: the recipes' warm-ups are made for longer ones."""
-
-StepFunction = Callable[[Tensor, int], Any]
-
-
-def prepare(config: RunConfig, seed: int) -> RunConfig:
-    """The recipe as all contenders run it."""
-    return replace(config, seed=seed, objective=Objective())
+FIGURES = ("probe", "knn", "rank")
 
 
-def build(name: str, config: RunConfig, steps: int, per_epoch: int, device: torch.device) -> tuple[IJEPA, StepFunction]:
-    """A contender's function that trains on uint8 images, and the networks that hold its weights when asked.
+def prepare(config: RunConfig, regularised: bool) -> RunConfig:
+    """The recipe as all contenders run it.
 
-    For ``eager`` the returned networks are copies: ``collect`` brings them up to date.
+    Raises:
+        ValueError: it has no variance-covariance term to regularise with.
     """
+    ours, plain = config.objective, Objective()
+    if not regularised:
+        return replace(config, objective=plain)
+    if not ours.regularised:
+        raise ValueError("the recipe has no variance-covariance term: objective.variance_weight is 0")
+    terms = ("variance_weight", "covariance_weight", "target_std", "variance_eps")
+    return replace(config, objective=replace(plain, **{name: getattr(ours, name) for name in terms}))
+
+
+@dataclass
+class Contender:
+    """Networks in training.
+
+    Attributes:
+        train: of uint8 images and a step number; one step.
+        model: the networks, once ``collect`` has brought them up to date.
+        eager: the published algorithm's, if it is that.
+    """
+
+    train: Callable[[Tensor, int], Any]
+    model: IJEPA
+    eager: Eager | None = None
+
+    def collect(self) -> IJEPA:
+        if self.eager is not None:
+            self.model.load_state_dict(self.eager.state_dict())
+        return self.model
+
+
+def build(name: str, config: RunConfig, steps: int, per_epoch: int, device: torch.device) -> Contender:
+    """A contender with the weights of the configuration's seed, and schedules for so many steps."""
     torch.manual_seed(config.seed)
-    model = config.model.build(config.objective).to(device)
+    model = config.model.build(config.objective)
     grid, batch = model.context_encoder.grid, config.train.batch_size
     warmup = min(config.optim.warmup_epochs, WARM_UP_SHARE * steps / per_epoch)
     schedules = replace(config.optim, warmup_epochs=warmup).schedules(steps, per_epoch)
     official = MaskConfig.official(batch, min_keep=config.masks.min_keep)
     if name != "eager":
-        cast_weights(model, PRECISION_DTYPES[config.train.precision])
-        optimizer = FusedAdamW(parameter_groups(model), betas=config.optim.betas, eps=config.optim.eps)
-        sampler = MaskSampler(config.masks if name == "exact" else official, grid)
-        step = TrainStep(model, optimizer, sampler, schedules, seed=config.seed)
-        return model, step
-    eager = Eager(config.model, schedules, config.train.precision).to(device)
+        if name == CONTROL:
+            model.objective = replace(config.objective, prediction_weight=0.0)
+        sampler = MaskSampler(official if name == "batch_min" else config.masks, grid)
+        return Contender(assemble(model, config, sampler, schedules, batch, device), model)
+    model.to(device)
+    context_loss = _regulariser(config.objective) if config.objective.regularised else None
+    eager = Eager(config.model, schedules, config.train.precision, context_loss).to(device)
     load_weights(eager, model.state_dict())
     sampler = MaskSampler(official, grid)
     mean, std = (torch.tensor(values, device=device).view(3, 1, 1) for values in (config.model.mean, config.model.std))
@@ -81,41 +119,55 @@ def build(name: str, config: RunConfig, steps: int, per_epoch: int, device: torc
         )
         return eager((images / 255 - mean) / std, lists, number)
 
-    train.eager = eager
-    return model, train
+    return Contender(train, model, eager)
 
 
-def collect(model: IJEPA, step: StepFunction) -> IJEPA:
-    """The trained networks of a contender."""
-    if hasattr(step, "eager"):
-        model.load_state_dict(step.eager.state_dict())
-    return model
+def _regulariser(objective: Objective) -> Callable[[Tensor], Tensor]:
+    """What ``Objective`` adds to the prediction loss, of context features [B, K, D]."""
+
+    def loss(context: Tensor) -> Tensor:
+        terms = variance_covariance(context.float().mean(1), objective.target_std, objective.variance_eps)
+        return objective.variance_weight * terms[0] + objective.covariance_weight * terms[1]
+
+    return loss
 
 
-def rate(name: str, config: RunConfig, per_epoch: int, device: torch.device) -> float:
-    """Seconds per step on random images, without loading."""
-    _, step = build(name, config, 1000, per_epoch, device)
+def step_seconds(names: Sequence[str], config: RunConfig, per_epoch: int, device: torch.device) -> dict[str, float]:
+    """Seconds of a step on random images without loading, medians over steps that the contenders take in turn."""
+    contenders = {name: build(name, config, 1000, per_epoch, device) for name in names}
     side = config.model.img_size
     images = torch.randint(256, (config.train.batch_size, 3, side, side), dtype=torch.uint8, device=device)
+    taken: dict[str, list[float]] = {name: [] for name in names}
     for number in range(WARM_UP + RATED):
-        if number == WARM_UP:
-            _wait(device)
-            start = time.perf_counter()
-        step(images, number)
-    _wait(device)
-    return (time.perf_counter() - start) / RATED
+        for name, contender in contenders.items():
+            start = _clock(device)
+            contender.train(images, number)
+            if number >= WARM_UP:
+                taken[name].append(_clock(device) - start)
+    return {name: statistics.median(seconds) for name, seconds in taken.items()}
 
 
-def _wait(device: torch.device) -> None:
+def _clock(device: torch.device) -> float:
+    """Seconds: wall-clock once a GPU is done, processor time on the CPU."""
     if device.type == "cuda":
         torch.cuda.synchronize()
+        return time.perf_counter()
+    return time.process_time()
 
 
-def contest(
-    name: str, config: RunConfig, sources: Sources, device: torch.device, steps: int | None, seconds: float | None
-) -> dict[str, Any]:
-    """Train one contender for so many steps or seconds, and judge it."""
-    loading = {
+def plan(steps: int, seconds: dict[str, float], comparisons: Sequence[str]) -> dict[str, dict[str, int]]:
+    """Comparison -> contender -> steps, where the first contender runs ``steps``."""
+    first = next(iter(seconds))
+    counts = {
+        "time": {name: max(1, round(steps * seconds[first] / each)) for name, each in seconds.items()},
+        "epochs": dict.fromkeys(seconds, steps),
+    }
+    return {comparison: counts[comparison] for comparison in COMPARISONS if comparison in comparisons}
+
+
+def loading(config: RunConfig) -> dict[str, Any]:
+    """Arguments of the loader, the same for all contenders."""
+    return {
         "image_size": config.model.img_size,
         "global_batch": config.train.batch_size,
         "seed": config.seed,
@@ -124,68 +176,126 @@ def contest(
         "ratio": config.loader.crop_ratio,
         "flip": config.loader.flip,
     }
-    per_epoch = TrainLoader(sources.train, **loading).steps_per_epoch
-    if steps is None:
-        steps = max(1, int(seconds / rate(name, config, per_epoch, device)))
-    model, step = build(name, config, steps, per_epoch, device)
-    start = time.perf_counter()
-    for number, batch in enumerate(TrainLoader(sources.train, **loading, num_steps=steps)):
-        step(batch.images.to(device, non_blocking=True), number)
-    _wait(device)
-    took = time.perf_counter() - start
-    figures = judge(collect(model, step).target_encoder, sources, config)
-    return {"steps": steps, "epochs": steps / per_epoch, "seconds": took, **figures}
+
+
+def contest(
+    name: str, config: RunConfig, sources: Sources, device: torch.device, steps: int, per_epoch: int
+) -> dict[str, Any]:
+    """Train one contender for so many steps, and judge it."""
+    contender = build(name, config, steps, per_epoch, device)
+    start, cpu_start = time.perf_counter(), time.process_time()
+    for number, batch in enumerate(TrainLoader(sources.train, **loading(config), num_steps=steps)):
+        contender.train(batch.images.to(device, non_blocking=True), number)
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    took = {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - cpu_start}
+    figures = judge(contender.collect().target_encoder, sources, config)
+    return {"steps": steps, "epochs": steps / per_epoch, **took, **figures}
+
+
+def untrained(config: RunConfig, sources: Sources, device: torch.device) -> dict[str, float]:
+    """Figures of the weights that all contenders start from."""
+    torch.manual_seed(config.seed)
+    return judge(config.model.build(config.objective).to(device).target_encoder, sources, config)
+
+
+def runs(
+    report: dict[str, Any], config: RunConfig, sources: Sources, device: torch.device, seeds: int
+) -> Iterator[dict[str, Any]]:
+    """Fill ``report`` seed by seed, so that a run that is cut off leaves whole comparisons; yields every new entry."""
+    counts, per_epoch = report["steps"], report["steps_per_epoch"]
+    names = list(next(iter(counts.values())))
+    for seed in range(seeds):
+        seeded = replace(config, seed=seed)
+        if all(entry["seed"] != seed for entry in report["untrained"]):
+            report["untrained"].append({"seed": seed, **untrained(seeded, sources, device)})
+            yield report["untrained"][-1]
+        for name in names:
+            for steps in dict.fromkeys(counts[comparison][name] for comparison in counts):
+                place = {"contender": name, "seed": seed, "steps": steps}
+                if not any(place.items() <= done.items() for done in report["runs"]):
+                    report["runs"].append(place | contest(name, seeded, sources, device, steps, per_epoch))
+                    yield report["runs"][-1]
+
+
+def started(path: Path | None, settings: dict[str, Any]) -> dict[str, Any]:
+    """What an earlier start of the same command found, or nothing."""
+    if path is None or not path.exists():
+        return {}
+    found = json.loads(path.read_text())
+    same = {key: value for key, value in found.get("settings", {}).items() if key != "seeds"}
+    return found if same == {key: value for key, value in settings.items() if key != "seeds"} else {}
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--recipe", default="cifar10", help="model, masks, crops and schedules")
+    parser.add_argument("--recipe", default="cifar10", help="model, masks, crops and schedules: a recipe or a file")
     parser.add_argument("--data", required=True, help="labelled images: a folder with train/ and val/, or rendered")
-    parser.add_argument("--impl", default=",".join(CONTENDERS), help=f"comma-separated, of {', '.join(CONTENDERS)}")
+    parser.add_argument("--name", help="of the images, for the results file")
+    contenders = (*CONTENDERS, CONTROL)
+    parser.add_argument("--impl", default=",".join(CONTENDERS), help=f"comma-separated, of {', '.join(contenders)}")
     budget = parser.add_mutually_exclusive_group(required=True)
-    budget.add_argument("--minutes", type=float, help="of training for each contender")
-    budget.add_argument("--steps", type=int)
+    budget.add_argument("--minutes", type=float, help="of training for the first contender")
+    budget.add_argument("--steps", type=int, help="of the first contender")
+    budget.add_argument("--epochs", type=float, help="of the first contender")
+    parser.add_argument("--equal", nargs="+", choices=COMPARISONS, default=list(COMPARISONS))
+    parser.add_argument("--regularised", action="store_true", help="with the recipe's variance-covariance term")
     parser.add_argument("--batch", type=int, help="images per step; the recipe's by default")
-    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--seeds", type=int, default=1, help="number of runs of each, from seed 0")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--precision", choices=("fp32", "bf16"), help="fp32 on the CPU, bf16 on CUDA by default")
-    parser.add_argument("--json", type=Path, help="write the report here")
+    parser.add_argument("--threads", type=int, help="of torch on the CPU")
+    parser.add_argument("--json", type=Path, help="write the report here, whole after every run")
     options = parser.parse_args(arguments)
-    names = options.impl.split(",")
+    names = list(dict.fromkeys(options.impl.split(",")))
     for name in names:
-        if name not in CONTENDERS:
-            parser.error(f"--impl must name some of {', '.join(CONTENDERS)}, got {name!r}")
+        if name not in contenders:
+            parser.error(f"--impl must name some of {', '.join(contenders)}, got {name!r}")
+    if CONTROL in names and not options.regularised:
+        parser.error(f"{CONTROL} has nothing to minimise without --regularised")
+    for name in ("minutes", "steps", "epochs", "batch", "seeds", "threads"):
+        value = getattr(options, name)
+        if value is not None and not value > 0:
+            parser.error(f"--{name} must be positive, got {value}")
+    if options.threads:
+        torch.set_num_threads(options.threads)
     device = torch.device(options.device)
-    config = from_dict(read_recipe(options.recipe))
+    try:
+        config = prepare(from_dict(read_recipe(options.recipe)), options.regularised)
+    except ValueError as problem:
+        parser.error(f"{options.recipe}: {problem}")
     precision = options.precision or ("bf16" if device.type == "cuda" else "fp32")
     train = replace(config.train, precision=precision, batch_size=options.batch or config.train.batch_size)
     config = replace(config, data=options.data, train=train)
     sources = open_sources(config.data, config.evaluation.data)
     if sources.test is None:
         parser.error(f"{options.data} has no labelled test images")
-    runs = []
-    for seed in range(options.seeds):
-        for name in names:
-            seconds = None if options.minutes is None else 60 * options.minutes
-            result = contest(name, prepare(config, seed), sources, device, options.steps, seconds)
-            runs.append({"contender": name, "seed": seed, **result})
-            print(runs[-1], flush=True)
-    report = {
-        "schema": 1,
-        "kind": "train_to_accuracy",
-        "machine": machine(device),
-        "settings": {
-            "recipe": options.recipe,
-            "minutes": options.minutes,
-            "steps": options.steps,
-            "batch": train.batch_size,
-            "precision": precision,
-        },
-        "runs": runs,
-    }
-    if options.json:
-        write_json(options.json, report)
+    described = ("recipe", "minutes", "steps", "epochs", "equal", "regularised", "seeds")
+    settings = {name: getattr(options, name) for name in described}
+    settings |= {"data": options.name or options.data, "batch": train.batch_size, "precision": precision}
+    settings |= {"contenders": names, "device": device.type, "model": _sizes(config)}
+    report = started(options.json, settings)
+    if not report:
+        per_epoch = TrainLoader(sources.train, **loading(config)).steps_per_epoch
+        seconds = step_seconds(names, config, per_epoch, device)
+        steps = options.steps or max(
+            1, round(options.epochs * per_epoch if options.epochs else 60 * options.minutes / seconds[names[0]])
+        )
+        report = {"schema": 1, "kind": "train_to_accuracy", "machine": machine(device)}
+        report |= {"step_seconds": seconds, "steps_per_epoch": per_epoch, "untrained": [], "runs": []}
+        report["steps"] = plan(steps, seconds, options.equal)
+        print(json.dumps({"step_seconds": seconds, "steps": report["steps"]}), flush=True)
+    report["settings"] = settings
+    for entry in runs(report, config, sources, device, options.seeds):
+        if options.json:
+            write_json(options.json, report)
+        print(json.dumps(entry), flush=True)
     return report
+
+
+def _sizes(config: RunConfig) -> dict[str, int]:
+    names = ("img_size", "patch_size", "embed_dim", "depth", "predictor_embed_dim", "predictor_depth")
+    return {name: getattr(config.model, name) for name in names}
 
 
 if __name__ == "__main__":
