@@ -20,7 +20,8 @@ DPI = 150
 
 def draw(reports: dict[str, list[dict[str, Any]]], folder: Path) -> list[Path]:
     """A chart for each kind of result there is. The files that were written."""
-    from benchmarks.report import step_reports, trusted
+    from benchmarks.report_training import accuracy_reports, scaling_reports, step_reports
+    from benchmarks.results_files import trusted
 
     folder.mkdir(parents=True, exist_ok=True)
     drawn = []
@@ -33,6 +34,10 @@ def draw(reports: dict[str, list[dict[str, Any]]], folder: Path) -> list[Path]:
         drawn.append(_attention(rows, folder / "bench_attention.png"))
     if steps := [report for report in step_reports(reports) if report["machine"]["device"] == "cuda"]:
         drawn.append(_steps(steps, folder / "bench_steps.png"))
+    if found := scaling_reports(reports):
+        drawn.append(_scaling(found, folder / "bench_scaling.png"))
+    if found := accuracy_reports(reports):
+        drawn.append(_accuracy(found, folder / "bench_accuracy.png"))
     return drawn
 
 
@@ -96,8 +101,53 @@ def _steps(reports: Sequence[dict[str, Any]], path: Path) -> Path:
     return _bars(
         [f"{settings['model']}, {settings['masks']}, {name}" for settings, name, _ in found],
         [result["images_per_second"] for _, _, result in found],
-        [name == "ours" for _, name, _ in found],
+        [name.split("+")[0] == "ours" for _, name, _ in found],
         "images/s",
         "Whole training steps",
+        path,
+    )
+
+
+def _scaling(reports: Sequence[dict[str, Any]], path: Path) -> Path:
+    figure, axes = plt.subplots(figsize=(7.5, 4), layout="constrained")
+    for report in reports:
+        settings = report["settings"]
+        where = report["machine"].get("gpu", "CPU")
+        for side in dict.fromkeys(point["img_size"] for point in report["points"]):
+            points = [p for p in report["points"] if p["img_size"] == side and "us_per_token" in p]
+            tokens = [point["batch"] * point["tokens_per_image"] for point in points]
+            label = f"{settings['model']}, {settings['impl']}, {side} px, {where}"
+            axes.plot(tokens, [point["us_per_token"] for point in points], marker="o", label=label)
+    axes.set_xscale("log")
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("tokens of a step")
+    axes.set_ylabel("µs per token")
+    axes.set_title("Time per token, without update and attention", loc="left")
+    axes.legend(frameon=False, fontsize="small")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=DPI, metadata={"Software": None})
+    plt.close(figure)
+    return path
+
+
+def _accuracy(reports: Sequence[dict[str, Any]], path: Path) -> Path:
+    from benchmarks.report_training import TITLES, of_contender
+
+    rows = []
+    for report in reports:
+        kind = "" if report["settings"]["regularised"] else ", prediction alone"
+        data = f"{report['settings']['data']}{kind}"
+        rows.append((f"{data}: untrained", [run["probe"] for run in report["untrained"]], False))
+        for comparison, steps in report["steps"].items():
+            for name in steps:
+                values = [run["probe"] for run in of_contender(report, comparison, name)]
+                rows.append((f"{TITLES[comparison]}: {name}", values, name in ("exact", "batch_min")))
+    rows = [row for row in rows if row[1]]
+    return _bars(
+        [label for label, *_ in rows],
+        [100 * sum(values) / len(values) for _, values, _ in rows],
+        [ours for *_, ours in rows],
+        "% of held-out images that a linear probe names, mean over seeds",
+        "What training bought",
         path,
     )

@@ -11,76 +11,29 @@ no time is shown.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
-from benchmarks.targets import op_targets, step_targets
+from benchmarks.report_training import accuracy_section, scaling_section, step_reports, step_table, steps_section
+from benchmarks.results_files import (
+    NOT_MEASURED,
+    Report,
+    failures,
+    gpu_checks,
+    gpu_of,
+    load,
+    on,
+    picture,
+    table,
+    target_table,
+    trusted,
+)
+from benchmarks.targets import op_targets
 from ijepa_fast.bench.rows import best_of
 
 ROOT = Path(__file__).resolve().parents[1]
-Report = dict[str, Any]
-NOT_MEASURED = "not measured yet"
 PREFERRED_GPU = "H200"  # the one that docs/kernels.md has floors for
-
-
-def load(folder: Path) -> dict[str, list[Report]]:
-    """Results by kind, in the order of their file names, each with its "file". What has no kind is left out."""
-    found: dict[str, list[Report]] = {}
-    for path in sorted(folder.glob("*.json")):
-        report = json.loads(path.read_text())
-        if isinstance(report, dict) and "kind" in report:
-            found.setdefault(report["kind"], []).append(report | {"file": path.name})
-    return found
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    lines = [f"| {' | '.join(map(str, row))} |" for row in rows]
-    return "\n".join([f"| {' | '.join(head)} |", "|" + "---|" * len(head), *lines])
-
-
-def on(machine: Report) -> str:
-    """Machine, versions and commit, in words."""
-    where = machine.get("gpu") or f"{machine['cpu']}, {machine['threads']} of {machine['cores']} cores"
-    versions = [f"torch {machine['torch']}"]
-    if machine.get("gpu"):
-        versions += [f"Triton {machine['triton']}", f"CUDA {machine['cuda']}", f"driver {machine['driver']}"]
-    changed = " with changes" if machine.get("dirty") else ""
-    commit = f"commit {machine['commit'][:12]}{changed}" if machine.get("commit") else "commit unknown"
-    return f"{where}; {', '.join(versions)}, Python {machine['python']}; {commit}"
-
-
-def failures(check: Report) -> list[str]:
-    """Why times of a GPU run may not be shown; empty if they may."""
-    tests = check["parts"].get("tests")
-    if tests is None:
-        return ["its tests were not run"]
-    if not tests.get("passed") and not tests.get("failed"):
-        return ["no test ran"]
-    return tests.get("failed", [])
-
-
-def gpu_checks(reports: dict[str, list[Report]]) -> list[Report]:
-    """Runs of gpu_check.sh, but for dry ones."""
-    return [check for check in reports.get("gpu_check", []) if _gpu(check)]
-
-
-def trusted(reports: dict[str, list[Report]]) -> list[Report]:
-    """GPU runs whose tests passed."""
-    return [check for check in gpu_checks(reports) if not failures(check)]
-
-
-def _gpu(check: Report) -> str | None:
-    return next((part["machine"]["gpu"] for part in check["parts"].values() if "gpu" in part["machine"]), None)
-
-
-def picture(name: str, words: str) -> str:
-    return f"![{words}](../docs/images/{name}.png)"
-
-
-# Masks
 
 
 def mask_rates(reports: dict[str, list[Report]]) -> str:
@@ -117,13 +70,10 @@ def masks_section(reports: dict[str, list[Report]]) -> str:
         times = (check["parts"].get("masks", {}).get("report") or {}).get("device_times", [])
         if times:
             rows = [(t["images"], t["recipe"], t["grid"], f"{t['times']['p50']:.1f}") for t in times]
-            parts.append(f"Device time on {_gpu(check)}:\n\n" + table(["images", "recipe", "grid", "µs"], rows))
+            parts.append(f"Device time on {gpu_of(check)}:\n\n" + table(["images", "recipe", "grid", "µs"], rows))
     if not any("Device time" in part for part in parts):
         parts.append(f"Device time of the CUDA extension: {NOT_MEASURED}.")
     return "\n\n".join(parts)
-
-
-# Ops
 
 
 def ops_table(rows: Sequence[Report]) -> str:
@@ -152,7 +102,7 @@ def ops_section(reports: dict[str, list[Report]]) -> str:
         rows = entry.get("rows", [])
         for model in dict.fromkeys(row["model"] for row in rows):
             of_model = [row for row in rows if row["model"] == model]
-            parts.append(f"### {model} on {_gpu(check)}\n\n{on(entry['machine'])}.\n\n{ops_table(of_model)}")
+            parts.append(f"### {model} on {gpu_of(check)}\n\n{on(entry['machine'])}.\n\n{ops_table(of_model)}")
             found = True
         if failed := [row for row in rows if "failed" in row]:
             names = [", ".join(r[key] for key in ("provider", "op", "case", "mode", "model")) for r in failed]
@@ -161,65 +111,12 @@ def ops_section(reports: dict[str, list[Report]]) -> str:
         if missing := sorted({f"{r['provider']}: {r['unavailable']}" for r in rows if "unavailable" in r}):
             parts.append("Peers that could not run:\n\n" + "\n".join(f"- {line}" for line in missing))
         if rows:
-            parts.append(f"Targets:\n\n{_targets(op_targets(rows))}")
+            parts.append(f"Targets:\n\n{target_table(op_targets(rows))}")
     if found:
         parts.append(picture("bench_ops", "Share of the floor that each kernel reaches"))
         parts.append(picture("bench_attention", "Attention beside other libraries"))
     else:
         parts.append(f"Ops on a GPU: {NOT_MEASURED}.")
-    return "\n\n".join(parts)
-
-
-def _targets(targets: Iterable[tuple[str, str, str, bool | None]]) -> str:
-    words = {True: "met", False: "missed", None: NOT_MEASURED}
-    return table(["target", "wanted", "measured", ""], [(*rest, words[met]) for *rest, met in targets])
-
-
-# Whole steps
-
-
-def step_reports(reports: dict[str, list[Report]]) -> list[Report]:
-    inside = [found for check in trusted(reports) for found in check["parts"].get("step", {}).get("reports", [])]
-    return [*inside, *reports.get("step", [])]
-
-
-def step_table(found: Sequence[Report]) -> str:
-    lines = []
-    for report in found:
-        settings, results = report["settings"], report["implementations"]
-        for name, result in results.items():
-            memory = result.get("peak_memory_bytes")
-            lines.append(
-                (
-                    settings["model"],
-                    settings["batch"],
-                    settings["masks"] if name != "eager" else "batch_min",
-                    name,
-                    f"{result['images_per_second']:,.1f}",
-                    f"{result['ms']:,.1f}",
-                    f"{result['context_tokens']:.1f}",
-                    f"{result['useful_tflops']:.1f} ({result['share_of_matmul_peak']:.0%})",
-                    f"{memory / 2**30:.1f}" if memory else "",
-                    f"{ratio:.3f}" if (ratio := report["ratio"].get(f"ours/{name}")) else "",
-                )
-            )
-    head = ["model", "batch", "masks", "implementation", "images/s", "ms", "context tokens", "TFLOP/s (of peak)", "GiB"]
-    return table([*head, "ours over its time"], lines)
-
-
-def steps_section(reports: dict[str, list[Report]]) -> str:
-    parts = ["## Whole steps"]
-    by_machine: dict[str, list[Report]] = {}
-    for report in step_reports(reports):
-        by_machine.setdefault(on(report["machine"]), []).append(report)
-    for machine, found in by_machine.items():
-        parts.append(f"On {machine}:\n\n{step_table(found)}")
-    on_gpu = [report for report in step_reports(reports) if report["machine"]["device"] == "cuda"]
-    if on_gpu:
-        parts.append(f"Targets:\n\n{_targets(step_targets(on_gpu))}")
-        parts.append(picture("bench_steps", "Images per second of whole steps"))
-    else:
-        parts.append(f"Whole steps on a GPU: {NOT_MEASURED}.")
     return "\n\n".join(parts)
 
 
@@ -229,7 +126,7 @@ def tests_section(reports: dict[str, list[Report]]) -> str:
         entry = check["parts"].get("tests", {})
         reasons = failures(check)
         verdict = f"{entry.get('passed', 0)} tests passed" + (f", and: {'; '.join(reasons)}" if reasons else "")
-        parts.append(f"{check['file']} ({_gpu(check)}): {verdict}.")
+        parts.append(f"{check['file']} ({gpu_of(check)}): {verdict}.")
         if reasons:
             parts.append("Times of this run are not shown.")
         drawn = check["parts"].get("masks", {})
@@ -244,16 +141,13 @@ def tests_section(reports: dict[str, list[Report]]) -> str:
     return "\n\n".join(parts)
 
 
-# Where it all goes
-
-
 def results_page(reports: dict[str, list[Report]]) -> str:
     head = (
         "# Results\n\nWritten by `python -m benchmarks.report` from the files in [results](results); do not edit. "
-        "`benchmarks/gpu_check.sh` measures everything that needs a GPU, `python -m benchmarks.masks` and "
-        "`python -m benchmarks.step` what a CPU can do."
+        "`benchmarks/gpu_check.sh` measures everything that needs a GPU; `python -m benchmarks.masks`, "
+        "`benchmarks.step`, `benchmarks.scaling` and `benchmarks.train_to_accuracy` what a CPU can do."
     )
-    sections = (steps_section, ops_section, masks_section, tests_section)
+    sections = (steps_section, scaling_section, accuracy_section, ops_section, masks_section, tests_section)
     return "\n\n".join([head, *(section(reports) for section in sections)]) + "\n"
 
 
@@ -317,7 +211,7 @@ def with_measured(text: str, rows: Sequence[Report]) -> str:
 
 
 def kernels_page(text: str, reports: dict[str, list[Report]]) -> str:
-    runs = sorted(trusted(reports), key=lambda check: PREFERRED_GPU not in (_gpu(check) or ""))
+    runs = sorted(trusted(reports), key=lambda check: PREFERRED_GPU not in (gpu_of(check) or ""))
     rows = [row for check in runs[:1] for row in check["parts"].get("ops", {}).get("rows", [])]
     return with_measured(text, [row for row in rows if row["model"] == "ViT-H/14"])
 

@@ -1,4 +1,4 @@
-"""What was to be reached on one H200, and whether a run reached it.
+"""What was to be reached on one H200, and by whole steps on a CPU, and whether a run reached it.
 
 A target is (what, wanted, measured, met), in words; met is None where it was not measured.
 """
@@ -27,6 +27,13 @@ STEPS = (
     ("vit_h14", "exact", 640, 3.0, 1.15),
     ("vit_h14", "batch_min", 820, 3.0, 1.15),
 )
+FP8 = "fp8"  # suffix of variants whose target encoder computes in 8 bits: they have a target of their own
+FP8_STEPS = (("vit_h14", "exact", 740),)
+CPU_BATCH = 16
+CPU_STEPS = (("vit_small", "batch_min", 0.87), ("vit_small", "exact", 1.2))
+"""Model, masks, and our time over eager's at most."""
+SPREAD = 0.1
+SPREAD_MODEL = "vit_h14"
 
 
 def op_targets(rows: Sequence[Row]) -> Iterator[Target]:
@@ -52,27 +59,76 @@ def _measured(value: float | None, least: float, form: str) -> tuple[str, bool |
     return ("", None) if value is None else (format(value, form), value >= least)
 
 
+def best_of_ours(results: Row, fp8: bool = False) -> str | None:
+    """The fastest variant of ours, by name; with an FP8 target encoder or without."""
+    names = [name for name in results if name.split("+")[0] == "ours" and (FP8 in name.split("+")) == fp8]
+    return max(names, key=lambda name: results[name]["images_per_second"], default=None)
+
+
 def step_targets(reports: Sequence[Row]) -> Iterator[Target]:
-    found = {(r["settings"]["model"], r["settings"]["masks"]): r["implementations"] for r in reports}
+    """Of the reports of one machine. The best of our variants counts, and is named."""
+    found: dict[tuple[str, str], Row] = {}
+    for report in reports:
+        place = report["settings"]["model"], report["settings"]["masks"]
+        # What several reports have measured is taken from the first, which has the peers.
+        found[place] = report["implementations"] | found.get(place, {})
     for model, masks, least, over_eager, over_compiled in STEPS:
         results = found.get((model, masks), {})
-        what = f"{model}, {masks}"
-        rate = results.get("ours", {}).get("images_per_second")
-        yield what, f"{least:,} images/s", *_measured(rate, least, ",.0f")
+        what, best = f"{model}, {masks}", best_of_ours(results)
+        yield _rate(what, least, results, best)
         per_token = "context tokens/s" if masks == "exact" else "images/s"
-        yield _over(results, "eager", over_eager, f"{what}: {per_token} over eager", masks == "exact")
-        yield _over(results, "compiled", over_compiled, f"{what}: images/s over compiled", False)
-        memory = [results.get(name, {}).get("peak_memory_bytes") for name in ("ours", "compiled")]
+        yield _over(results, best, "eager", over_eager, f"{what}: {per_token} over eager", masks == "exact")
+        yield _over(results, best, "compiled", over_compiled, f"{what}: images/s over compiled", False)
+        memory = [results.get(name, {}).get("peak_memory_bytes") for name in (best, "compiled")]
         if all(memory):
             share = memory[0] / memory[1]
-            yield f"{what}: peak memory over compiled", "at most 1", f"{share:.2f}", share <= 1
+            yield f"{what}: peak memory over compiled", "at most 1", f"{share:.2f} ({best})", share <= 1
+    for model, masks, least in FP8_STEPS:
+        results = found.get((model, masks), {})
+        yield _rate(f"{model}, {masks}, FP8 target encoder", least, results, best_of_ours(results, fp8=True))
 
 
-def _over(results: Row, peer: str, least: float, what: str, per_token: bool) -> Target:
-    ratio = None
-    if "ours" in results and peer in results:
-        a, b = (
-            r["images_per_second"] * (r["context_tokens"] if per_token else 1) for r in (results["ours"], results[peer])
-        )
-        ratio = a / b
-    return what, f"{least:g} times as fast", *_measured(ratio, least, ".2f")
+def _rate(what: str, least: float, results: Row, best: str | None) -> Target:
+    wanted = f"{least:,} images/s"
+    if best is None:
+        return what, wanted, "", None
+    rate = results[best]["images_per_second"]
+    return what, wanted, f"{rate:,.0f} ({best})", rate >= least
+
+
+def _over(results: Row, best: str | None, peer: str, least: float, what: str, per_token: bool) -> Target:
+    wanted = f"{least:g} times as fast"
+    if best is None or peer not in results:
+        return what, wanted, "", None
+    a, b = (r["images_per_second"] * (r["context_tokens"] if per_token else 1) for r in (results[best], results[peer]))
+    return what, wanted, f"{a / b:.2f} ({best})", a / b >= least
+
+
+def cpu_step_targets(reports: Sequence[Row]) -> Iterator[Target]:
+    """Of the reports of one CPU, those that were measured."""
+    for model, masks, most in CPU_STEPS:
+        for report in reports:
+            settings, ratio = report["settings"], report["ratio"].get("ours/eager")
+            if (settings["model"], settings["masks"], settings["batch"]) == (model, masks, CPU_BATCH) and ratio:
+                measured = f"{ratio:.3f} (processor time {report['cpu_time_ratio']['ours/eager']:.3f})"
+                yield (
+                    f"{model}, batch {CPU_BATCH}, {masks}: time over eager",
+                    f"at most {most:g}",
+                    measured,
+                    ratio <= most,
+                )
+
+
+def scaling_targets(reports: Sequence[Row]) -> Iterator[Target]:
+    """Of the reports of GPUs; that of ``SPREAD_MODEL`` in any case."""
+    wanted = f"within {SPREAD:.0%}"
+    for report in reports:
+        settings, spread = report["settings"], report["spread"]
+        ran = [point for point in report["points"] if "not_run" not in point]
+        batches, sizes = ({point[name] for point in ran} for name in ("batch", "img_size"))
+        what = f"{settings['model']}, {settings['impl']}: time per token"
+        if spread is not None:
+            what += f", batch {min(batches)} to {max(batches)}, {' and '.join(map(str, sorted(sizes)))} px"
+        yield what, wanted, "" if spread is None else f"{spread:.1%}", None if spread is None else spread <= SPREAD
+    if all(report["settings"]["model"] != SPREAD_MODEL for report in reports):
+        yield f"{SPREAD_MODEL}: time per token", wanted, "", None
