@@ -8,116 +8,44 @@ again replaces that part alone.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import re
 import shutil
-import signal
-import subprocess
 import sys
 import tempfile
-import threading
 import time
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ijepa_fast.bench.measure import machine, write_json
+from benchmarks.implementations import parse
+from benchmarks.processes import LEAST_SECONDS, Run
 from ijepa_fast.bench.rows import with_ratios
 
 ROOT = Path(__file__).resolve().parents[1]
-BUDGETS = {"install": 60, "masks": 110, "tests": 180, "ops": 170, "step": 400, "tune": 400}
-"""Seconds that a part of a whole run may take at most."""
-RESERVED = {"tests": 100, "ops": 90, "step": 100}
+BUDGETS = {
+    "install": 60,
+    "masks": 110,
+    "tests": 150,
+    "step": 330,
+    "ops": 170,
+    "scaling": 400,
+    "accuracy": 3600,
+    "tune": 400,
+}
+"""Seconds that a part of a whole run, or of several, may take at most."""
+RESERVED = {"tests": 100, "step": 210, "ops": 80}
 """Seconds that earlier parts of a whole run leave to these."""
-WHOLE_RUN = ("install", "masks", "tests", "ops", "step")
+WHOLE_RUN = ("install", "masks", "tests", "step", "ops")
 WHOLE_SECONDS = 525
 TEST_PROCESSES = 4
-LEAST_SECONDS, LEAST_STEP_SECONDS = 5, 150
-TAIL_LINES = 25
-
-
-@dataclass
-class Run:
-    """One run of the driver.
-
-    Attributes:
-        report: what is written to ``path``.
-        deadline: of the current part, by ``time.monotonic``.
-        scratch: folder for what processes leave behind: logs, their own JSON, test reports.
-    """
-
-    device: str
-    tiny: bool
-    path: Path
-    scratch: Path
-    report: dict[str, Any] = field(default_factory=dict)
-    deadline: float = float("inf")
-    lock: threading.Lock = field(default_factory=threading.Lock)
-
-    def save(self) -> None:
-        with self.lock:
-            write_json(self.path, self.report)
-
-    def left(self) -> float:
-        return self.deadline - time.monotonic()
-
-    def begin(self, part: str, seconds: float) -> dict[str, Any]:
-        """An entry for the part, in place of what an earlier run left there."""
-        self.deadline = time.monotonic() + seconds
-        entry: dict[str, Any] = {"machine": machine(self.device), "commands": {}}
-        self.report["parts"][part] = entry
-        self.save()
-        return entry
-
-    def execute(
-        self, entry: dict[str, Any], name: str, command: Sequence[str], limit: float = float("inf"), **environment: str
-    ) -> int | None:
-        """Run a command within what is left of the part, and ``limit``. Its exit status; None if it was stopped."""
-        seconds = min(self.left(), limit)
-        if seconds < LEAST_SECONDS:
-            entry["commands"][name] = {"not_run": "no time was left"}
-            self.save()
-            return None
-        log = self.log(name)
-        started = time.monotonic()
-        with log.open("w") as output:
-            process = subprocess.Popen(
-                command,
-                cwd=ROOT,
-                env={**os.environ, **environment},
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-            try:
-                status: int | None = process.wait(seconds)
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-                status = None
-        took = round(time.monotonic() - started, 1)
-        result = {"exit_status": status, "seconds": took} if status is not None else {"stopped_after_s": took}
-        entry["commands"][name] = result
-        self.save()
-        print(f"--- {name}: {'stopped' if status is None else f'exit status {status}'} after {took} s", flush=True)
-        lines = log.read_text(errors="replace").splitlines()
-        print("\n".join(lines[-TAIL_LINES if status == 0 else -3 * TAIL_LINES :]), flush=True)
-        return status
-
-    def log(self, name: str) -> Path:
-        """What a command printed."""
-        return self.scratch / f"{re.sub('[^A-Za-z0-9]+', '-', name)}.log"
-
-    def written(self, name: str) -> dict[str, Any] | None:
-        """The JSON that a command wrote into the scratch folder, if it did."""
-        path = self.scratch / name
-        return json.loads(path.read_text()) if path.exists() else None
+LEAST_STEP_SECONDS = 150
 
 
 def install(run: Run, entry: dict[str, Any]) -> None:
@@ -228,33 +156,101 @@ def ops(run: Run, entry: dict[str, Any]) -> None:
 
 
 STEPS = (
-    ("vit_h14", 128, "exact"),
-    ("vit_b16", 512, "exact"),
-    ("vit_h14", 128, "batch_min"),
-    ("vit_l16", 128, "exact"),
+    # Most wanted first. What torch.compile takes part in, and so minutes, has processes of its own.
+    (
+        "vit_h14",
+        128,
+        "exact",
+        "ours,eager,ours+fused,ours+fp8,ours+fused+fp8,ours+overlap,ours+fused+overlap,ours+wide",
+    ),
+    ("vit_h14", 128, "exact", "ours,compiled,ours+compile"),
+    ("vit_b16", 512, "exact", "ours,eager,ours+fused,ours+capture,ours+fused+capture"),
+    ("vit_h14", 128, "batch_min", "ours,eager,ours+fused"),
+    ("vit_l16", 128, "exact", "ours,eager,ours+fused,ours+capture,ours+fused+capture"),
+    ("vit_b16", 512, "exact", "ours,compiled,ours+compile,ours+compile+capture"),
+    ("vit_h14", 128, "batch_min", "ours,compiled,ours+compile"),
+    ("vit_l16", 128, "exact", "ours,compiled,ours+compile,ours+compile+capture"),
 )
+TINY_STEPS = (("vit_tiny", 2, "exact", "ours,eager"),)
+
+
+def known(names: str) -> list[str]:
+    """Those of the implementations that this version of the package has."""
+    found = []
+    for name in names.split(","):
+        with contextlib.suppress(ValueError):
+            parse(name)
+            found.append(name)
+    return found
 
 
 def step(run: Run, entry: dict[str, Any]) -> None:
-    """Whole steps. Where the three do not run together (memory, a compiler), the others are measured without eager."""
+    """Whole steps. Where a process dies before it has measured anything, the first implementation is run alone."""
     entry["reports"] = []
-    chains = (("ours,eager,compiled", "ours,compiled", "ours"), ("ours,eager", "ours"))[run.tiny]
-    steps = (("vit_tiny", 2, "exact"),) if run.tiny else STEPS
-    for number, (model, batch, masks_of) in enumerate(steps):
-        # One that hangs must not take all the others' time; but the first is wanted most, and compiling takes minutes.
+    steps = TINY_STEPS if run.tiny else STEPS
+    for number, (model, batch, masks_of, names) in enumerate(steps):
+        # One that hangs must not take all the others' time; but the first are wanted most, and compiling takes minutes.
         limit = max(1.5 * run.left() / (len(steps) - number), LEAST_STEP_SECONDS)
-        for implementations in chains:
-            name = f"step {model} {masks_of} {implementations}"
-            file = f"{re.sub('[^a-z0-9_]+', '-', name)}.json"
+        implementations = known(names)
+        for attempt in dict.fromkeys((",".join(implementations), implementations[0])):
+            name = f"step {model} {masks_of} {attempt}"
             command = [sys.executable, "-m", "benchmarks.step", "--model", model, "--batch", str(batch)]
-            command += ["--masks", masks_of, "--impl", implementations, "--device", run.device]
+            command += ["--masks", masks_of, "--impl", attempt, "--device", run.device]
             command += ["--rounds", "2", "--warm-up", "1"] if run.tiny else []
-            status = run.execute(entry, name, [*command, "--json", str(run.scratch / file)], limit)
-            if found := run.written(file):
-                entry["reports"].append(found)
-                run.save()
-            if status in (0, None):  # done, or stopped: with fewer implementations it would be stopped, too
+            status, found = measured(run, entry, name, command, limit)
+            if found and found["implementations"] or status in (0, None):  # None: stopped, as it would be again
                 break
+
+
+def measured(
+    run: Run, entry: dict[str, Any], name: str, command: Sequence[str], limit: float = float("inf")
+) -> tuple[int | None, dict[str, Any] | None]:
+    """Exit status and report of a command that writes JSON; the report goes to the entry's, however far it came."""
+    file = f"{re.sub('[^a-z0-9_]+', '-', name.lower())}.json"
+    status = run.execute(entry, name, [*command, "--json", str(run.scratch / file)], limit)
+    found = run.written(file)
+    if found:
+        entry["reports"].append(found)
+        run.save()
+    return status, found
+
+
+SCALING_MODELS = ("vit_h14", "vit_b16")
+
+
+def scaling(run: Run, entry: dict[str, Any]) -> None:
+    """Time per token over batch and image size."""
+    entry["reports"] = []
+    models = ("vit_tiny",) if run.tiny else SCALING_MODELS
+    for number, model in enumerate(models):
+        seconds = run.left() / (len(models) - number)
+        command = [sys.executable, "-m", "benchmarks.scaling", "--model", model, "--device", run.device]
+        command += ["--batches", "1", "2", "--sizes", "224", "--rounds", "2", "--warm-up", "1"] if run.tiny else []
+        # What is begun before that ends after it: a batch of 512 takes half a minute.
+        measured(run, entry, f"scaling {model}", [*command, "--seconds", f"{max(seconds - 40, 1):.0f}"], seconds)
+
+
+TRAININGS = 8
+"""Time of a contest over that of its first contender: three of them for that time, and as many epochs of each; the
+published algorithm takes several times as long for these."""
+JUDGING_SECONDS = 120
+
+
+def accuracy(run: Run, entry: dict[str, Any]) -> None:
+    """What training buys, on the images that --data names."""
+    entry["reports"] = []
+    data = (("demo", "rendered"),) if run.tiny else run.data
+    for number, (recipe, path) in enumerate(data):
+        seconds = run.left() / (len(data) - number)
+        minutes = max((seconds - JUDGING_SECONDS) / TRAININGS / 60, 0.2)
+        command = [sys.executable, "-m", "benchmarks.train_to_accuracy", "--recipe", recipe, "--data", path]
+        command += ["--name", recipe, "--regularised", "--device", run.device]
+        command += (
+            ["--steps", "2", "--equal", "epochs", "--batch", "8", "--threads", "1"]
+            if run.tiny
+            else ["--minutes", f"{minutes:.2f}"]
+        )
+        measured(run, entry, f"accuracy {recipe}", command, seconds)
 
 
 def tune(run: Run, entry: dict[str, Any]) -> None:
@@ -267,8 +263,10 @@ PARTS: dict[str, Callable[[Run, dict[str, Any]], None]] = {
     "install": install,
     "masks": masks,
     "tests": tests,
-    "ops": ops,
     "step": step,
+    "ops": ops,
+    "scaling": scaling,
+    "accuracy": accuracy,
     "tune": tune,
 }
 
@@ -301,8 +299,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the results file")
     parser.add_argument("--seconds", type=float, default=WHOLE_SECONDS, help="for everything")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument(
+        "--data",
+        nargs="+",
+        default=[],
+        metavar="RECIPE=PATH",
+        help="for part accuracy: image folders with train/ and val/",
+    )
     parser.add_argument("--tiny", action="store_true", help="a small version of every part; all that a CPU can do")
     options = parser.parse_args(argv)
+    data = [tuple(pair.split("=", 1)) for pair in options.data]
+    if bad := [pair for pair, split in zip(options.data, data, strict=True) if len(split) != 2 or not all(split)]:
+        parser.error(f"--data takes RECIPE=PATH, got {bad[0]!r}")
+    if "accuracy" in options.part and not (data or options.tiny):
+        parser.error("--part accuracy needs --data RECIPE=PATH, e.g. imagenette=PATH")
     if options.device == "cuda" and not torch.cuda.is_available():
         print("gpu_check: torch sees no CUDA device. --device cpu --tiny runs the chain, small, without one.")
         return 2
@@ -314,7 +324,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     until = time.monotonic() + options.seconds
     wanted = WHOLE_RUN if "all" in options.part else tuple(part for part in PARTS if part in options.part)
     with tempfile.TemporaryDirectory() as scratch:
-        run = Run(options.device, options.tiny, path, Path(scratch))
+        run = Run(options.device, options.tiny, path, Path(scratch), data)
         run.report = json.loads(path.read_text()) if path.exists() else {"schema": 1, "kind": "gpu_check", "parts": {}}
         for number, part in enumerate(wanted):
             reserved = sum(RESERVED.get(later, 0) for later in wanted[number + 1 :])

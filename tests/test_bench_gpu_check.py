@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import gpu_check, masks
+from benchmarks import gpu_check, implementations, masks, processes, targets
 
 ROOT = Path(__file__).resolve().parents[1]
 NOT_SOURCE = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "*.so", "build", "dist", "runs", "results")
@@ -46,7 +46,7 @@ def test_pytest_fails_where_gpu_tests_are_asked_for_and_there_is_no_gpu():
 
 
 def test_a_command_that_hangs_is_stopped_with_its_children_and_the_rest_goes_on(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu_check, "LEAST_SECONDS", 0.1)
+    monkeypatch.setattr(processes, "LEAST_SECONDS", 0.1)
     entry = run.begin("ops", 100)
     pid = tmp_path / "pid"
     child = f"import subprocess, sys; p = subprocess.Popen(['sleep', '600']); open({str(pid)!r}, 'w').write(str(p.pid))"
@@ -112,6 +112,50 @@ def test_every_pass_is_one_that_the_command_takes(monkeypatch):
     assert len(asked) == len(gpu_check.OPS_PASSES) + len(gpu_check.TINY_PASSES)
 
 
+def test_every_step_is_one_that_the_command_takes():
+    for model, _, masks_of, names in (*gpu_check.STEPS, *gpu_check.TINY_STEPS):
+        assert model in implementations.MODELS and masks_of in ("exact", "batch_min")
+        assert gpu_check.known(names)[0] == "ours" and len(gpu_check.known(names)) > 1
+        for name in names.split(","):
+            kind, *suffixes = name.split("+")
+            assert kind in implementations.KINDS and set(suffixes) <= set(implementations._VARIANTS)
+    places = [step[:3] for step in gpu_check.STEPS]
+    peers = {place: "".join(names for *at, names in gpu_check.STEPS if tuple(at) == place) for place in places}
+    assert all("eager" in names and "compiled" in names for names in peers.values())
+    assert {(model, masks_of) for model, _, masks_of in peers} == {(model, m) for model, m, *_ in targets.STEPS}
+
+
+def test_what_a_step_wrote_is_kept_and_a_process_that_died_is_tried_with_ours_alone(run, monkeypatch):
+    asked = []
+
+    def execute(entry, name, command, limit):
+        asked.append(command[command.index("--impl") + 1])
+        if asked[-1] != "ours,eager":  # which dies
+            Path(command[command.index("--json") + 1]).write_text(json.dumps({"implementations": {"ours": {}}}))
+        return 1 if asked[-1] in ("ours,eager", "ours,compiled") else 0
+
+    monkeypatch.setattr(run, "execute", execute)
+    steps = [("vit_tiny", 2, "exact", names) for names in ("ours,eager", "ours,compiled,ours+magic")]
+    monkeypatch.setattr(gpu_check, "TINY_STEPS", steps)
+    gpu_check.step(run, entry := run.begin("step", 1000))
+    # The last one names what failed beside what it measured, and is not run again.
+    assert asked == ["ours,eager", "ours", "ours,compiled"] and len(entry["reports"]) == 2
+
+
+def test_accuracy_takes_what_data_names(run, monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr(run, "execute", lambda entry, name, command, limit: asked.append((command, limit)))
+    run.tiny, run.data = False, [("cifar10_vits4", "a"), ("imagenette", "b")]
+    gpu_check.accuracy(run, run.begin("accuracy", 2000))
+    for (command, limit), recipe, path in zip(asked, ("cifar10_vits4", "imagenette"), "ab", strict=True):
+        assert command[command.index("--recipe") + 1] == recipe and command[command.index("--data") + 1] == path
+        assert 60 * gpu_check.TRAININGS * float(command[command.index("--minutes") + 1]) < limit
+    for arguments, words in (["--part", "accuracy"], "needs --data"), (["--data", "a"], "RECIPE=PATH, got 'a'"):
+        with pytest.raises(SystemExit):
+            gpu_check.main(arguments)
+        assert words in capsys.readouterr().err
+
+
 def test_a_whole_run_fits_into_nine_minutes():
     assert sum(gpu_check.RESERVED.values()) < gpu_check.WHOLE_SECONDS < 540
     assert set(gpu_check.WHOLE_RUN) <= set(gpu_check.BUDGETS) == set(gpu_check.PARTS)
@@ -137,7 +181,7 @@ def test_the_whole_chain_on_a_cpu(tmp_path):
     copy = tmp_path / "checkout"
     shutil.copytree(ROOT, copy, ignore=NOT_SOURCE)
     command = ["bash", copy / "benchmarks" / "gpu_check.sh", "--device", "cpu", "--tiny", "--seconds", "900"]
-    command += ["--part", "masks", "tests", "ops", "step", "--out", tmp_path]
+    command += ["--part", "masks", "tests", "step", "ops", "scaling", "accuracy", "--out", tmp_path]
     environment = {**os.environ, "PYTHON": sys.executable, "IJEPA_FAST_COMMIT": "0123456789ab"}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -148,3 +192,5 @@ def test_the_whole_chain_on_a_cpu(tmp_path):
     assert {row["op"] for row in report["ops"]["rows"]} >= {"gather_patches", "varlen_attention", "adamw_ema_", "ema_"}
     assert all("times" in row or "unavailable" in row for row in report["ops"]["rows"])
     assert {"ours", "eager"} == report["step"]["reports"][0]["implementations"].keys()
+    assert all("us_per_token" in point for point in report["scaling"]["reports"][0]["points"])
+    assert len(report["accuracy"]["reports"][0]["runs"]) == 3

@@ -1,0 +1,102 @@
+"""Commands in processes of their own, each with a limit, and one results file that holds what became of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ijepa_fast.bench.measure import machine, write_json
+
+ROOT = Path(__file__).resolve().parents[1]
+LEAST_SECONDS = 5
+"""Nothing is begun with less time than this."""
+TAIL_LINES = 25
+
+
+@dataclass
+class Run:
+    """One run of the driver.
+
+    Attributes:
+        report: what is written to ``path``.
+        deadline: of the current part, by ``time.monotonic``.
+        scratch: folder for what processes leave behind: logs, their own JSON, test reports.
+        data: (recipe, folder of images) pairs to train on.
+    """
+
+    device: str
+    tiny: bool
+    path: Path
+    scratch: Path
+    data: Sequence[tuple[str, str]] = ()
+    report: dict[str, Any] = field(default_factory=dict)
+    deadline: float = float("inf")
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def save(self) -> None:
+        with self.lock:
+            write_json(self.path, self.report)
+
+    def left(self) -> float:
+        return self.deadline - time.monotonic()
+
+    def begin(self, part: str, seconds: float) -> dict[str, Any]:
+        """An entry for the part, in place of what an earlier run left there."""
+        self.deadline = time.monotonic() + seconds
+        entry: dict[str, Any] = {"machine": machine(self.device), "commands": {}}
+        self.report["parts"][part] = entry
+        self.save()
+        return entry
+
+    def execute(
+        self, entry: dict[str, Any], name: str, command: Sequence[str], limit: float = float("inf"), **environment: str
+    ) -> int | None:
+        """Run a command within what is left of the part, and ``limit``. Its exit status; None if it was stopped."""
+        seconds = min(self.left(), limit)
+        if seconds < LEAST_SECONDS:
+            entry["commands"][name] = {"not_run": "no time was left"}
+            self.save()
+            return None
+        log = self.log(name)
+        started = time.monotonic()
+        with log.open("w") as output:
+            process = subprocess.Popen(
+                command,
+                cwd=ROOT,
+                env={**os.environ, **environment},
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+            try:
+                status: int | None = process.wait(seconds)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+                status = None
+        took = round(time.monotonic() - started, 1)
+        result = {"exit_status": status, "seconds": took} if status is not None else {"stopped_after_s": took}
+        entry["commands"][name] = result
+        self.save()
+        print(f"--- {name}: {'stopped' if status is None else f'exit status {status}'} after {took} s", flush=True)
+        lines = log.read_text(errors="replace").splitlines()
+        print("\n".join(lines[-TAIL_LINES if status == 0 else -3 * TAIL_LINES :]), flush=True)
+        return status
+
+    def log(self, name: str) -> Path:
+        """What a command printed."""
+        return self.scratch / f"{re.sub('[^A-Za-z0-9]+', '-', name)}.log"
+
+    def written(self, name: str) -> dict[str, Any] | None:
+        """The JSON that a command wrote into the scratch folder, if it did."""
+        path = self.scratch / name
+        return json.loads(path.read_text()) if path.exists() else None
