@@ -44,7 +44,8 @@ class Preference:
 PRIORITY = (
     # Nothing has been measured on a GPU yet, and the package's own kernels have run in Triton's interpreter only. So
     # the FlashAttention inside torch comes first, which is known to run, until ``ijepa-fast bench`` says what is faster
-    # for which head dims and lengths: those get rows of their own above this one.
+    # for which head dims and lengths: those get rows of their own above this one. cuDNN's attention, for sets of one
+    # length alone, waits for that too: until then it runs where it is named (``model.target_attention: cudnn``).
     Preference(("torch_varlen", "triton", "flash_attn", "xformers", "sdpa", "reference"), device="cuda"),
     Preference(("cpu", "sdpa", "reference"), device="cpu"),
     Preference(("sdpa", "reference")),
@@ -58,7 +59,8 @@ OPS = ("triton", "cpu")
 def available_backends() -> dict[str, str | None]:
     """Every backend's name with None if it can run anything common on this machine, else the reason why not."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    common = [Request(device, dtype, 64, 256) for dtype in (*HALF, torch.float32)]
+    # Whoever runs sets of any length runs those of one.
+    common = [Request(device, dtype, 64, 256, uniform=True) for dtype in (*HALF, torch.float32)]
     reasons = {name: [backend.reason(request) for request in common] for name, backend in BACKENDS.items()}
     return {name: None if None in found else found[0] for name, found in reasons.items()}
 
@@ -142,7 +144,7 @@ def varlen_attention(
     Returns:
         [Tq, H, Dh], zeros on padding rows; differentiable in q, k and v.
     """
-    request = Request(q.device, q.dtype, q.shape[-1], max(max_q, max_k))
+    request = Request(q.device, q.dtype, q.shape[-1], max(max_q, max_k), uniform)
     attend = BACKENDS[resolve(backend, request)].attend
     return attend(q, k, v, cu_q, cu_k, max_q, max_k, uniform)
 
@@ -151,7 +153,7 @@ def varlen_self_attention(
     qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, *, backend: str = "auto", uniform: bool = False
 ) -> Tensor:
     """``varlen_attention`` of packed [T, 3, H, Dh] queries, keys and values. Returns [T, H, Dh]."""
-    request = Request(qkv.device, qkv.dtype, qkv.shape[-1], max_seqlen)
+    request = Request(qkv.device, qkv.dtype, qkv.shape[-1], max_seqlen, uniform)
     if resolve(backend, request) in OPS:
         return ops.varlen_self_attention(qkv, cu_seqlens, max_seqlen)[0]
     q, k, v = qkv.unbind(1)

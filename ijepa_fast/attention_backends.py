@@ -29,16 +29,23 @@ class BackendUnavailable(RuntimeError):
 
 @dataclass(frozen=True)
 class Request:
-    """What a backend is asked to run."""
+    """What a backend is asked to run.
+
+    Attributes:
+        max_seqlen: upper bound of the lengths of queries and keys.
+        uniform: all query sequences have one length, all key sequences have one, and no row is padding.
+    """
 
     device: torch.device
     dtype: torch.dtype
     head_dim: int
     max_seqlen: int
+    uniform: bool = False
 
     def __str__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
-        return f"on {self.device.type} in {dtype}, head dim {self.head_dim}, up to {self.max_seqlen} tokens"
+        lengths = "sets of one length" if self.uniform else "sets of any length"
+        return f"on {self.device.type} in {dtype}, head dim {self.head_dim}, {lengths} up to {self.max_seqlen} tokens"
 
 
 @dataclass(eq=False)
@@ -158,10 +165,14 @@ def _load_triton() -> Callable[..., Tensor]:
         import_module(f"ijepa_fast.kernels.{module}")
     if torch.version.hip is not None:
         raise BackendUnavailable("its kernels are made for NVIDIA GPUs")
+    _check_capability()
+    return _load_op()
+
+
+def _check_capability() -> None:
     if torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0):
         found = ".".join(map(str, torch.cuda.get_device_capability()))
         raise BackendUnavailable(f"needs a GPU of compute capability 8.0 or later, this one has {found}")
-    return _load_op()
 
 
 def _load_reference() -> Callable[..., Tensor]:
@@ -171,6 +182,12 @@ def _load_reference() -> Callable[..., Tensor]:
     return attend
 
 
+def _dense(q: Tensor, k: Tensor, v: Tensor, sequences: int) -> Tensor:
+    """torch's attention of packed sequences of equal length, without copies: [Tq, H, Dh]."""
+    q, k, v = (x.unflatten(0, (sequences, -1)).transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(0, 1)
+
+
 def _load_sdpa() -> Callable[..., Tensor]:
     def attend(q, k, v, cu_q, cu_k, max_q, max_k, uniform):
         sequences = cu_q.shape[0] - 1
@@ -178,8 +195,7 @@ def _load_sdpa() -> Callable[..., Tensor]:
             return torch.zeros_like(q)
         max_q, max_k = max(max_q, 1), max(max_k, 1)
         if uniform:
-            q, k, v = (x.unflatten(0, (sequences, -1)).transpose(1, 2) for x in (q, k, v))
-            return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(0, 1)
+            return _dense(q, k, v, sequences)
         num_rows, lengths_k = q.shape[0], cu_k.diff()
         q = _PadRows.apply(q, cu_q, max_q).transpose(1, 2)
         k, v = (_PadRows.apply(x, cu_k, max_k).transpose(1, 2) for x in (k, v))
@@ -187,6 +203,23 @@ def _load_sdpa() -> Callable[..., Tensor]:
         valid = torch.arange(max_k, device=q.device) < lengths_k.clamp(min=1)[:, None]
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=valid[:, None, None, :])
         return _PackRows.apply(out.transpose(1, 2), cu_q, num_rows)
+
+    return attend
+
+
+def _load_cudnn() -> Callable[..., Tensor]:
+    """cuDNN's kernels, as torch calls them; they need sequences of equal length."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    if not torch.backends.cudnn.is_available():
+        raise BackendUnavailable("this torch has no cuDNN")
+    _check_capability()
+
+    def attend(q, k, v, cu_q, cu_k, max_q, max_k, uniform):
+        if cu_q.shape[0] == 1:
+            return torch.zeros_like(q)
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            return _dense(q, k, v, cu_q.shape[0] - 1)
 
     return attend
 
@@ -262,6 +295,19 @@ def _refuse_triton(request: Request) -> str | None:
     return None
 
 
+def _refuse_cudnn(request: Request) -> str | None:
+    """What torch asks before it gives attention to cuDNN, of inputs like ours (its ``can_use_cudnn_attention``)."""
+    if refusal := _refuse_unless(("cuda",), HALF, 128)(request):
+        return refusal
+    if not request.uniform:
+        return "needs sets of one length without padding"
+    if request.max_seqlen < 2:
+        return f"needs at least 2 tokens in a set, got {request.max_seqlen}"
+    if torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled():
+        return "torch takes it for not deterministic, and deterministic algorithms are demanded"
+    return None
+
+
 BACKENDS: dict[str, Backend] = {
     backend.name: backend
     for backend in (
@@ -269,6 +315,7 @@ BACKENDS: dict[str, Backend] = {
         Backend("flash_attn", _load_flash_attn, _refuse_unless(("cuda",), HALF, 256)),
         Backend("xformers", _load_xformers, _refuse_unless(("cuda",), (*HALF, torch.float32), 256)),
         Backend("torch_varlen", _load_torch_varlen, _refuse_unless(("cuda",), HALF, 256)),
+        Backend("cudnn", _load_cudnn, _refuse_cudnn),
         Backend("cpu", _load_op, _refuse_unless(("cpu",), None)),
         Backend("sdpa", _load_sdpa, lambda request: None),
         Backend("reference", _load_reference, lambda request: None),

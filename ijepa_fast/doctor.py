@@ -8,6 +8,7 @@ import platform
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 
 from ijepa_fast import __version__
@@ -158,7 +159,8 @@ def _why_no_triton(gpus: list[dict]) -> str | None:
 
 
 def _attention(torch) -> tuple[dict[str, str | None], str]:
-    """Each attention backend's reason against a typical sequence on this machine, and the choice of "auto"."""
+    """Each attention backend's reason against sequences of one typical length on this machine, which ask the least of
+    it, and the choice of "auto" for any lengths."""
     from ijepa_fast import attention
 
     cuda = torch.cuda.is_available()
@@ -168,5 +170,6 @@ def _attention(torch) -> tuple[dict[str, str | None], str]:
         head_dim=64,
         max_seqlen=256,
     )
-    reasons = {name: backend.reason(typical) for name, backend in attention.BACKENDS.items()}
+    easiest = replace(typical, uniform=True)
+    reasons = {name: backend.reason(easiest) for name, backend in attention.BACKENDS.items()}
     return reasons, attention.resolve("auto", typical)

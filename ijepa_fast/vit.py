@@ -128,6 +128,9 @@ class PatchEmbed(nn.Module):
 
 
 class Attention(nn.Module):
+    dense_backend: str | None = None
+    """Backend for sets of equal length without padding, instead of the usual one."""
+
     def __init__(self, dim: int, num_heads: int, qkv_bias: bool, backend: str):
         super().__init__()
         self.num_heads, self.backend = num_heads, backend
@@ -137,10 +140,12 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, tokens: Ragged, queries: Ragged | None = None) -> Tensor:
         """[T, D] -> [T, D], or the outputs of the rows ``queries.indices`` alone."""
         dim, heads = x.shape[-1], self.num_heads
+        uniform = tokens.uniform and (queries is None or queries.uniform)
+        backend = self.dense_backend if uniform and self.dense_backend is not None else self.backend
         if queries is None:
             qkv_T3HD = self.qkv(x).unflatten(-1, (3, heads, -1))
             out = varlen_self_attention(
-                qkv_T3HD, tokens.cu_seqlens, tokens.max_seqlen, backend=self.backend, uniform=tokens.uniform
+                qkv_T3HD, tokens.cu_seqlens, tokens.max_seqlen, backend=backend, uniform=uniform
             )
         else:
             q = self.qkv.project(take_rows(x, queries.indices), slice(0, dim)).unflatten(-1, (heads, -1))
@@ -153,8 +158,8 @@ class Attention(nn.Module):
                 tokens.cu_seqlens,
                 queries.max_seqlen,
                 tokens.max_seqlen,
-                backend=self.backend,
-                uniform=tokens.uniform and queries.uniform,
+                backend=backend,
+                uniform=uniform,
             )
         return self.proj(out.flatten(1))
 

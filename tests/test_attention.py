@@ -6,6 +6,8 @@ Legend: Tq, Tk packed rows of queries and keys, H heads, Dh head dim.
 import logging
 import math
 import sys
+from dataclasses import astuple
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -29,7 +31,7 @@ from ijepa_fast.vit import VisionTransformer
 
 EVERYWHERE = ("cpu", "sdpa", "reference")
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
-NAMES = {"triton", "flash_attn", "xformers", "torch_varlen", "cpu", "sdpa", "reference"}
+NAMES = {"triton", "flash_attn", "xformers", "torch_varlen", "cudnn", "cpu", "sdpa", "reference"}
 
 
 def prefix_sums(lengths):
@@ -189,11 +191,12 @@ def test_every_backend_is_listed():
 def test_a_backend_is_listed_as_available_if_it_runs_anything_here(name):
     devices = [CPU] + [torch.device("cuda")] * torch.cuda.is_available()
     dtypes = (torch.float32, torch.float16, torch.bfloat16)
-    reasons = [BACKENDS[name].reason(Request(device, dtype, 64, 128)) for device in devices for dtype in dtypes]
+    requests = [Request(device, dtype, 64, 128, uniform=True) for device in devices for dtype in dtypes]
+    reasons = [BACKENDS[name].reason(request) for request in requests]
     assert (available_backends()[name] is None) == (None in reasons), reasons
 
 
-@pytest.mark.parametrize("name", ["flash_attn", "xformers", "torch_varlen"])
+@pytest.mark.parametrize("name", ["flash_attn", "xformers", "torch_varlen", "cudnn"])
 def test_named_backend_that_cannot_run_says_why(name):
     q = torch.zeros(2, 1, 8)
     cu_seqlens = prefix_sums([2])
@@ -234,6 +237,81 @@ def test_triton_says_what_its_kernels_are_not_made_for(request_, message):
     assert message in BACKENDS["triton"].reason(request_)
     with pytest.raises(BackendUnavailable, match=message):
         resolve("triton", request_)
+
+
+@pytest.mark.parametrize("head_dim", [8, 64, 80, 88, 128])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_cudnn_takes_sets_of_one_length(dtype, head_dim):
+    assert BACKENDS["cudnn"].refuse(Request(CUDA, dtype, head_dim, 256, uniform=True)) is None
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        (Request(CPU, torch.bfloat16, 64, 256, True), "runs on cuda, not on cpu"),
+        (Request(CUDA, torch.float32, 64, 256, True), "computes in float16, bfloat16, not torch.float32"),
+        (Request(CUDA, torch.bfloat16, 20, 256, True), "multiple of 8 up to 128, got 20"),
+        (Request(CUDA, torch.bfloat16, 136, 256, True), "multiple of 8 up to 128, got 136"),
+        (Request(CUDA, torch.bfloat16, 64, 256), "sets of any length up to 256 tokens: needs sets of one length"),
+        (Request(CUDA, torch.bfloat16, 64, 1, True), "at least 2 tokens in a set, got 1"),
+    ],
+)
+def test_cudnn_says_what_it_does_not_take(request_, message):
+    with pytest.raises(BackendUnavailable, match=message):
+        resolve("cudnn", request_)
+
+
+@pytest.mark.parametrize(("warn_only", "refused"), [(False, True), (True, False)])
+def test_cudnn_is_refused_where_torch_would_refuse_it_as_not_deterministic(warn_only, refused):
+    torch.use_deterministic_algorithms(True, warn_only=warn_only)
+    try:
+        reason = BACKENDS["cudnn"].refuse(Request(CUDA, torch.bfloat16, 64, 256, uniform=True))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert (reason is not None and "not deterministic" in reason) == refused
+
+
+def test_cudnn_is_the_only_kernel_that_torch_may_take(monkeypatch, nothing_loaded):
+    """With the CPU's attention for cuDNN's. Packed queries, keys and values stay where they are."""
+    calls = []
+    dense = torch.nn.functional.scaled_dot_product_attention
+
+    def spy(q, k, v):
+        calls.append((torch.backends.cuda.cudnn_sdp_enabled(), torch.backends.cuda.math_sdp_enabled(), k.stride()))
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+            return dense(q, k, v)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
+    monkeypatch.setattr(BACKENDS["cudnn"], "refuse", lambda request: None)
+    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
+    qkv = torch.randn(6, 3, 2, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    out = varlen_self_attention(qkv, prefix_sums([3, 3]), 3, backend="cudnn", uniform=True)
+    torch.testing.assert_close(out, naive(*qkv.unbind(1), [3, 3], [3, 3]), rtol=1e-10, atol=1e-12)
+    assert calls == [(True, False, (3 * 48, 8, 48, 1))]
+    assert torch.backends.cuda.math_sdp_enabled()
+
+
+def test_cudnn_compiles_in_one_graph(monkeypatch, nothing_loaded):
+    """Its checks and the choice of the kernel, with the kernel that a CPU has in its place."""
+    torch.compiler.reset()
+    backend, refuse = BACKENDS["cudnn"], BACKENDS["cudnn"].refuse
+    monkeypatch.setattr(backend, "refuse", lambda r: refuse(Request(CUDA, torch.bfloat16, *astuple(r)[2:])))
+    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
+    with monkeypatch.context() as patch:
+        math_kernel = torch.nn.attention.SDPBackend.MATH
+        patch.setattr(torch.nn.attention, "SDPBackend", SimpleNamespace(CUDNN_ATTENTION=math_kernel))
+        assert backend.reason() is None
+    compiled = torch.compile(varlen_self_attention, fullgraph=True, backend="aot_eager")
+    for length in (3, 4, 5):
+        qkv = torch.randn(2 * length, 3, 2, 8, generator=torch.Generator().manual_seed(length), dtype=torch.float64)
+        out = compiled(qkv, prefix_sums([length] * 2), length, backend="cudnn", uniform=True)
+        torch.testing.assert_close(out, naive(*qkv.unbind(1), [length] * 2, [length] * 2), rtol=1e-10, atol=1e-12)
+
+
+def test_cudnn_needs_a_torch_that_has_it(monkeypatch, nothing_loaded):
+    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: False)
+    with pytest.raises(BackendUnavailable, match="'cudnn' cannot run here: this torch has no cuDNN"):
+        check_backend("cudnn")
 
 
 def test_limits_are_those_of_the_kernels():
@@ -376,3 +454,34 @@ def test_backends_on_a_gpu_keep_the_contract(name, head_dim):
     for result, wanted, same_dtype in zip(got, want, plain, strict=True):
         assert (result - wanted)[:used].norm() <= 2 * (same_dtype - wanted)[:used].norm()
         assert result[used:].eq(0).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("head_dim", [24, 64, 80])
+@pytest.mark.parametrize(("length_q", "length_k"), [(256, 256), (196, 196), (100, 256)])
+def test_cudnn_on_a_gpu(length_q, length_k, head_dim):
+    """Forward and backward against fp64, on packed queries, keys and values where they have one length."""
+    cuda, dtype, sequences = torch.device("cuda"), torch.bfloat16, 3
+    assert BACKENDS["cudnn"].reason(Request(cuda, dtype, head_dim, 256, uniform=True)) is None
+    lengths_q, lengths_k = [length_q] * sequences, [length_k] * sequences
+    generator = torch.Generator().manual_seed(0)
+    rows = sum(lengths_q), sum(lengths_k), sum(lengths_k), sum(lengths_q)
+    exact = [torch.randn(n, 4, head_dim, generator=generator).to(dtype).double().cuda() for n in rows]
+
+    def run(dtype, attend):
+        leaves = [x.to(dtype).requires_grad_() for x in exact[:3]]
+        out = attend(*leaves)
+        return [out, *torch.autograd.grad(out, leaves, exact[3].to(dtype))]
+
+    def cudnn(q, k, v):
+        if length_q == length_k:
+            cu_seqlens = prefix_sums(lengths_q).cuda()
+            packed = torch.stack([q, k, v], 1)
+            return varlen_self_attention(packed, cu_seqlens, length_q, backend="cudnn", uniform=True)
+        bounds = prefix_sums(lengths_q).cuda(), prefix_sums(lengths_k).cuda(), length_q, length_k
+        return varlen_attention(q, k, v, *bounds, backend="cudnn", uniform=True)
+
+    want = run(torch.float64, lambda q, k, v: naive(q, k, v, lengths_q, lengths_k))
+    plain = run(dtype, lambda q, k, v: naive(q, k, v, lengths_q, lengths_k))
+    for result, wanted, same_dtype in zip(run(dtype, cudnn), want, plain, strict=True):
+        assert (result - wanted).norm() <= 2 * (same_dtype - wanted).norm()
