@@ -17,6 +17,7 @@ from ijepa_fast.memory import set_checkpointing
 from ijepa_fast.optim import FusedAdamW, parameter_groups
 from ijepa_fast.schedules import Schedules
 from ijepa_fast.step import PRECISION_DTYPES, TrainStep
+from ijepa_fast.streams import SideStream
 from ijepa_fast.vit import cast_weights
 
 
@@ -32,6 +33,8 @@ def prepare(model: IJEPA, config: RunConfig, images: int, device: torch.device) 
     if config.train.compile:
         for network in (model.context_encoder, model.target_encoder, model.predictor):
             network.compile_blocks()
+    if config.train.overlap_target:
+        model.target_stream = SideStream(device)
 
 
 def make_optimizer(model: IJEPA, config: RunConfig) -> FusedAdamW:

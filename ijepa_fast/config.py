@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import Literal
@@ -30,6 +30,8 @@ class ModelConfig:
         predictor_mlp_ratio: of the predictor; null for the encoder's. The official code always has 4.
         init: flat (std 0.02 at all depths, as the published models were trained) or depth_scaled.
         attention: variable-length attention backend, see `ijepa-fast doctor`.
+        target_attention: another backend for whole images in the target encoder, such as cudnn or sdpa; null for the
+            same. Its last block computes only rows that are read at most steps, and stays with attention there.
         activation_checkpointing: recompute blocks in the backward pass to save memory: true, false, or auto (only
             where the GPU would be too small without).
         mean: per channel, of images in [0, 1].
@@ -47,6 +49,7 @@ class ModelConfig:
     predictor_mlp_ratio: float | None = None
     init: Literal["flat", "depth_scaled"] = "flat"
     attention: str = "auto"
+    target_attention: str | None = None
     activation_checkpointing: bool | Literal["auto"] = "auto"
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
@@ -78,7 +81,11 @@ class ModelConfig:
             target_dim=3 * self.patch_size**2 if objective.targets == "pixels" else None,
             **shared,
         )
-        return IJEPA(encoder, predictor, objective)
+        return IJEPA(encoder, predictor, objective, self.target_attention)
+
+    def anywhere(self) -> ModelConfig:
+        """The same networks, with attention that runs on any device in any precision: for use after training."""
+        return replace(self, attention="auto", target_attention=None)
 
 
 @dataclass(frozen=True)
@@ -173,6 +180,8 @@ class TrainConfig:
         compile: run transformer blocks through torch.compile.
         capture: replay steps as CUDA graphs, one for each bucket of token counts. For one GPU, without accumulation, in
             fp32 or bf16; pays where the host cannot launch kernels fast enough: small models and batches.
+        overlap_target: run the target encoder on a second stream, beside context encoder and predictor. For GPUs; the
+            target encoder's temporaries take memory of their own. What it gains is not measured yet.
         device: auto (a GPU if there is one), cpu or cuda.
         log_every: steps between log lines, the only moments the host waits for the device.
         save_every: steps between checkpoints; one is always written at the end.
@@ -187,6 +196,7 @@ class TrainConfig:
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     compile: bool = False
     capture: bool = False
+    overlap_target: bool = False
     device: Literal["auto", "cpu", "cuda"] = "auto"
     log_every: int = 50
     save_every: int = 1000
@@ -206,6 +216,8 @@ class TrainConfig:
                 "train.capture needs a GPU, accumulate 1 and precision fp32 or bf16, "
                 f"got device {self.device}, accumulate {self.accumulate}, precision {self.precision}"
             )
+        if self.overlap_target and self.device == "cpu":
+            raise ValueError(f"train.overlap_target needs a GPU, got device {self.device}")
 
     def total_steps(self, steps_per_epoch: int) -> int:
         return self.steps if self.steps is not None else max(1, round(self.epochs * steps_per_epoch))
@@ -285,12 +297,14 @@ CHANGEABLE = {
     "resume",
     "overwrite",
     "model.attention",
+    "model.target_attention",
     "model.activation_checkpointing",
     "loader.workers",
     "loader.max_bad_share",
     "train.accumulate",
     "train.compile",
     "train.capture",
+    "train.overlap_target",
     "train.device",
     "train.log_every",
     "train.save_every",

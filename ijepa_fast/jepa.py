@@ -16,10 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ijepa_fast import ops
+from ijepa_fast.attention import check_backend
 from ijepa_fast.layout import PredictorLayout, predictor_layout
 from ijepa_fast.masks import Masks
 from ijepa_fast.ragged import PADDING, Ragged
 from ijepa_fast.reference import accumulation_dtype
+from ijepa_fast.streams import SideStream
 from ijepa_fast.vit import Predictor, VisionTransformer, take_rows
 
 
@@ -118,12 +120,26 @@ class IJEPA(nn.Module):
         encoder: the context encoder; the target encoder starts as a frozen copy of it.
         predictor: on the same patch grid and width; to predict pixels, with a target_dim of in_chans * patch_size ** 2.
         objective: losses and their weights.
+        target_attention: attention backend of the target encoder where every patch of every image takes part; all else,
+            such as a last block that computes only the rows that are read, stays with the encoder's. None: the same.
+
+    Attributes:
+        target_stream: where the target encoder runs, beside context encoder and predictor. None: on the current stream.
 
     Raises:
-        ValueError: encoder and predictor do not fit together.
+        ValueError: encoder and predictor do not fit together, or no backend has this name.
+        BackendUnavailable: the backend cannot be imported.
     """
 
-    def __init__(self, encoder: VisionTransformer, predictor: Predictor, objective: Objective | None = None):
+    target_stream: SideStream | None = None
+
+    def __init__(
+        self,
+        encoder: VisionTransformer,
+        predictor: Predictor,
+        objective: Objective | None = None,
+        target_attention: str | None = None,
+    ):
         super().__init__()
         if predictor.grid != encoder.grid:
             raise ValueError(f"the predictor's patch grid {predictor.grid} is not the encoder's {encoder.grid}")
@@ -142,6 +158,10 @@ class IJEPA(nn.Module):
             )
         self.context_encoder = encoder
         self.target_encoder = copy.deepcopy(encoder).requires_grad_(False)
+        if target_attention is not None:
+            check_backend(target_attention)
+            for block in self.target_encoder.blocks:
+                block.attn.dense_backend = target_attention
         self.predictor = predictor
 
     def forward(self, images: Tensor, masks: Masks, *, all_targets: bool = True) -> tuple[Losses, Tensor]:
@@ -165,10 +185,13 @@ class IJEPA(nn.Module):
         if masks.num_images != images.shape[0]:
             raise ValueError(f"the masks are for {masks.num_images} images, but there are {images.shape[0]}")
         layout = predictor_layout(masks.context, masks.targets, masks.num_contexts, masks.num_targets)
-        targets, rows, pooled = self._targets(images, masks, layout, all_targets)
-        context = self.context_encoder(images, masks.context)
-        grid = self.context_encoder.grid_of(*images.shape[2:])
-        values = self.predictor(context, layout, grid)
+        if self.target_stream is None:
+            found = self._targets(images, masks, layout, all_targets)
+            context, values = self._context_and_prediction(images, masks, layout)
+        else:
+            with self.target_stream.beside(lambda: self._targets(images, masks, layout, all_targets)) as found:
+                context, values = self._context_and_prediction(images, masks, layout)
+        targets, rows, pooled = found
         return Prediction(values, targets, rows, layout.predicted.cu_seqlens, context, pooled)
 
     def losses(self, predicted: Prediction, masks: Masks) -> tuple[Losses, Tensor]:
@@ -194,6 +217,10 @@ class IJEPA(nn.Module):
             )
             total = total + objective.variance_weight * variance + objective.covariance_weight * covariance
         return Losses(total, prediction_loss.detach(), variance.detach(), covariance.detach()), pooled
+
+    def _context_and_prediction(self, images: Tensor, masks: Masks, layout: PredictorLayout) -> tuple[Tensor, Tensor]:
+        context = self.context_encoder(images, masks.context)
+        return context, self.predictor(context, layout, self.context_encoder.grid_of(*images.shape[2:]))
 
     @torch.no_grad()
     def _targets(

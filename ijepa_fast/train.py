@@ -19,6 +19,7 @@ from ijepa_fast import checkpoint as checkpoints
 from ijepa_fast.assemble import make_optimizer, make_scaler, make_step, prepare
 from ijepa_fast.checkpoint import Checkpoint, CheckpointError
 from ijepa_fast.config import RunConfig, as_dict, changes, flatten, from_dict
+from ijepa_fast.data import DevicePrefetcher
 from ijepa_fast.data.datasets import Sources, open_sources, train_loader
 from ijepa_fast.distributed import Ranks, ranks
 from ijepa_fast.environment import describe
@@ -72,7 +73,7 @@ def load_trained(path: Path) -> tuple[IJEPA, RunConfig, int]:
     """
     state = checkpoints.load(checkpoints.find(Path(path)))
     config = from_dict(state.extra["config"])
-    model = config.model.build(config.objective)
+    model = config.model.anywhere().build(config.objective)
     model.load_state_dict(checkpoints.select(state.tensors, "model"))
     return model, config, state.step
 
@@ -148,12 +149,12 @@ def _run(config: RunConfig, me: Ranks, sources: Sources, to_yaml: Callable[[RunC
     meter = _Meter(me, train.batch_size)
     stop = _StopFlag()
     try:
-        batches = iter(loader)
+        batches = iter(DevicePrefetcher(loader, me.device))
         for step in range(start_step, total_steps):
             with meter.waiting():
                 batch = next(batches)
             step_once.all_targets = step % config.evaluation.monitor_every == 0
-            result = step_once(batch.images.to(me.device, non_blocking=True), step, me.rank * per_rank)
+            result = step_once(batch.images, step, me.rank * per_rank)
             if step_once.all_targets:
                 health.push(result.pooled)
                 if knn is not None:
@@ -198,6 +199,8 @@ def _check_batches(config: RunConfig, me: Ranks) -> None:
     train, group = config.train, config.masks.group_size
     if train.capture and (me.world_size > 1 or me.device.type != "cuda"):
         raise ValueError(f"train.capture is for one GPU, but this run has {me.world_size} ranks on {me.device.type}")
+    if train.overlap_target and me.device.type != "cuda":
+        raise ValueError(f"train.overlap_target needs a GPU, but this run is on {me.device.type}")
     share = me.world_size * train.accumulate
     if train.batch_size % share:
         raise ValueError(

@@ -121,6 +121,7 @@ def test_changes_are_told_apart():
         ({"train": {"capture": True, "device": "cpu"}}, "train.capture needs a GPU.* device cpu"),
         ({"train": {"capture": True, "accumulate": 2}}, "train.capture needs .* accumulate 2"),
         ({"train": {"capture": True, "precision": "fp16"}}, "train.capture needs .* precision fp16"),
+        ({"train": {"overlap_target": True, "device": "cpu"}}, "train.overlap_target needs a GPU, got device cpu"),
         ({"evaluation": {"monitor_every": 0}}, "evaluation.monitor_every must be at least 1, got 0"),
     ],
 )

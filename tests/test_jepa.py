@@ -30,6 +30,7 @@ from model_cases import (
 )
 
 from ijepa_fast import vit
+from ijepa_fast.attention import BACKENDS
 from ijepa_fast.jepa import IJEPA, Objective, mean_pool, variance_covariance
 from ijepa_fast.layout import predictor_layout
 from ijepa_fast.masks import Masks
@@ -85,6 +86,28 @@ def test_smooth_l1_sees_both_sides_of_its_bend():
     oracle = make_oracle(model)
     predicted = torch.cat([rows for image in oracle.predictions(images, contexts, targets) for rows in image[0]])
     assert 0.1 < (predicted.abs() < 1).double().mean() < 0.9
+
+
+@pytest.mark.parametrize(("selection", "all_targets", "whole"), [("output", 1, 2), ("output", 0, 1), ("input", 1, 0)])
+def test_target_attention_gets_whole_images_and_nothing_else(monkeypatch, selection, all_targets, whole):
+    """``whole``: how many of the target encoder's two blocks compute all rows of all images."""
+    grid, objective, uniform = (6, 6), Objective(target_selection=selection), []
+    images, masks = make_images(3, grid), make_masks(grid, 3)
+    plain = make_model(grid, objective, attention="reference")
+    other = IJEPA(plain.context_encoder, plain.predictor, objective, target_attention="sdpa")
+    other.target_encoder.load_state_dict(plain.target_encoder.state_dict())
+    want = plain(images, masks, all_targets=bool(all_targets))[0].total
+    assert BACKENDS["sdpa"].reason() is None
+    attend = BACKENDS["sdpa"].attend
+    monkeypatch.setattr(BACKENDS["sdpa"], "attend", lambda *a: uniform.append(a[-1]) or attend(*a))
+    assert_equal(other(images, masks, all_targets=bool(all_targets))[0].total, want)
+    assert uniform == [True] * whole
+
+
+def test_target_attention_must_be_a_backend():
+    model = make_model((6, 6))
+    with pytest.raises(ValueError, match="must be one of auto, .*got 'dense'"):
+        IJEPA(model.context_encoder, model.predictor, target_attention="dense")
 
 
 @pytest.mark.parametrize("backend", ["cpu", "sdpa", "reference"])

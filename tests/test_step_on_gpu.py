@@ -21,12 +21,12 @@ MODEL = ModelConfig(
 IMAGES, STEPS = 8, 3
 
 
-def make_step(device, objective=None, kind=TrainStep, flat=False, **settings):
+def make_step(device, objective=None, kind=TrainStep, flat=False, model=MODEL, masks=None, **settings):
     torch.manual_seed(0)
-    model = MODEL.build(objective or Objective()).to(device)
+    model = model.build(objective or Objective()).to(device)
     cast_weights(model, torch.bfloat16)
     optimizer = FusedAdamW(parameter_groups(model), max_grad_norm=1.0, flat_gradients=flat)
-    sampler = MaskSampler(MaskConfig(), model.context_encoder.grid)
+    sampler = MaskSampler(masks or MaskConfig(), model.context_encoder.grid)
     return kind(model, optimizer, sampler, Schedules(total_steps=20, warmup_steps=2), seed=0, **settings)
 
 

@@ -15,7 +15,11 @@ import pytest
 import torch
 
 from ijepa_fast import checkpoint
+from ijepa_fast.attention import BACKENDS, BackendUnavailable
 from ijepa_fast.checkpoint import CheckpointError
+from ijepa_fast.data import TrainLoader
+from ijepa_fast.data.datasets import open_sources
+from ijepa_fast.judge import draw_pictures
 from ijepa_fast.step import TrainStep
 from ijepa_fast.train import NotFinite, Stopped, _check_batches, load_trained, pretrain
 from tests.image_files import bad_files, write_folder
@@ -105,6 +109,47 @@ def test_bad_files_are_reported_in_the_summary(tmp_path):
     assert list(summary["bad_files"]) == [str(tmp_path / "train" / "ant" / "broken.png")]
 
 
+def test_a_batch_that_cannot_be_loaded_ends_the_run_after_the_steps_before_it(data, straight, tmp_path, monkeypatch):
+    """And the run goes on from its checkpoint to the same end."""
+    load, count = TrainLoader.__iter__, 0
+
+    def failing(self):
+        for number, batch in enumerate(load(self)):
+            if number == 7:
+                raise OSError("the disk is gone")
+            yield batch
+
+    def counting(self, *arguments):
+        nonlocal count
+        count += 1
+        return run(self, *arguments)
+
+    run = TrainStep.__call__
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="the disk is gone"):
+        patch.setattr(TrainLoader, "__iter__", failing)
+        patch.setattr(TrainStep, "__call__", counting)
+        pretrain(tiny_run(data, tmp_path / "run"))
+    assert count == 7 and checkpoint.list_steps(tmp_path / "run" / "checkpoints") == [5]
+    pretrain(tiny_run(data, tmp_path / "run"))
+    assert_same_end(tmp_path / "run", straight)
+
+
+def test_attention_chosen_for_training_is_not_needed_afterwards(data, tmp_path, monkeypatch):
+    """A checkpoint is looked at on other machines, in fp32 and on the CPU, as the untrained encoder of pictures is."""
+    config = tiny_run(data, tmp_path / "run", steps=4)
+    chosen = replace(config.model, attention="reference", target_attention="sdpa")
+    pretrain(replace(config, model=chosen))
+    for name in ("reference", "sdpa"):
+        monkeypatch.setattr(BACKENDS[name], "refuse", lambda request: "is for training")
+    model, config, _ = load_trained(tmp_path / "run")
+    assert config.model == chosen
+    model.target_encoder(torch.zeros(1, 3, 24, 24))
+    sources = open_sources(str(data))
+    draw_pictures(config, model.target_encoder, sources, tmp_path / "run")
+    with pytest.raises(BackendUnavailable, match="is for training"):
+        chosen.build(config.objective).target_encoder(torch.zeros(1, 3, 24, 24))
+
+
 @pytest.mark.parametrize("crash_at", [3, 5, 9, 11])
 def test_resume_after_a_crash_is_exact(data, straight, tmp_path, monkeypatch, crash_at):
     run = TrainStep.__call__
@@ -147,6 +192,12 @@ def test_capture_is_for_one_gpu(data, tmp_path, ranks, device):
     config = tiny_run(data, tmp_path / "run", device="auto", capture=True)
     with pytest.raises(ValueError, match=f"train.capture is for one GPU, but this run has {ranks} ranks on {device}"):
         _check_batches(config, SimpleNamespace(world_size=ranks, device=torch.device(device)))
+
+
+def test_a_second_stream_is_for_gpus(data, tmp_path):
+    config = tiny_run(data, tmp_path / "run", device="auto", overlap_target=True)
+    with pytest.raises(ValueError, match="train.overlap_target needs a GPU, but this run is on cpu"):
+        _check_batches(config, SimpleNamespace(world_size=1, device=torch.device("cpu")))
 
 
 @pytest.mark.slow

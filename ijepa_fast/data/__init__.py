@@ -2,6 +2,16 @@
 
 from ijepa_fast.data.folder import ImageFolder, find_split
 from ijepa_fast.data.loader import BadFilesError, Batch, EvalLoader, TrainLoader
+from ijepa_fast.data.prefetch import DevicePrefetcher
 from ijepa_fast.data.source import Source
 
-__all__ = ["BadFilesError", "Batch", "EvalLoader", "ImageFolder", "Source", "TrainLoader", "find_split"]
+__all__ = [
+    "BadFilesError",
+    "Batch",
+    "DevicePrefetcher",
+    "EvalLoader",
+    "ImageFolder",
+    "Source",
+    "TrainLoader",
+    "find_split",
+]

@@ -35,7 +35,7 @@ def read_run(path: Path | str) -> tuple[IJEPA, RunConfig, Checkpoint]:
     path = checkpoints.find(Path(path))
     state = checkpoints.load(path)
     config = from_dict(state.extra["config"])
-    model = config.model.build(config.objective)
+    model = config.model.anywhere().build(config.objective)
     for part in NETWORKS:
         load_weights(getattr(model, part), _full_precision(state, part), f"{part} of {path}")
     return model, config, state

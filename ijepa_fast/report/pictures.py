@@ -76,7 +76,7 @@ def load_trained(run: RunRecord, device: torch.device) -> Trained:
     config = from_dict(state.extra["config"])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        model = config.model.build(config.objective)
+        model = config.model.anywhere().build(config.objective)
     untrained = deepcopy(model.target_encoder)
     model.load_state_dict(checkpoints.select(state.tensors, "model"))
     return Trained(config, state.step, model.to(device).eval(), untrained.to(device).eval(), state.extra["data"])
