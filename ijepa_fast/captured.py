@@ -40,7 +40,8 @@ class Graphs(Protocol):
 class CudaGraphs:
     """Graphs of one device, with one memory pool for all: they never run at the same time.
 
-    Eager work runs on the stream that captures, because backward passes and cached memory keep to their stream.
+    Eager work runs on the stream that captures, because backward passes and cached memory keep to their stream. Work
+    may fork to a ``SideStream`` and must join it: a capture takes that in, and a replay runs both branches.
     """
 
     def __init__(self, device: torch.device):

@@ -4,14 +4,19 @@ What a graph records is a closure over tensors here: a step number, image tensor
 would be that of the capture in every replay, and the weights would come out different.
 """
 
+import threading
+
 import pytest
 import torch
 
 from ijepa_fast.captured import CapturedStep, bucket_rows
+from ijepa_fast.data import DevicePrefetcher, TrainLoader
+from ijepa_fast.data.rendered import RenderedTextures
 from ijepa_fast.masks import MaskConfig, MaskSampler
 from ijepa_fast.optim import FusedAdamW, parameter_groups
 from ijepa_fast.schedules import Schedules
 from ijepa_fast.step import TrainStep
+from ijepa_fast.streams import SideStream
 from tests.test_step_on_gpu import MODEL, make_step
 from tests.test_step_on_gpu import images as gpu_images
 from tests.tiny import GRID, MASKS, images, tiny_model
@@ -163,6 +168,46 @@ def test_captured_equals_eager_on_a_gpu():
         assert torch.equal(captured(batch, number).losses.total, want), number
     assert_same_weights(captured, eager)
     assert captured._replays and MODEL.img_size == 96
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("overlapped", [False, True])
+def test_captures_beside_threads_that_pin_memory(overlapped):
+    """A loader's thread pins the next batches while a step is captured, and one more thread pins new memory all the
+    time; neither breaks a capture, nor gets into one."""
+
+    def loader(**settings):
+        images = RenderedTextures("train", 64)
+        return TrainLoader(images, image_size=96, global_batch=8, seed=0, num_steps=STEPS, **settings)
+
+    eager, captured = (make_step("cuda", kind=kind, flat=True, round_rows=128) for kind in (TrainStep, CapturedStep))
+    if overlapped:
+        captured.model.target_stream = SideStream("cuda")
+    for number, batch in enumerate(loader()):
+        eager(batch.images.cuda(), number)
+
+    stop, kept, errors = threading.Event(), [], []
+
+    def pin():
+        try:
+            while not stop.is_set():
+                memory = torch.zeros(1 << 16, dtype=torch.uint8).pin_memory()
+                if len(kept) < 2000:  # so that it is asked of the driver, not taken from what was freed
+                    kept.append(memory)
+        except RuntimeError as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=pin)
+    thread.start()
+    try:
+        batches = DevicePrefetcher(loader(workers=2, pin_memory=True), torch.device("cuda"))
+        for number, batch in enumerate(batches):
+            captured(batch.images, number)
+    finally:
+        stop.set()
+        thread.join()
+    assert not errors and len(kept) > 10 and captured._replays
+    assert_same_weights(captured, eager)
 
 
 @pytest.mark.gpu
