@@ -26,12 +26,17 @@ def prepare(model: IJEPA, config: RunConfig, images: int, device: torch.device) 
 
     Args:
         images: of a micro-batch on this device, for the estimate of its memory.
+
+    Raises:
+        ValueError: the model or the device cannot do what an option asks for.
     """
+    model.use_fp8_targets(config.train.fp8_targets, device)
     model.to(device)
     cast_weights(model, PRECISION_DTYPES[config.train.precision])
     set_checkpointing(model, config, images, device)
-    if config.train.compile:
-        for network in (model.context_encoder, model.target_encoder, model.predictor):
+    for network in (model.context_encoder, model.target_encoder, model.predictor):
+        network.wide_residual = config.train.wide_residual
+        if config.train.compile:
             network.compile_blocks()
     if config.train.overlap_target:
         model.target_stream = SideStream(device)

@@ -6,8 +6,9 @@ import difflib
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from importlib import resources
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
+from ijepa_fast.fp8 import Scaling
 from ijepa_fast.jepa import IJEPA, Objective
 from ijepa_fast.masks import MaskConfig
 from ijepa_fast.schedules import Schedules
@@ -177,6 +178,11 @@ class TrainConfig:
         steps: length of the run in steps instead of epochs.
         accumulate: micro-batches per step and rank; saves memory.
         precision: fp32, bf16 (bf16 weights with fp32 masters) or fp16 (the same, with loss scaling).
+        wide_residual: keep the sums between transformer blocks in fp32 where weights are bf16 or fp16; without effect
+            in fp32.
+        fp8_targets: multiply in FP8 (e4m3) in the target encoder's blocks, with one scale per tensor, or one per row;
+            off for the training precision. In bf16, on GPUs of compute capability 8.9 or higher (docs/precision.md);
+            what it gains is not measured yet. The CPU emulates it, slowly.
         compile: run transformer blocks through torch.compile.
         capture: replay steps as CUDA graphs, one for each bucket of token counts. For one GPU, without accumulation, in
             fp32 or bf16; pays where the host cannot launch kernels fast enough: small models and batches.
@@ -194,6 +200,8 @@ class TrainConfig:
     steps: int | None = None
     accumulate: int = 1
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    wide_residual: bool = False
+    fp8_targets: Scaling = "off"
     compile: bool = False
     capture: bool = False
     overlap_target: bool = False
@@ -211,6 +219,11 @@ class TrainConfig:
             raise ValueError(f"train.steps must be at least 1, got {self.steps}")
         if self.steps is None and not self.epochs > 0:
             raise ValueError(f"train.epochs must be positive, got {self.epochs}")
+        if self.fp8_targets not in get_args(Scaling):
+            choices = ", ".join(get_args(Scaling))
+            raise ValueError(f"train.fp8_targets must be one of {choices}, got {self.fp8_targets!r}")
+        if self.fp8_targets != "off" and self.precision != "bf16":
+            raise ValueError(f"train.fp8_targets {self.fp8_targets} needs precision bf16, got {self.precision}")
         if self.capture and (self.accumulate > 1 or self.precision == "fp16" or self.device == "cpu"):
             raise ValueError(
                 "train.capture needs a GPU, accumulate 1 and precision fp32 or bf16, "

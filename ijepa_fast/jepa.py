@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ijepa_fast import ops
 from ijepa_fast.attention import check_backend
+from ijepa_fast.fp8 import Scaling, check_fp8, fp8_products
 from ijepa_fast.layout import PredictorLayout, predictor_layout
 from ijepa_fast.masks import Masks
 from ijepa_fast.ragged import PADDING, Ragged
@@ -125,6 +126,7 @@ class IJEPA(nn.Module):
 
     Attributes:
         target_stream: where the target encoder runs, beside context encoder and predictor. None: on the current stream.
+        fp8_targets: how the target encoder's products are scaled in ``forward``, see ``use_fp8_targets``.
 
     Raises:
         ValueError: encoder and predictor do not fit together, or no backend has this name.
@@ -132,6 +134,7 @@ class IJEPA(nn.Module):
     """
 
     target_stream: SideStream | None = None
+    fp8_targets: Scaling = "off"
 
     def __init__(
         self,
@@ -163,6 +166,24 @@ class IJEPA(nn.Module):
             for block in self.target_encoder.blocks:
                 block.attn.dense_backend = target_attention
         self.predictor = predictor
+
+    def use_fp8_targets(self, scaling: Scaling, device: torch.device) -> None:
+        """From now on, ``forward`` multiplies in FP8 in the blocks of the target encoder; with "off", no longer.
+
+        Weights and checkpoints stay the same, and so does the target encoder where it is called on its own.
+
+        Args:
+            device: where ``forward`` will be called. On a GPU, weights must be bf16 by then.
+
+        Raises:
+            ValueError: an unknown scaling, widths that are no multiples of 16, a GPU that cannot multiply FP8 numbers,
+                or pixels as targets, which no target encoder makes.
+        """
+        blocks = self.target_encoder.blocks
+        check_fp8(scaling, (layer for layer in blocks.modules() if isinstance(layer, nn.Linear)), device)
+        if scaling != "off" and self.objective.targets == "pixels":
+            raise ValueError(f"FP8 scaling {scaling} is for a target encoder, but objective.targets is pixels")
+        self.fp8_targets = scaling
 
     def forward(self, images: Tensor, masks: Masks, *, all_targets: bool = True) -> tuple[Losses, Tensor]:
         """Loss of one batch, and the pooled target features.
@@ -222,6 +243,10 @@ class IJEPA(nn.Module):
         context = self.context_encoder(images, masks.context)
         return context, self.predictor(context, layout, self.context_encoder.grid_of(*images.shape[2:]))
 
+    def _encoded_targets(self, images: Tensor, tokens: Ragged | None = None, queries: Ragged | None = None) -> Tensor:
+        with fp8_products(self.fp8_targets):
+            return self.target_encoder(images, tokens, queries)
+
     @torch.no_grad()
     def _targets(
         self, images: Tensor, masks: Masks, layout: PredictorLayout, all_targets: bool
@@ -238,16 +263,16 @@ class IJEPA(nn.Module):
         # Patches in several blocks are read as often: many large blocks would cost more than all patches once.
         all_targets |= targets.num_rows >= images.shape[0] * grid[0] * grid[1]
         if objective.target_selection == "output" and all_targets:
-            whole = encoder(images)
+            whole = self._encoded_targets(images)
             pooled, features = whole.mean(1, dtype=torch.float32), whole.flatten(0, 1)
             if objective.targets == "features":
                 return features, layout.target_tokens, pooled
             features = take_rows(features, targets.indices)
         else:
             if objective.target_selection == "output":
-                features = encoder(images, queries=per_image)
+                features = self._encoded_targets(images, queries=per_image)
             else:
-                features = encoder(images, targets)
+                features = self._encoded_targets(images, targets)
             pooled = mean_pool(features, per_image)
         if objective.targets == "features":
             return features, layout.target_rows, pooled

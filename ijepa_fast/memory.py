@@ -47,7 +47,7 @@ def activation_bytes(config: RunConfig, images: int, *, checkpointing: bool) -> 
         whole = rows * dim * (keys + others)
         last = rows * dim * (keys - size) + last_rows * dim * (others + 2 * size)
         if checkpointing:  # the input of every block, and all of the one that is being recomputed
-            return depth * rows * dim * size + whole
+            return depth * rows * dim * (4 if config.train.wide_residual else size) + whole
         return (depth - 1) * whole + last
 
     width, narrow = model.embed_dim, model.predictor_embed_dim

@@ -108,9 +108,9 @@ def _run(config: RunConfig, me: Ranks, sources: Sources, to_yaml: Callable[[RunC
     total_steps = train.total_steps(steps_per_epoch)
     schedules = config.optim.schedules(total_steps, steps_per_epoch)
 
-    found = me.from_main(_claim_folder(config, sources) if me.is_main else None)
     per_rank = train.batch_size // me.world_size
     prepare(model, config, per_rank // train.accumulate, me.device)
+    found = me.from_main(_claim_folder(config, sources) if me.is_main else None)
     if me.is_main:
         write_text(folder / "config.yaml", to_yaml(config))
         write_json(folder / "environment.json", describe())

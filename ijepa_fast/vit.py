@@ -17,8 +17,10 @@ from torch.utils.checkpoint import checkpoint
 
 from ijepa_fast import ops
 from ijepa_fast.attention import check_backend, varlen_attention, varlen_self_attention
+from ijepa_fast.fp8 import active_scaling, fp8_linear
 from ijepa_fast.layout import PredictorLayout, predictor_layout
 from ijepa_fast.ragged import Ragged
+from ijepa_fast.reference import accumulation_dtype
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -82,15 +84,19 @@ def take_rows(x: Tensor, rows: Tensor) -> Tensor:
 
 
 class Linear(nn.Linear):
-    """``nn.Linear`` whose bias may be kept in fp32 beside a low-precision weight."""
+    """``nn.Linear`` whose bias and input may be fp32 beside a low-precision weight; see also ``fp8.fp8_products``."""
 
     def forward(self, x: Tensor) -> Tensor:
         return self.project(x, slice(None))
 
     def project(self, x: Tensor, outputs: slice) -> Tensor:
         """Only some of the output features."""
-        bias = None if self.bias is None else self.bias[outputs].to(self.weight.dtype)
-        return F.linear(x, self.weight[outputs], bias)
+        weight = self.weight[outputs]
+        bias = None if self.bias is None else self.bias[outputs].to(weight.dtype)
+        if active_scaling() != "off":
+            return fp8_linear(x, weight, bias, active_scaling())
+        # Under autocast it is the weight that is wider, and torch casts both.
+        return F.linear(x.to(weight.dtype) if x.itemsize > weight.itemsize else x, weight, bias)
 
 
 class LayerNorm(nn.LayerNorm):
@@ -206,6 +212,8 @@ class _Blocks(nn.Module):
     """What encoder and predictor share: checks, initialisation and the run through the blocks."""
 
     activation_checkpointing: bool = False
+    wide_residual: bool = False
+    """Keep the sums between blocks in fp32 beside low-precision weights; norms read them, products do not."""
     _call = staticmethod(_call)
 
     def compile_blocks(self, backend: str = "inductor") -> None:
@@ -215,6 +223,10 @@ class _Blocks(nn.Module):
             backend: of ``torch.compile``.
         """
         self._call = torch.compile(_call, fullgraph=True, dynamic=True, backend=backend)
+
+    def _stream(self, x: Tensor) -> Tensor:
+        """What enters the blocks, in the dtype that the sums between them are kept in."""
+        return x.to(accumulation_dtype(x.dtype)) if self.wide_residual else x
 
     def _run(self, blocks: nn.ModuleList, x: Tensor, tokens: Ragged, queries: Ragged | None) -> Tensor:
         for i, block in enumerate(blocks):
@@ -341,7 +353,7 @@ class VisionTransformer(_Blocks):
             raise ValueError(
                 f"queries have {queries.num_sequences} sequences and tokens {packed.num_sequences} sequences"
             )
-        x = self.norm(self._run(self.blocks, self._embed(images, packed, grid), packed, queries))
+        x = self._features(self._run(self.blocks, self._embed(images, packed, grid), packed, queries))
         if queries is not None:
             return x.masked_fill((queries.indices < 0)[:, None], 0)
         if isinstance(tokens, Ragged):
@@ -357,7 +369,12 @@ class VisionTransformer(_Blocks):
 
     def _embed(self, images: Tensor, tokens: Ragged, grid: tuple[int, int]) -> Tensor:
         positions = resize_positions(self.pos_embed[0], self.grid, grid)
-        return ops.gather_add(self.patch_embed(images, tokens.indices), positions, tokens.indices, False)
+        patches = self._stream(self.patch_embed(images, tokens.indices))
+        return ops.gather_add(patches, positions, tokens.indices, False)
+
+    def _features(self, x: Tensor) -> Tensor:
+        """The final norm, in the dtype of the weights whatever that of the sums."""
+        return self.norm(x).to(self.patch_embed.proj.weight.dtype) if self.wide_residual else self.norm(x)
 
     @staticmethod
     def _token_sets(tokens, images: Tensor, num_patches: int) -> Ragged:
@@ -388,7 +405,7 @@ class VisionTransformer(_Blocks):
         for i, block in enumerate(self.blocks):
             x = block(x, tokens)
             if i >= len(self.blocks) - n:
-                outputs.append(self.norm(x).unflatten(0, (images.shape[0], -1)))
+                outputs.append(self._features(x).unflatten(0, (images.shape[0], -1)))
         return outputs
 
 
@@ -445,7 +462,7 @@ class Predictor(_Blocks):
         """
         positions = resize_positions(self.predictor_pos_embed[0], self.grid, grid or self.grid)
         x = ops.predictor_tokens(
-            self.predictor_embed(context),
+            self._stream(self.predictor_embed(context)),
             self.mask_token.flatten(),
             positions,
             layout.tokens.indices,

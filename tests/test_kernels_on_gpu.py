@@ -51,6 +51,11 @@ def layer_norm_backward(module) -> Callable:
     return run
 
 
+def quantize_fp8(per_row: bool) -> Callable:
+    """Its values as fp32: they are the very numbers of the reference, or the error is far beyond what fp32 explains."""
+    return lambda module: lambda x: [result.float() for result in module.quantize_fp8(x, per_row)]
+
+
 def draw_tokens(shapes: Shapes, share: tuple[float, float], blocks: int, generator: torch.Generator) -> Ragged:
     """Of each image ``blocks`` random sets of patches, each of a size between the given shares of the grid."""
     patches = shapes.grid**2
@@ -121,6 +126,8 @@ def cases(shapes: Shapes, device: str) -> list[Case]:
             (grad_hidden, hidden, hidden_bias),
             lambda: [0, 2 * largest(grad_hidden.abs().sum(0))],
         ),
+        Case("quantize_fp8", quantize_fp8(True), (hidden,)),
+        Case("quantize_fp8", quantize_fp8(False), (x,)),
     ]
 
 

@@ -105,6 +105,14 @@ def plain_gelu(dtype):
     return normal(5, WIDTH, dtype=dtype), None
 
 
+def quantize_fp8(dtype):
+    return normal(5, WIDTH, dtype=dtype), True
+
+
+def quantize_fp8_together(dtype):
+    return normal(5, WIDTH, dtype=dtype), False
+
+
 CASES = {
     "gather_patches": Case(ops.gather_patches, gather_patches, "gather_patches", differentiable=False),
     "gather_add": Case(ops.gather_add, gather_add, "gather_add"),
@@ -135,6 +143,8 @@ CASES = {
     "layer_norm_plain": Case(ops.layer_norm, plain_layer_norm, "layer_norm"),
     "bias_gelu": Case(ops.bias_gelu, bias_gelu, "gelu"),
     "gelu": Case(ops.bias_gelu, plain_gelu, "gelu"),
+    "quantize_fp8": Case(ops.quantize_fp8, quantize_fp8, "quantize_fp8", differentiable=False),
+    "quantize_fp8_together": Case(ops.quantize_fp8, quantize_fp8_together, "quantize_fp8", differentiable=False),
 }
 DIFFERENTIABLE = {name: case for name, case in CASES.items() if case.differentiable}
 WITHOUT_GRADIENT = {"predictor_tokens": (2,), "target_loss": (1,)}  # frozen positions, stop-gradient

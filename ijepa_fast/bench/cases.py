@@ -140,6 +140,7 @@ def row_cases(batch: Batch) -> list[Case]:
         layer_norm(batch),
         layer_norm_with_residual(batch),
         *(bias_gelu(batch, part) for part in parts),
+        quantize_fp8(batch),
     ]
 
 
@@ -302,3 +303,24 @@ def bias_gelu(batch: Batch, part: str) -> Case:
     modes = MODES if part == "context" else ["forward"]  # the target encoder has no backward pass
     providers = with_compiled(ours, Provider(eager, low_precision(1)))
     return Case("bias_gelu", part, batch.costs("bias_gelu", part, modes), draw, 2, reference.bias_gelu, providers)
+
+
+def quantize_fp8(batch: Batch) -> Case:
+    """The widest input that the target encoder's products have: the hidden layer, with a scale for each row."""
+    width, rows = hidden_width(batch.model), len(batch.indices("target encoder"))
+
+    def draw(generator):
+        return [batch.normal(generator, rows, width)]
+
+    def ours(x):
+        return ops.quantize_fp8(x, True)
+
+    def exact(x):
+        return [result.double() for result in reference.quantize_fp8(x, True)]
+
+    def eager(x):
+        amax = x.abs().amax(1).float().clamp(min=1e-12)
+        return (x.float() * (448 / amax)[:, None]).to(reference.FP8), amax / 448
+
+    costs = batch.costs("quantize_fp8", "target encoder", ["forward"])
+    return Case("quantize_fp8", "target encoder", costs, draw, 0, exact, with_compiled(ours, Provider(eager)))

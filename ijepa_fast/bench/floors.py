@@ -176,6 +176,11 @@ def _rows_of_width(count: int, hidden: bool = False) -> Callable[[Workload, str]
     return cost
 
 
+def _quantize_fp8(w: Workload, part: str) -> Cost:
+    """A row of the MLP's hidden layer in, 8 bits a value and the scale of the row out."""
+    return Cost(w.rows(part) * ((w.itemsize + 1) * hidden_width(w.model) + WIDE))
+
+
 def hidden_width(model: ModelConfig) -> int:
     return round(model.embed_dim * model.mlp_ratio)
 
@@ -198,6 +203,7 @@ FORWARD: dict[str, Callable[[Workload, str], Cost]] = {
     "layer_norm": _rows_of_width(2),
     "layer_norm with residual": _rows_of_width(4),
     "bias_gelu": _rows_of_width(2, hidden=True),
+    "quantize_fp8": _quantize_fp8,
     "varlen_attention": _attention(4, 2),
     "grad_norm": lambda w, part: Cost(LOW * w.parameters),
     # Per parameter: gradient in, its rounded copy out, master and two moments in and out; average in and out, its copy.

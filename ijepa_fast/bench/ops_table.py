@@ -96,12 +96,12 @@ def _floating(value: Any) -> bool:
 def error(results: Sequence[Tensor], exact: Sequence[Tensor], independent: bool = False) -> float:
     """Largest relative L2 distance over the results, in units of what rounding explains; NaN if anything is.
 
-    The unit is one machine epsilon of 16-bit results, and ``SUM_ERROR`` of wider ones. Wide results that come beside
-    16-bit ones (gradients of biases) were summed from values rounded to 16 bits, so they share their unit, unless all
-    results are ``independent``.
+    The unit is one machine epsilon of 8- and 16-bit results, and ``SUM_ERROR`` of wider ones. Wide results that come
+    beside 16-bit ones (gradients of biases) were summed from values rounded to 16 bits, so they share their unit,
+    unless all results are ``independent``.
     """
     largest = 0.0
-    coarsest = max((unit(result.dtype) for result in results), default=0.0)
+    coarsest = max((unit(result.dtype) for result in results if result.dtype.itemsize == 2), default=0.0)
     for result, wanted in zip(results, exact, strict=True):
         if result.shape != wanted.shape:
             raise WrongResult(f"a result has shape {list(result.shape)} instead of {list(wanted.shape)}")
@@ -110,12 +110,13 @@ def error(results: Sequence[Tensor], exact: Sequence[Tensor], independent: bool 
         relative = float(distance / scale.clamp(min=torch.finfo(torch.float32).tiny))
         if relative != relative:
             return relative
-        largest = max(largest, relative / (unit(result.dtype) if independent else coarsest))
+        own = unit(result.dtype)
+        largest = max(largest, relative / (own if independent else max(own, coarsest)))
     return largest
 
 
 def unit(dtype: torch.dtype) -> float:
-    if dtype.itemsize == 2:
+    if dtype.itemsize <= 2:
         return torch.finfo(dtype).eps
     return SUM_ERROR * torch.finfo(torch.float32).eps
 

@@ -27,6 +27,7 @@ from ijepa_fast.ops.optimizer import (
     grad_norm,
     pointer_tables,
 )
+from ijepa_fast.ops.quantize import quantize_fp8
 from ijepa_fast.ops.tokens import (
     gather_add,
     gather_add_backward,
@@ -49,6 +50,7 @@ __all__ = [
     "pointer_tables",
     "predictor_tokens",
     "predictor_tokens_backward",
+    "quantize_fp8",
     "target_loss",
     "target_loss_backward",
     "varlen_attention",

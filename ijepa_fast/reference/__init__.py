@@ -30,6 +30,7 @@ from ijepa_fast.reference.optimizer import (
     grad_norm,
 )
 from ijepa_fast.reference.precision import accumulation_dtype
+from ijepa_fast.reference.quantize import FP8, quantize_fp8
 from ijepa_fast.reference.tokens import (
     gather_add,
     gather_add_backward,
@@ -40,6 +41,7 @@ from ijepa_fast.reference.tokens import (
 )
 
 __all__ = [
+    "FP8",
     "LOSS_KINDS",
     "SETTINGS",
     "accumulation_dtype",
@@ -58,6 +60,7 @@ __all__ = [
     "padded_patch_width",
     "predictor_tokens",
     "predictor_tokens_backward",
+    "quantize_fp8",
     "target_loss",
     "target_loss_backward",
     "varlen_attention",
