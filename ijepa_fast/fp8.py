@@ -64,8 +64,8 @@ def fp8_linear(x: Tensor, weight: Tensor, bias: Tensor | None, scaling: Scaling)
     return torch._scaled_mm(
         x_TK,
         weight_DK.t(),
-        scale_a=x_scales[:, None] if per_row else x_scales,
-        scale_b=weight_scales[None] if per_row else weight_scales,
+        scale_a=x_scales.unsqueeze(1) if per_row else x_scales,
+        scale_b=weight_scales.unsqueeze(0) if per_row else weight_scales,
         bias=bias,
         out_dtype=weight.dtype,
         use_fast_accum=True,

@@ -18,12 +18,15 @@ MODEL = ModelConfig(56, 4, embed_dim=96, depth=4, num_heads=4, predictor_embed_d
 IMAGES = 16
 
 
-def build(precision, checkpointing=False):
+def build(precision, checkpointing=False, wide_residual=False):
     config = RunConfig(
-        model=replace(MODEL, activation_checkpointing=checkpointing), train=TrainConfig(precision=precision)
+        model=replace(MODEL, activation_checkpointing=checkpointing),
+        train=TrainConfig(precision=precision, wide_residual=wide_residual),
     )
     model = config.model.build(Objective())
     cast_weights(model, PRECISION_DTYPES[precision])
+    for network in (model.context_encoder, model.target_encoder, model.predictor):
+        network.wide_residual = wide_residual
     return config, model
 
 
@@ -44,18 +47,18 @@ def kept_bytes(model, masks, images):
     return sum(kept.values())
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_activations_are_those_autograd_keeps(precision):
-    config, model = build(precision)
+@pytest.mark.parametrize(("precision", "wide_residual"), [("fp32", False), ("bf16", False), ("bf16", True)])
+def test_activations_are_those_autograd_keeps(precision, wide_residual):
+    config, model = build(precision, wide_residual=wide_residual)
     masks = MaskSampler(MaskConfig(), (14, 14)).sample(IMAGES, seed=0, step=0)
     kept = kept_bytes(model, masks, torch.zeros(IMAGES, 3, 56, 56, dtype=torch.uint8))
     assert activation_bytes(config, IMAGES, checkpointing=False) == pytest.approx(kept, rel=0.1)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_checkpointing_keeps_block_inputs_and_needs_one_block(precision):
+@pytest.mark.parametrize(("precision", "wide_residual"), [("fp32", False), ("bf16", False), ("bf16", True)])
+def test_checkpointing_keeps_block_inputs_and_needs_one_block(precision, wide_residual):
     """What is kept between the passes, and the largest block, which is there once more while it is recomputed."""
-    config, model = build(precision, True)
+    config, model = build(precision, True, wide_residual)
     masks = MaskSampler(MaskConfig(), (14, 14)).sample(IMAGES, seed=0, step=0)
     between = kept_bytes(model, masks, torch.zeros(IMAGES, 3, 56, 56, dtype=torch.uint8))
     estimate = activation_bytes(config, IMAGES, checkpointing=True)

@@ -227,6 +227,28 @@ def test_features_are_watched_at_some_steps_alone(data, tmp_path, monkeypatch, e
     assert final(tmp_path / "run").tensors["health.features"].shape == (8 * monitored, 16)
 
 
+def test_precision_options_are_put_to_work_and_leave_the_same_files(data, tmp_path):
+    options = {"plain": {}, "fp8": {"fp8_targets": "row"}, "wide": {"wide_residual": True}}
+    ends = {}
+    for name, chosen in options.items():
+        pretrain(tiny_run(data, tmp_path / name, precision="bf16", **chosen))
+        ends[name] = final(tmp_path / name).tensors
+        assert load_trained(tmp_path / name)[0].fp8_targets == "off"
+    for name in ("fp8", "wide"):
+        assert ends[name].keys() == ends["plain"].keys()
+        assert all(value.dtype == ends["plain"][key].dtype for key, value in ends[name].items())
+        assert any(not torch.equal(value, ends["plain"][key]) for key, value in ends[name].items())
+    with pytest.raises(CheckpointError, match=r"train.fp8_targets \('row' -> 'tensor'\)"):
+        pretrain(tiny_run(data, tmp_path / "fp8", precision="bf16", fp8_targets="tensor"))
+
+
+def test_widths_that_fp8_cannot_have_are_refused_before_anything_is_written(data, tmp_path):
+    config = tiny_run(data, tmp_path / "run", precision="bf16", fp8_targets="tensor")
+    with pytest.raises(ValueError, match="FP8 needs widths that are multiples of 16"):
+        pretrain(replace(config, model=replace(config.model, embed_dim=24)))
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_finished_run_is_not_trained_again(straight, data, monkeypatch):
     monkeypatch.setattr(TrainStep, "__call__", lambda *_: pytest.fail("trained again"))
     summary = pretrain(tiny_run(data, straight))
