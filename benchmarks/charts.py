@@ -11,6 +11,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+from benchmarks import precision_report
 from ijepa_fast.bench.rows import best_of
 
 OURS, THEIRS = "#1f5fa8", "#b9c2cc"
@@ -38,6 +39,8 @@ def draw(reports: dict[str, list[dict[str, Any]]], folder: Path) -> list[Path]:
         drawn.append(_scaling(found, folder / "bench_scaling.png"))
     if found := accuracy_reports(reports):
         drawn.append(_accuracy(found, folder / "bench_accuracy.png"))
+    if found := reports.get("precision"):
+        drawn.append(precision_report.draw(found[-1], folder / "precision.png"))
     return drawn
 
 

@@ -2,10 +2,10 @@
 
     python -m benchmarks.report [--check]
 
-Reads ``benchmarks/results/*.json`` and writes ``benchmarks/RESULTS.md``, what stands between the marks in README.md and
-docs/masks.md, the column "measured" of docs/kernels.md, and the charts in docs/images. ``--check`` writes nothing and
-fails where a text is not what it would write. What was not measured is said to be so; of a GPU run whose tests failed
-no time is shown.
+Reads ``benchmarks/results/*.json`` and writes ``benchmarks/RESULTS.md``, what stands between the marks in README.md,
+docs/masks.md and docs/precision.md, the column "measured" of docs/kernels.md, and the charts in docs/images.
+``--check`` writes nothing and fails where a text is not what it would write. What was not measured is said to be so; of
+a GPU run whose tests failed no time is shown.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from benchmarks import precision_report
 from benchmarks.report_training import accuracy_section, scaling_section, step_reports, step_table, steps_section
 from benchmarks.results_files import (
     NOT_MEASURED,
@@ -230,6 +231,7 @@ def pages(root: Path, reports: dict[str, list[Report]]) -> dict[Path, str]:
                 edited("README.md", lambda text: between(text, "speed", readme_table(reports))),
                 edited("docs/masks.md", lambda text: between(text, "mask rates", masks)),
                 edited("docs/kernels.md", lambda text: kernels_page(text, reports)),
+                edited("docs/precision.md", lambda text: between(text, "precision", precision_report.section(reports))),
             ]
         ),
     }

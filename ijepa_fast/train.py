@@ -234,7 +234,8 @@ def _claim_folder(config: RunConfig, sources: Sources) -> str | None:
         return None
     newest = checkpoints.path_of(folder / "checkpoints", steps[-1])
     extra = checkpoints.load(newest).extra
-    allowed, refused = changes(extra["settings"], flatten(config))
+    # Settings that came into being since the run began had their defaults then.
+    allowed, refused = changes(flatten(RunConfig()) | extra["settings"], flatten(config))
     if refused:
         listed = ", ".join(f"{name} ({old!r} -> {new!r})" for name, (old, new) in refused.items())
         raise CheckpointError(f"{folder} holds a run with other settings: {listed}; give another output folder")

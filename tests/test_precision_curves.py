@@ -1,0 +1,114 @@
+"""benchmarks/precision_curves.py and the page that shows its results."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from benchmarks import precision_curves, precision_report, report
+from ijepa_fast.vit import VisionTransformer, cast_weights
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_products_in_fp32_are_the_bf16_products_rounded_once():
+    generator = torch.Generator().manual_seed(0)
+    x, weight, bias = (torch.randn(s, generator=generator).bfloat16() for s in ((40, 64), (24, 64), (24,)))
+    x.requires_grad_()
+    with precision_curves.ProductsInFp32():
+        out = F.linear(x, weight, bias)
+    exact = x.detach().double() @ weight.double().T + bias.double()
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out.detach().double(), exact, rtol=2**-8, atol=1e-5)
+    out.sum().backward()
+    torch.testing.assert_close(x.grad.double(), weight.double().sum(0).expand(40, -1), rtol=2**-8, atol=1e-5)
+
+
+def test_variants_differ_in_their_precision_alone(tmp_path):
+    configs = {name: precision_curves.run_config(name, 0, tmp_path, 50) for name in precision_curves.VARIANTS}
+    changed = [set(precision_curves.ablations.changes(configs["fp32"], config)) for config in configs.values()]
+    assert set().union(*changed) == {"train.precision", "train.wide_residual", "train.fp8_targets"}
+    assert len({config.output for config in configs.values()}) == len(configs) == 5
+
+
+def test_likeness_is_by_block_and_leaves_the_precision_of_the_caller():
+    torch.manual_seed(0)
+    encoder = VisionTransformer(32, 4, embed_dim=64, depth=3, num_heads=2)
+    images = precision_curves.rendered_images(6, 32)
+    pairs = precision_curves.likeness(encoder, images)
+    assert [(pair["a"], pair["b"]) for pair in pairs] == [("bf16", "fp32"), ("tensor", "bf16"), ("row", "bf16")]
+    for pair in pairs:
+        assert len(pair["blocks"]) == 3
+        for block in pair["blocks"]:
+            assert 0.9 < block["min"] <= block["mean"] < 1 and 0.9 < block["centred_mean"] < 1
+    rounded = [pair["blocks"][-1]["mean"] for pair in pairs]
+    assert rounded[0] > rounded[1] and rounded[0] > rounded[2]
+
+    cast_weights(encoder, torch.bfloat16)
+    same = precision_curves.likeness(encoder, images)
+    assert same[0]["blocks"][-1] == {"mean": 1.0, "min": 1.0, "centred_mean": 1.0}
+
+
+def made_up(seeds=(0, 1)):
+    def run(seed, loss):
+        curve = [{"step": step, "loss": loss + 1 / step, "rank": 3.0, "knn": 0.3} for step in range(10, 80, 10)]
+        return {"seed": seed, "probe": 0.5 + loss, "knn": 0.4, "rank": 9.0, "curve": curve}
+
+    variants = [
+        {"variant": name, "changes": {}, "runs": [run(seed, 0.01 * i + 0.001 * seed) for seed in seeds]}
+        for i, name in enumerate(precision_curves.VARIANTS)
+    ]
+    block = {"mean": 0.99912, "min": 0.99834, "centred_mean": 0.98765}
+    compared = [{"a": "row", "b": "bf16", "blocks": [block, block]}]
+    settings = {"model.depth": 3, "model.embed_dim": 64, "train.steps": 70, "train.batch_size": 32}
+    machine = {"cpu": "CPU", "threads": 1, "cores": 2, "torch": "2.11.0", "python": "3.12.3", "commit": None}
+    likeness = [{"encoder": "ViT-S/16, untrained", "compared": compared}]
+    return {
+        "kind": "precision",
+        "file": "precision.json",
+        "machine": machine,
+        "settings": settings,
+        "variants": variants,
+        "likeness": likeness,
+    }
+
+
+def test_the_page_says_what_the_results_say(tmp_path):
+    text = precision_report.section({"precision": [made_up()]})
+    end = sum(1 / step for step in range(30, 80, 10)) / 5
+    assert f"| bf16, fp32 residual | {end + 0.0205:.4f} ± 0.0007 | +0.0100, +0.0100 | 52.0 ± 0.1 | +1.0, +1.0 |" in text
+    row = "| ViT-S/16, untrained | 2 | FP8, row and bf16 | 0.99912 (0.99834) | 0.99912 (0.99834) | 0.98765 |"
+    assert row in text and "70 steps of 32 images" in text
+    single = precision_report.section({"precision": [made_up(seeds=(0,))]})
+    assert f"| bf16 | {end + 0.01:.4f} |  | 51.0 |  |" in single
+    assert precision_report.draw(made_up(), tmp_path / "precision.png").stat().st_size > 10_000
+
+
+def test_without_results_it_says_so():
+    assert "not measured yet" in precision_report.section({})
+    page = report.pages(ROOT, {})[ROOT / "docs" / "precision.md"]
+    assert "not measured yet" in page and "images/precision.png" not in page
+
+
+@pytest.mark.slow
+def test_command(tmp_path, monkeypatch):
+    file = tmp_path / "results" / "precision.json"
+    arguments = ["--seeds", "3", "--steps", "20", "--jobs", "1", "--sizes", "--out", str(tmp_path / "runs")]
+    assert precision_curves.main([*arguments, "--json", str(file)]) == 0
+    found = json.loads(file.read_text())
+    assert [entry["variant"] for entry in found["variants"]] == list(precision_curves.VARIANTS)
+    for entry in found["variants"]:
+        (run,) = entry["runs"]
+        assert run["seed"] == 3 and [row["step"] for row in run["curve"]] == [10, 20]
+        assert all(0 <= run[name] <= 1 for name in ("probe", "knn"))
+    ends = [entry["runs"][0]["curve"][-1]["loss"] for entry in found["variants"]]
+    assert len(set(ends)) == 5 and max(ends) - min(ends) < 0.02
+    assert found["likeness"][0]["encoder"] == "trained in bf16, seed 3"
+    text = precision_report.section({"precision": [found | {"file": "precision.json"}]})
+    assert "| bf16, FP8 targets, row |" in text
+
+    monkeypatch.setattr(precision_curves.ablations, "pretrain", lambda config: pytest.fail("trained again"))
+    config = precision_curves.run_config("bf16", 3, tmp_path / "runs", 20)
+    assert precision_curves.run(config) == found["variants"][1]["runs"][0]
