@@ -265,6 +265,17 @@ def test_changed_settings_on_resume(data, tmp_path, caplog):
     assert "train.keep changed from 2 to 5" in caplog.text
 
 
+def test_settings_that_are_newer_than_a_run_had_their_defaults(data, tmp_path):
+    config = tiny_run(data, tmp_path / "run", precision="bf16")
+    pretrain(config)
+    state = final(tmp_path / "run")
+    del state.extra["settings"]["train.fp8_targets"]
+    checkpoint.save(tmp_path / "run" / "checkpoints", state, keep=1)
+    pretrain(config)
+    with pytest.raises(CheckpointError, match=r"train.fp8_targets \('off' -> 'row'\)"):
+        pretrain(replace(config, train=replace(config.train, fp8_targets="row")))
+
+
 def test_other_images_on_resume_are_refused(tmp_path):
     write_folder(tmp_path / "train", 20)
     pretrain(tiny_run(tmp_path, tmp_path / "run", steps=4))
