@@ -134,6 +134,12 @@ TUNABLES = {
         modules=("gelu",),
         **_sized(workloads.bias_gelu, workloads.hidden_column_width),
     ),
+    "quantize_fp8": Tunable(
+        "quantize_fp8.CONFIGS",
+        (WARPS,),
+        modules=("quantize_fp8",),
+        **_sized(workloads.quantize_fp8, workloads.quantized_width),
+    ),
     "varlen_attention": Tunable(
         "varlen_attention_launch.CONFIGS",
         ((32, 64, 128), (32, 64, 128), (4, 8), (None, 128, 168), (1, 2, 3)),

@@ -108,6 +108,11 @@ def bias_gelu(scale: Scale, itemsize: int, width: int) -> Call:
     return lambda: (ops.bias_gelu(x, bias), ops.bias_gelu_backward(x, x, bias))
 
 
+def quantize_fp8(scale: Scale, itemsize: int, width: int) -> Call:
+    x = scale.normal(scale.tokens(PATCHES, PATCHES).num_rows, width, dtype=DTYPES[itemsize])
+    return lambda: ops.quantize_fp8(x, True)
+
+
 def _parameters(scale: Scale, dtype: torch.dtype) -> list[Tensor]:
     """Matrices and vectors of transformer blocks."""
     sizes = [scale.parameters // 16] * 15 + [scale.parameters // 2**12] * 256
@@ -187,3 +192,8 @@ def hidden_column_width(bound: int) -> int | None:
 def row_width(bound: int) -> int | None:
     """A model's width that a bucket of whole rows is the first to hold."""
     return {512: 384, 1024: 768, 1536: 1280, 2048: 1280}.get(bound)
+
+
+def quantized_width(bound: int) -> int | None:
+    """The same of inputs of the target encoder's products: its own width, and that of its MLP."""
+    return {1536: 1280, 8192: 5120}.get(bound)
