@@ -133,12 +133,12 @@ OTHER_MODELS = ["--models", "ViT-B/16", "ViT-L/16", "ViT-g/16"]
 OPS_PASSES: tuple[tuple[str, list[str]], ...] = (
     ("ViT-H/14", ["--models", "ViT-H/14", "--without", "compile"]),
     ("attention", [*OTHER_MODELS, "--groups", "attention", "--modes", "forward", "both"]),
-    ("compile", ["--models", "ViT-H/14", "--groups", "rows", "--providers", "compile"]),
-    ("rows", [*OTHER_MODELS, "--groups", "rows", "optimizer", "--without", "compile"]),
+    ("compile", ["--models", "ViT-H/14", "--groups", "rows", "linear", "--providers", "compile"]),
+    ("rows", [*OTHER_MODELS, "--groups", "rows", "linear", "optimizer", "--without", "compile"]),
 )
 TINY_PASSES = (
     ("rows", ["--models", "tiny", "--groups", "rows", "--modes", "forward", "--without", "compile"]),
-    ("others", ["--models", "tiny", "--groups", "attention", "optimizer", "--modes", "forward"]),
+    ("others", ["--models", "tiny", "--groups", "linear", "attention", "optimizer", "--modes", "forward"]),
 )
 
 

@@ -184,8 +184,8 @@ def kernel_key(kernel: str, words: str) -> tuple[str, str, str]:
     parts = ("context", "target encoder", "predictor")
     default = {"predictor_tokens": "predictor", "target_loss": "targets"}.get(kernel, "all parameters")
     part = next((part for part in parts if part in words), default)
-    residual = ", with residual" if "with residual" in words else ""
-    return kernel, part + residual, "backward" if words.startswith("backward") else "forward"
+    special = next((f", {special}" for special in ("with residual", "with pre") if special in words), "")
+    return kernel, part + special, "backward" if words.startswith("backward") else "forward"
 
 
 def with_measured(text: str, rows: Sequence[Report]) -> str:

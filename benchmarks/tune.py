@@ -91,6 +91,7 @@ def _attention(scale: Scale, slot: Slot) -> Call:
 
 COLUMN_TILE = ((4, 8, 16, 32, 64, 128), None, WARPS)
 LAUNCH = ((512, 1024, 2048, 4096, 8192, 16384), (4, 8, 16), None)
+PRODUCT_TILE = ((64, 128), (64, 128, 256), (32, 64), (4, 8), (2, 3, 4), (None, 128))
 TUNABLES = {
     "gather_patches": Tunable(
         "gather_patches.CONFIGS",
@@ -139,6 +140,24 @@ TUNABLES = {
         (WARPS,),
         modules=("quantize_fp8",),
         **_sized(workloads.quantize_fp8, workloads.quantized_width),
+    ),
+    "linear_gelu": Tunable(
+        "linear_tiles.GELU_CONFIGS",
+        PRODUCT_TILE,
+        modules=("linear_gelu",),
+        **_sized(workloads.linear_gelu, workloads.inner_width),
+    ),
+    "hidden_gradient": Tunable(
+        "linear_tiles.HIDDEN_GRADIENT_CONFIGS",
+        PRODUCT_TILE,
+        modules=("linear_gelu",),
+        **_sized(workloads.hidden_gradient, workloads.inner_width),
+    ),
+    "weight_gradient": Tunable(
+        "weight_gradient.CONFIGS",
+        PRODUCT_TILE,
+        lambda scale, _: workloads.weight_gradient(scale),
+        ("weight_gradient",),
     ),
     "varlen_attention": Tunable(
         "varlen_attention_launch.CONFIGS",

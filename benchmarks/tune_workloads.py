@@ -113,6 +113,33 @@ def quantize_fp8(scale: Scale, itemsize: int, width: int) -> Call:
     return lambda: ops.quantize_fp8(x, True)
 
 
+def _product(scale: Scale, itemsize: int, width: int) -> tuple[Tensor, Tensor]:
+    """Rows of the predictor or of the context encoder, and the first matrix of an MLP on them."""
+    rows = (scale.tokens(110, 209, blocks=4) if width == 384 else scale.tokens(77, 153)).num_rows
+    weight = 0.02 * scale.normal(4 * width, width)
+    return scale.normal(rows, width, dtype=DTYPES[itemsize]), weight.to(DTYPES[itemsize])
+
+
+def linear_gelu(scale: Scale, itemsize: int, width: int) -> Call:
+    x, weight = _product(scale, itemsize, width)
+    bias = scale.normal(4 * width)
+    return lambda: (ops.linear_gelu(x, weight, bias, True), ops.linear_gelu(x, weight, bias, False))
+
+
+def hidden_gradient(scale: Scale, itemsize: int, width: int) -> Call:
+    grad, weight = _product(scale, itemsize, width)
+    weight_2, pre = weight.t().contiguous(), grad @ weight.t()
+    return lambda: ops.hidden_gradient(grad, weight_2, pre, True)
+
+
+def weight_gradient(scale: Scale) -> Call:
+    """The predictor's four matrices, of which one has a bias that is not summed elsewhere."""
+    x, _ = _product(scale, 2, 384)
+    hidden, qkv = (scale.normal(x.shape[0], width, dtype=x.dtype) for width in (1536, 1152))
+    calls = ((qkv, x, True), (x, x, False), (hidden, x, False), (x, hidden, False))
+    return lambda: tuple(ops.weight_gradient(*call) for call in calls)
+
+
 def _parameters(scale: Scale, dtype: torch.dtype) -> list[Tensor]:
     """Matrices and vectors of transformer blocks."""
     sizes = [scale.parameters // 16] * 15 + [scale.parameters // 2**12] * 256
@@ -187,6 +214,11 @@ def column_width(bound: int) -> int | None:
 def hidden_column_width(bound: int) -> int | None:
     """The same for the hidden width of the MLP."""
     return {128: 1152, 256: 5120}.get(bound)
+
+
+def inner_width(bound: int) -> int | None:
+    """The width of the rows that are multiplied: the predictor's and ViT-H's."""
+    return {512: 384, 65536: 1280}.get(bound)
 
 
 def row_width(bound: int) -> int | None:

@@ -3,8 +3,8 @@
 A multiply-add counts as two operations. Counted is what the method needs: matrix products of linear layers, patch
 embedding and attention. Recomputation, rounding up of shapes, norms, losses and the optimizer are not.
 
-Importing this module registers the formulas of the package's attention ops (and of the one that torch's SDPA runs on
-the CPU) with torch; without it ``FlopCounterMode`` takes them to cost nothing.
+Importing this module registers the formulas of the package's attention and linear ops (and of the one that torch's SDPA
+runs on the CPU) with torch; without it ``FlopCounterMode`` takes them to cost nothing.
 
 Legend: N patches per image, C context and M target blocks per image, D width, H heads, Dh head dim.
 """
@@ -178,6 +178,21 @@ def _varlen_self_attention(qkv, cu_seqlens, max_seqlen, *, out_val=None):
 @register_flop_formula(torch.ops.ijepa_fast.varlen_self_attention_backward, get_raw=True)
 def _varlen_self_attention_backward(grad, qkv, out, lse, cu_seqlens, max_seqlen, *, out_val=None):
     return 2 * _packed(qkv, cu_seqlens, cu_seqlens)
+
+
+@register_flop_formula(torch.ops.ijepa_fast.linear_gelu, get_raw=True)
+def _linear_gelu(x, weight, bias, keep_pre, *, out_val=None):
+    return 2 * x.shape[0] * weight.numel()
+
+
+@register_flop_formula(torch.ops.ijepa_fast.hidden_gradient, get_raw=True)
+def _hidden_gradient(grad, weight, pre, need_bias, *, out_val=None):
+    return 2 * grad.shape[0] * weight.numel()
+
+
+@register_flop_formula(torch.ops.ijepa_fast.weight_gradient, get_raw=True)
+def _weight_gradient(grad, x, need_bias, *, out_val=None):
+    return 2 * grad.numel() * x.shape[1]
 
 
 def _dense(q: Tensor, k: Tensor) -> int:

@@ -94,8 +94,8 @@ def judge(
         failures.append(f"{tensor_memory} columns of tensor memory, {TENSOR_MEMORY_COLUMNS} allowed")
     if traps or not code.writes:
         failures.append("a trap stands in place of the kernel, or it writes nothing")
-    if spec.attention and not code.matrix:
-        failures.append("no matrix instructions in an attention kernel")
+    if spec.product and not code.matrix:
+        failures.append("no matrix instructions in a kernel of products")
     if main_load_bits is not None and main_load_bits < spec.load_bits:
         failures.append(f"main loads of {main_load_bits} bits, {spec.load_bits} wanted")
     return failures

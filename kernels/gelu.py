@@ -25,7 +25,7 @@ TILES_PER_STRIP = 8
 
 
 @triton.jit
-def _normal(h, EXACT: tl.constexpr):
+def normal(h, EXACT: tl.constexpr):
     """Cumulative distribution and density of the standard normal distribution.
 
     For 16-bit tensors erf is Abramowitz and Stegun's formula 7.1.26: an absolute error of 1.5e-7, as small as that of
@@ -54,7 +54,7 @@ def bias_gelu_kernel(x, bias, out, num_rows, D: tl.constexpr, BLOCK_T: tl.conste
     h = tl.load(x + offsets, mask=mask, other=0).to(accumulator(x))
     if bias is not None:
         h += tl.load(bias + d, mask=d < D, other=0).to(h.dtype)[None, :]
-    cumulative, _ = _normal(h, x.dtype.element_ty.primitive_bitwidth > 16)
+    cumulative, _ = normal(h, x.dtype.element_ty.primitive_bitwidth > 16)
     tl.store(out + offsets, h * cumulative, mask=mask)
 
 
@@ -86,7 +86,7 @@ def bias_gelu_backward_kernel(
         offsets = t[:, None] * D + d[None, :]
         h = tl.load(x + offsets, mask=mask, other=0).to(wide) + added[None, :]
         grad_out = tl.load(grad + offsets, mask=mask, other=0).to(wide)
-        cumulative, density = _normal(h, x.dtype.element_ty.primitive_bitwidth > 16)
+        cumulative, density = normal(h, x.dtype.element_ty.primitive_bitwidth > 16)
         value = grad_out * (cumulative + h * density)
         tl.store(grad_x + offsets, value, mask=mask)
         total += value

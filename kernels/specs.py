@@ -59,7 +59,7 @@ class CompileSpec:
         constexprs: argument name -> value, for those of type "constexpr".
         num_warps, num_stages, maxnreg: Triton's options.
         aligned: arguments known to be divisible by 16 (addresses: in bytes).
-        attention: it must use the matrix unit.
+        product: it must use the matrix unit.
         memory_bound: it must not spill anywhere.
         load_bits: width that its main loads must have; below 128 only where the addresses allow no more.
     """
@@ -72,7 +72,7 @@ class CompileSpec:
     num_stages: int = 3
     maxnreg: int | None = None
     aligned: Sequence[str] = field(default=())
-    attention: bool = False
+    product: bool = False
     memory_bound: bool = False
     load_bits: int = 128
 
@@ -121,7 +121,7 @@ def record_specs(
 
     Args:
         case: said beside the kernel's name in ``CompileSpec.name``.
-        properties: ``attention``, ``memory_bound`` and ``load_bits`` of every spec.
+        properties: ``product``, ``memory_bound`` and ``load_bits`` of every spec.
 
     Raises:
         RuntimeError: Triton runs in interpreter mode, in which nothing is compiled.

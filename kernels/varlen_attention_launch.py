@@ -223,4 +223,4 @@ def attention_specs(arch: str, launcher: Callable, gradient: bool) -> Iterator[C
         out, lse = torch.empty_like(qkv[:, 0]), torch.empty(num_rows, 2, device="meta")
         saved = (out, qkv, out, lse) if gradient else (qkv,)
         case = f"{str(dtype).removeprefix('torch.')} Dh={head_dim} {lengths}"
-        yield from record_specs(arch, case, launcher, *saved, cu_seqlens, MAX_SEQLEN, attention=True)
+        yield from record_specs(arch, case, launcher, *saved, cu_seqlens, MAX_SEQLEN, product=True)

@@ -67,7 +67,7 @@ def specs(arch: str) -> dict[str, CompileSpec]:
     (good,) = record_specs(arch, "", copy, values, memory_bound=True)
     (spilling,) = record_specs(arch, "", center, values.float(), memory_bound=True)
     (silent_spec,) = record_specs(arch, "", silent, values)
-    (good_product,) = record_specs(arch, "", lambda: product(64, 64, 64, num_stages=2), attention=True)
+    (good_product,) = record_specs(arch, "", lambda: product(64, 64, 64, num_stages=2), product=True)
     (large,) = record_specs(arch, "", lambda: product(64, 128, 256, num_stages=4))
     (spilling_product,) = record_specs(arch, "", lambda: product(128, 128, 64, num_stages=2, maxnreg=96))
     (impossible,) = record_specs(arch, "", lambda: product(64, 64, 8))
@@ -80,7 +80,7 @@ def specs(arch: str) -> dict[str, CompileSpec]:
         "too much shared memory": large,
         "no write": silent_spec,
         "narrow loads": dataclasses.replace(good, aligned=()),
-        "no matrix instructions": dataclasses.replace(good, attention=True),
+        "no matrix instructions": dataclasses.replace(good, product=True),
     }
 
 

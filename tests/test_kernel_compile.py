@@ -65,7 +65,7 @@ def test_good_kernels_have_no_failures(reports):
         ("too much shared memory", "bytes of shared memory, 232448 allowed"),
         ("no write", "a trap stands in place of the kernel, or it writes nothing"),
         ("narrow loads", "main loads of 16 bits, 128 wanted"),
-        ("no matrix instructions", "no matrix instructions in an attention kernel"),
+        ("no matrix instructions", "no matrix instructions in a kernel of products"),
     ],
 )
 def test_each_fault_is_reported(reports, name, message):

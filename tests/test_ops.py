@@ -113,6 +113,20 @@ def quantize_fp8_together(dtype):
     return normal(5, WIDTH, dtype=dtype), False
 
 
+def linear_gelu(dtype, keep_pre=True):
+    x, weight = normal(5, WIDTH, dtype=dtype), normal(8, WIDTH, dtype=dtype, seed=1)
+    return x, weight, normal(8, dtype=dtype, seed=2), keep_pre
+
+
+def hidden_gradient(dtype, need_bias=True):
+    grad, weight, pre = (normal(*shape, dtype=dtype, seed=sum(shape)) for shape in ((5, WIDTH), (WIDTH, 8), (5, 8)))
+    return grad, weight, pre, need_bias
+
+
+def weight_gradient(dtype, need_bias=True):
+    return normal(5, WIDTH, dtype=dtype), normal(5, 8, dtype=dtype, seed=1), need_bias
+
+
 CASES = {
     "gather_patches": Case(ops.gather_patches, gather_patches, "gather_patches", differentiable=False),
     "gather_add": Case(ops.gather_add, gather_add, "gather_add"),
@@ -145,6 +159,18 @@ CASES = {
     "gelu": Case(ops.bias_gelu, plain_gelu, "gelu"),
     "quantize_fp8": Case(ops.quantize_fp8, quantize_fp8, "quantize_fp8", differentiable=False),
     "quantize_fp8_together": Case(ops.quantize_fp8, quantize_fp8_together, "quantize_fp8", differentiable=False),
+    "linear_gelu": Case(ops.linear_gelu, linear_gelu, "linear_gelu", differentiable=False),
+    "linear_gelu_inference": Case(
+        ops.linear_gelu, lambda dtype: linear_gelu(dtype, False), "linear_gelu", differentiable=False
+    ),
+    "hidden_gradient": Case(ops.hidden_gradient, hidden_gradient, "linear_gelu", differentiable=False),
+    "hidden_gradient_alone": Case(
+        ops.hidden_gradient, lambda dtype: hidden_gradient(dtype, False), "linear_gelu", differentiable=False
+    ),
+    "weight_gradient": Case(ops.weight_gradient, weight_gradient, "weight_gradient", differentiable=False),
+    "weight_gradient_alone": Case(
+        ops.weight_gradient, lambda dtype: weight_gradient(dtype, False), "weight_gradient", differentiable=False
+    ),
 }
 DIFFERENTIABLE = {name: case for name, case in CASES.items() if case.differentiable}
 WITHOUT_GRADIENT = {"predictor_tokens": (2,), "target_loss": (1,)}  # frozen positions, stop-gradient

@@ -2,8 +2,8 @@
 
     ijepa-fast bench
 
-``floors.py`` says what each op must move and compute, in closed form; ``cases.py`` (``attention_cases.py``,
-``optimizer_cases.py``) holds its inputs and the ways to compute it; ``measure.py`` times; ``ops_table.py`` checks every
-provider against a reference, then times it beside the floors of the same run; ``training.py`` times whole
-steps.
+``floors.py`` says what each op must move and compute, in closed form; ``cases.py`` (``linear_cases.py``,
+``attention_cases.py``, ``optimizer_cases.py``) holds its inputs and the ways to compute it; ``measure.py`` times;
+``ops_table.py`` checks every provider against a reference, then times it beside the floors of the same run;
+``training.py`` times whole steps.
 """

@@ -185,6 +185,31 @@ def hidden_width(model: ModelConfig) -> int:
     return round(model.embed_dim * model.mlp_ratio)
 
 
+def _first_layer(outputs: int) -> Callable[[Workload, str], Cost]:
+    """Product of an MLP's first layer: a row in, its weights once, ``outputs`` hidden rows in or out."""
+
+    def cost(w: Workload, part: str) -> Cost:
+        width, hidden = widths(w.model, part)
+        bytes_ = w.itemsize * (w.rows(part) * (width + outputs * hidden) + width * hidden)
+        return Cost(bytes_, 2 * w.rows(part) * width * hidden)
+
+    return cost
+
+
+def _square_weight_gradient(w: Workload, part: str) -> Cost:
+    """Of the projection after attention: two rows in, a matrix out."""
+    width, _ = widths(w.model, part)
+    return Cost(w.itemsize * (2 * w.rows(part) * width + width * width), 2 * w.rows(part) * width * width)
+
+
+def widths(model: ModelConfig, part: str) -> tuple[int, int]:
+    """Width of a part's rows, and of its MLP."""
+    if part != "predictor":
+        return model.embed_dim, hidden_width(model)
+    ratio = model.mlp_ratio if model.predictor_mlp_ratio is None else model.predictor_mlp_ratio
+    return model.predictor_embed_dim, round(model.predictor_embed_dim * ratio)
+
+
 def _attention(tensors: int, products: float) -> Callable[[Workload, str], Cost]:
     """``tensors`` activations per row; ``products`` matrix products with 2 * Dh operations per pair and head."""
 
@@ -204,6 +229,10 @@ FORWARD: dict[str, Callable[[Workload, str], Cost]] = {
     "layer_norm with residual": _rows_of_width(4),
     "bias_gelu": _rows_of_width(2, hidden=True),
     "quantize_fp8": _quantize_fp8,
+    "linear_gelu": _first_layer(1),
+    "linear_gelu with pre": _first_layer(2),
+    "hidden_gradient": _first_layer(2),
+    "weight_gradient": _square_weight_gradient,
     "varlen_attention": _attention(4, 2),
     "grad_norm": lambda w, part: Cost(LOW * w.parameters),
     # Per parameter: gradient in, its rounded copy out, master and two moments in and out; average in and out, its copy.

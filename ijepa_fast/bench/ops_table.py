@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ijepa_fast.bench.attention_cases import attention_cases
 from ijepa_fast.bench.cases import Batch, Case, Provider, row_cases
+from ijepa_fast.bench.linear_cases import linear_cases
 from ijepa_fast.bench.measure import (
     Times,
     cold_sets,
@@ -28,7 +29,7 @@ from ijepa_fast.bench.rows import best_of
 from ijepa_fast.config import ModelConfig
 from ijepa_fast.masks import MaskConfig
 
-GROUPS = {"rows": row_cases, "attention": attention_cases, "optimizer": optimizer_cases}
+GROUPS = {"rows": row_cases, "linear": linear_cases, "attention": attention_cases, "optimizer": optimizer_cases}
 """Cases by what they work on."""
 BATCH = {"cuda": 128, "cpu": 2}
 SUM_ERROR = 32

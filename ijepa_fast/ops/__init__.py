@@ -17,6 +17,13 @@ from ijepa_fast.ops.layers import (
     layer_norm,
     layer_norm_backward,
 )
+from ijepa_fast.ops.linear import (
+    hidden_gradient,
+    linear,
+    linear_gelu,
+    mlp,
+    weight_gradient,
+)
 from ijepa_fast.ops.loss import (
     target_loss,
     target_loss_backward,
@@ -45,8 +52,12 @@ __all__ = [
     "gather_add_backward",
     "gather_patches",
     "grad_norm",
+    "hidden_gradient",
     "layer_norm",
     "layer_norm_backward",
+    "linear",
+    "linear_gelu",
+    "mlp",
     "pointer_tables",
     "predictor_tokens",
     "predictor_tokens_backward",
@@ -57,4 +68,5 @@ __all__ = [
     "varlen_attention_backward",
     "varlen_self_attention",
     "varlen_self_attention_backward",
+    "weight_gradient",
 ]

@@ -18,6 +18,11 @@ from ijepa_fast.reference.layers import (
     layer_norm,
     layer_norm_backward,
 )
+from ijepa_fast.reference.linear import (
+    hidden_gradient,
+    linear_gelu,
+    weight_gradient,
+)
 from ijepa_fast.reference.loss import (
     LOSS_KINDS,
     target_loss,
@@ -53,8 +58,10 @@ __all__ = [
     "gather_add_backward",
     "gather_patches",
     "grad_norm",
+    "hidden_gradient",
     "layer_norm",
     "layer_norm_backward",
+    "linear_gelu",
     "pack_sequences",
     "pad_sequences",
     "padded_patch_width",
@@ -67,4 +74,5 @@ __all__ = [
     "varlen_attention_backward",
     "varlen_self_attention",
     "varlen_self_attention_backward",
+    "weight_gradient",
 ]

@@ -91,7 +91,11 @@ def bias_gelu_backward(grad: Tensor, x: Tensor, bias: Tensor | None) -> tuple[Te
     """Gradients of ``bias_gelu`` into x [T, D] and bias [D] (fp32, or fp64 for fp64; empty if there is no bias)."""
     wide = accumulation_dtype(x.dtype)
     h = x.to(wide) if bias is None else x.to(wide) + bias.to(wide)
-    cumulative = 0.5 * (1 + torch.erf(h * 0.5**0.5))
-    density = torch.exp(-0.5 * h * h) * (2 * torch.pi) ** -0.5
-    grad_x = grad.to(wide) * (cumulative + h * density)
+    grad_x = grad.to(wide) * gelu_slope(h)
     return grad_x.to(x.dtype), grad_x.new_empty(0) if bias is None else grad_x.sum(0)
+
+
+def gelu_slope(h: Tensor) -> Tensor:
+    """Derivative of the exact GELU, h times the normal distribution's cumulative distribution function."""
+    cumulative = 0.5 * (1 + torch.erf(h * 0.5**0.5))
+    return cumulative + h * torch.exp(-0.5 * h * h) * (2 * torch.pi) ** -0.5
