@@ -36,6 +36,9 @@ def prepare(model: IJEPA, config: RunConfig, images: int, device: torch.device) 
     set_checkpointing(model, config, images, device)
     for network in (model.context_encoder, model.target_encoder, model.predictor):
         network.wide_residual = config.train.wide_residual
+        # FP8 products are not among the fused kernels: a target encoder that multiplies so keeps its plain blocks.
+        if config.train.fused and not (network is model.target_encoder and config.train.fp8_targets != "off"):
+            network.fuse_blocks()
         if config.train.compile:
             network.compile_blocks()
     if config.train.overlap_target:

@@ -184,6 +184,9 @@ class TrainConfig:
             off for the training precision. In bf16, on GPUs of compute capability 8.9 or higher (docs/precision.md);
             what it gains is not measured yet. The CPU emulates it, slowly.
         compile: run transformer blocks through torch.compile.
+        fused: run transformer blocks on the package's fused kernels (docs/kernels.md): norms that add the residual,
+            GELU inside products, split sums for weight gradients. Goes with compile or without. On a GPU it needs
+            bf16 or fp16; whether it is faster has not been measured yet.
         capture: replay steps as CUDA graphs, one for each bucket of token counts. For one GPU, without accumulation, in
             fp32 or bf16; pays where the host cannot launch kernels fast enough: small models and batches.
         overlap_target: run the target encoder on a second stream, beside context encoder and predictor. For GPUs; the
@@ -203,6 +206,7 @@ class TrainConfig:
     wide_residual: bool = False
     fp8_targets: Scaling = "off"
     compile: bool = False
+    fused: bool = False
     capture: bool = False
     overlap_target: bool = False
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -224,6 +228,8 @@ class TrainConfig:
             raise ValueError(f"train.fp8_targets must be one of {choices}, got {self.fp8_targets!r}")
         if self.fp8_targets != "off" and self.precision != "bf16":
             raise ValueError(f"train.fp8_targets {self.fp8_targets} needs precision bf16, got {self.precision}")
+        if self.fused and self.device == "cuda" and self.precision == "fp32":
+            raise ValueError("train.fused on a GPU needs train.precision bf16 or fp16, got fp32")
         if self.capture and (self.accumulate > 1 or self.precision == "fp16" or self.device == "cpu"):
             raise ValueError(
                 "train.capture needs a GPU, accumulate 1 and precision fp32 or bf16, "
@@ -316,6 +322,7 @@ CHANGEABLE = {
     "loader.max_bad_share",
     "train.accumulate",
     "train.compile",
+    "train.fused",
     "train.capture",
     "train.overlap_target",
     "train.device",

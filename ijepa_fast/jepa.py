@@ -20,10 +20,10 @@ from ijepa_fast.attention import check_backend
 from ijepa_fast.fp8 import Scaling, check_fp8, fp8_products
 from ijepa_fast.layout import PredictorLayout, predictor_layout
 from ijepa_fast.masks import Masks
-from ijepa_fast.ragged import PADDING, Ragged
+from ijepa_fast.ragged import PADDING, Ragged, take_rows
 from ijepa_fast.reference import accumulation_dtype
 from ijepa_fast.streams import SideStream
-from ijepa_fast.vit import Predictor, VisionTransformer, take_rows
+from ijepa_fast.vit import Predictor, VisionTransformer
 
 
 @dataclass(frozen=True)
@@ -177,12 +177,14 @@ class IJEPA(nn.Module):
 
         Raises:
             ValueError: an unknown scaling, widths that are no multiples of 16, a GPU that cannot multiply FP8 numbers,
-                or pixels as targets, which no target encoder makes.
+                pixels as targets, which no target encoder makes, or a target encoder of fused blocks.
         """
         blocks = self.target_encoder.blocks
         check_fp8(scaling, (layer for layer in blocks.modules() if isinstance(layer, nn.Linear)), device)
         if scaling != "off" and self.objective.targets == "pixels":
             raise ValueError(f"FP8 scaling {scaling} is for a target encoder, but objective.targets is pixels")
+        if scaling != "off" and self.target_encoder.fused:
+            raise ValueError(f"FP8 scaling {scaling} needs plain blocks, but the target encoder's are fused")
         self.fp8_targets = scaling
 
     def forward(self, images: Tensor, masks: Masks, *, all_targets: bool = True) -> tuple[Losses, Tensor]:

@@ -155,3 +155,8 @@ class Ragged:
         bounds = self.cu_seqlens.tolist()
         indices = self.indices.tolist()
         return [indices[start:stop] for start, stop in zip(bounds, bounds[1:], strict=False)]
+
+
+def take_rows(x: Tensor, rows: Tensor) -> Tensor:
+    """``x[rows]`` with zero rows where ``rows`` is -1."""
+    return x.index_select(0, rows.clamp(min=0)).masked_fill((rows < 0)[:, None], 0)

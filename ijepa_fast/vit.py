@@ -15,11 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ijepa_fast import ops
+from ijepa_fast import fused, ops
 from ijepa_fast.attention import check_backend, varlen_attention, varlen_self_attention
 from ijepa_fast.fp8 import active_scaling, fp8_linear
 from ijepa_fast.layout import PredictorLayout, predictor_layout
-from ijepa_fast.ragged import Ragged
+from ijepa_fast.ragged import Ragged, take_rows
 from ijepa_fast.reference import accumulation_dtype
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -78,21 +78,20 @@ def _normal(weight: Tensor) -> None:
         weight.normal_(std=0.02).clamp_(-2, 2)
 
 
-def take_rows(x: Tensor, rows: Tensor) -> Tensor:
-    """``x[rows]`` with zero rows where ``rows`` is -1."""
-    return x.index_select(0, rows.clamp(min=0)).masked_fill((rows < 0)[:, None], 0)
-
-
 class Linear(nn.Linear):
     """``nn.Linear`` whose bias and input may be fp32 beside a low-precision weight; see also ``fp8.fp8_products``."""
+
+    fused = False
 
     def forward(self, x: Tensor) -> Tensor:
         return self.project(x, slice(None))
 
     def project(self, x: Tensor, outputs: slice) -> Tensor:
         """Only some of the output features."""
-        weight = self.weight[outputs]
-        bias = None if self.bias is None else self.bias[outputs].to(weight.dtype)
+        weight, bias = self.weight[outputs], None if self.bias is None else self.bias[outputs]
+        if self.fused:
+            return ops.linear(x.to(weight.dtype), weight, bias)
+        bias = None if bias is None else bias.to(weight.dtype)
         if active_scaling() != "off":
             return fp8_linear(x, weight, bias, active_scaling())
         # Under autocast it is the weight that is wider, and torch casts both.
@@ -102,10 +101,14 @@ class Linear(nn.Linear):
 class LayerNorm(nn.LayerNorm):
     """``nn.LayerNorm`` (eps 1e-6) whose weight may be fp32 beside low-precision activations."""
 
+    fused = False
+
     def __init__(self, dim: int):
         super().__init__(dim, eps=1e-6)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.fused:
+            return ops.layer_norm(x, None, None, self.weight, self.bias, self.eps)[0]
         if x.dtype == self.weight.dtype:
             return super().forward(x)
         return super().forward(x.to(self.weight.dtype)).to(x.dtype)
@@ -145,6 +148,10 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, tokens: Ragged, queries: Ragged | None = None) -> Tensor:
         """[T, D] -> [T, D], or the outputs of the rows ``queries.indices`` alone."""
+        return self.proj(self.attend(x, tokens, queries))
+
+    def attend(self, x: Tensor, tokens: Ragged, queries: Ragged | None = None) -> Tensor:
+        """The same before the projection."""
         dim, heads = x.shape[-1], self.num_heads
         uniform = tokens.uniform and (queries is None or queries.uniform)
         backend = self.dense_backend if uniform and self.dense_backend is not None else self.backend
@@ -167,7 +174,7 @@ class Attention(nn.Module):
                 backend=backend,
                 uniform=uniform,
             )
-        return self.proj(out.flatten(1))
+        return out.flatten(1)
 
 
 class Mlp(nn.Module):
@@ -214,6 +221,7 @@ class _Blocks(nn.Module):
     activation_checkpointing: bool = False
     wide_residual: bool = False
     """Keep the sums between blocks in fp32 beside low-precision weights; norms read them, products do not."""
+    fused: bool = False
     _call = staticmethod(_call)
 
     def compile_blocks(self, backend: str = "inductor") -> None:
@@ -222,13 +230,33 @@ class _Blocks(nn.Module):
         Args:
             backend: of ``torch.compile``.
         """
-        self._call = torch.compile(_call, fullgraph=True, dynamic=True, backend=backend)
+        function = fused.block_forward if self.fused else _call
+        self._call = torch.compile(function, fullgraph=True, dynamic=True, backend=backend)
+
+    def fuse_blocks(self) -> None:
+        """From now on, run blocks, norms and linear layers on the package's fused kernels (``fused.py``).
+
+        Call it before ``compile_blocks``, on the device and in the dtype of the run.
+
+        Raises:
+            ValueError: blocks were compiled before, or the kernels cannot run here, with the reason.
+        """
+        if "_call" in vars(self):
+            raise ValueError("fuse_blocks must come before compile_blocks, and once")
+        weight = next(module.weight for module in self.modules() if isinstance(module, Linear))
+        fused.check_device(weight.device, weight.dtype)
+        for module in self.modules():
+            if isinstance(module, (_Blocks, Linear, LayerNorm)):
+                module.fused = True
+        self._call = fused.block_forward
 
     def _stream(self, x: Tensor) -> Tensor:
         """What enters the blocks, in the dtype that the sums between them are kept in."""
         return x.to(accumulation_dtype(x.dtype)) if self.wide_residual else x
 
     def _run(self, blocks: nn.ModuleList, x: Tensor, tokens: Ragged, queries: Ragged | None) -> Tensor:
+        if self.fused:
+            return fused.run(blocks, x, tokens, queries, self._call, self.activation_checkpointing)
         for i, block in enumerate(blocks):
             wanted = queries if i == len(blocks) - 1 else None
             if self.activation_checkpointing and torch.is_grad_enabled():

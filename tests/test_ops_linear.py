@@ -17,20 +17,22 @@ def normal(*shape, dtype, seed):
 
 
 def arguments(name, dtype, bias_dtype=None):
-    """Leaves: x, weight and bias; of mlp the second weight too."""
-    outputs = H if name == "mlp" else N
+    """Leaves: x, weight and bias; of mlp the second weight and bias too."""
+    mlp = name.startswith("mlp")
+    outputs, bias_dtype = H if mlp else N, bias_dtype or dtype
     x, weight = normal(T, K, dtype=dtype, seed=0), normal(outputs, K, dtype=dtype, seed=1)
-    bias = None if name == "linear without bias" else normal(outputs, dtype=bias_dtype or dtype, seed=2)
-    return [x, weight, bias, *([normal(N, H, dtype=dtype, seed=3)] if name == "mlp" else [])]
+    bias = None if name == "linear without bias" else normal(outputs, dtype=bias_dtype, seed=2)
+    bias_2 = None if name == "mlp without bias" else normal(N, dtype=bias_dtype, seed=4)
+    return [x, weight, bias, *([normal(N, H, dtype=dtype, seed=3), bias_2] if mlp else [])]
 
 
-def plain(name, x, weight, bias, weight_2=None):
+def plain(name, x, weight, bias, *second):
     out = F.linear(x, weight, None if bias is None else bias.to(weight.dtype))
-    return F.linear(F.gelu(out), weight_2) if name == "mlp" else out
+    return plain("linear", F.gelu(out), *second) if second else out
 
 
 def ours(name, *leaves):
-    return ops.mlp(*leaves) if name == "mlp" else ops.linear(*leaves)
+    return ops.mlp(*leaves) if name.startswith("mlp") else ops.linear(*leaves)
 
 
 def with_gradients(function, name, leaves):
@@ -39,7 +41,7 @@ def with_gradients(function, name, leaves):
     return [out, *torch.autograd.grad(out, [leaf for leaf in leaves if leaf is not None], grad)]
 
 
-NAMES = ["linear", "linear without bias", "mlp"]
+NAMES = ["linear", "linear without bias", "mlp", "mlp without bias"]
 
 
 @pytest.fixture(autouse=True)
@@ -66,22 +68,22 @@ def test_no_further_from_fp64_than_plain_torch(name, dtype):
         assert error <= 2 * allowed.clamp(min=torch.finfo(got.dtype).eps / 2 * exact.abs().max())
 
 
-@pytest.mark.parametrize("frozen", range(4))
+@pytest.mark.parametrize("frozen", range(5))
 def test_only_gradients_that_are_asked_for(frozen):
     leaves = arguments("mlp", torch.float32)
     leaves[frozen].requires_grad_(False)
     ours("mlp", *leaves).sum().backward()
-    assert [leaf.grad is None for leaf in leaves] == [i == frozen for i in range(4)]
+    assert [leaf.grad is None for leaf in leaves] == [i == frozen for i in range(5)]
 
 
 def test_without_gradients_nothing_but_the_hidden_layer_is_written():
-    x, weight, bias, weight_2 = arguments("mlp", torch.float32)
+    leaves = arguments("mlp", torch.float32)
     with torch.no_grad():
-        inferred = ops.mlp(x, weight, bias, weight_2)
-    assert torch.equal(inferred, ops.mlp(x, weight, bias, weight_2))
+        inferred = ops.mlp(*leaves)
+    assert torch.equal(inferred, ops.mlp(*leaves))
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.shape) or tensor, lambda t: t):
-        ops.mlp(x, weight, bias, weight_2)
+        ops.mlp(*leaves)
     assert sorted(map(tuple, kept)) == sorted([(T, K), (H, K), (N, H), (T, H), (T, H)])
 
 
@@ -109,7 +111,7 @@ def test_flops_are_those_of_plain_layers(name):
         with FlopCounterMode(display=False) as counter:
             with_gradients(function, name, arguments(name, torch.float32))
         counts.append(counter.get_total_flops())
-    assert counts[0] == counts[1] == 3 * 2 * T * (K * H + H * N if name == "mlp" else K * N)
+    assert counts[0] == counts[1] == 3 * 2 * T * (K * H + H * N if name.startswith("mlp") else K * N)
 
 
 def test_no_rows():

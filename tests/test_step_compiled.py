@@ -11,9 +11,11 @@ from tests.tiny import images, tiny_step
 GRID = (6, 6)
 
 
-def compile_blocks(model):
+def compile_blocks(model, fused=False):
     torch.compiler.reset()
     for network in (model.context_encoder, model.target_encoder, model.predictor):
+        if fused:
+            network.fuse_blocks()
         network.compile_blocks(backend="aot_eager")
 
 
@@ -33,12 +35,13 @@ def test_same_loss_and_gradients(all_targets, checkpointing):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize(
     "masks", [MaskConfig(min_keep=1), MaskConfig.official(8, min_keep=1)], ids=["exact", "official"]
 )
-def test_other_token_counts_compile_nothing(masks):
+def test_other_token_counts_compile_nothing(masks, fused):
     step = tiny_step(masks=masks)
-    compile_blocks(step.model)
+    compile_blocks(step.model, fused)
     counters.clear()
     tokens = set()
     for number in range(6):

@@ -200,15 +200,19 @@ def test_a_second_stream_is_for_gpus(data, tmp_path):
         _check_batches(config, SimpleNamespace(world_size=1, device=torch.device("cpu")))
 
 
-@pytest.mark.slow
-def test_compiled_blocks_train_the_same(data, straight, tmp_path):
+@pytest.mark.parametrize(
+    "settings",
+    [{"fused": True}, *(pytest.param({"compile": True, "fused": f}, marks=pytest.mark.slow) for f in (False, True))],
+    ids=str,
+)
+def test_compiled_and_fused_blocks_train_the_same(data, straight, tmp_path, settings):
     """With inductor, in fp32: fused kernels round otherwise, and Adam's first steps have the sign of a gradient."""
     torch._dynamo.reset()  # what other tests compiled of the same code counts towards dynamo's limit
-    pretrain(tiny_run(data, tmp_path / "run", compile=True))
+    pretrain(tiny_run(data, tmp_path / "run", **settings))
     lines = [(path / "metrics.jsonl").read_text().splitlines()[-1] for path in (tmp_path / "run", straight)]
-    compiled, eager = (json.loads(line) for line in lines)
-    assert compiled["loss"] == pytest.approx(eager["loss"], rel=1e-3)
-    assert compiled["context_tokens_per_image"] == eager["context_tokens_per_image"]
+    other, eager = (json.loads(line) for line in lines)
+    assert other["loss"] == pytest.approx(eager["loss"], rel=1e-3)
+    assert other["context_tokens_per_image"] == eager["context_tokens_per_image"]
 
 
 @pytest.mark.parametrize(("every", "monitored"), [(1, 12), (5, 3), (100, 1)])

@@ -1,7 +1,6 @@
 """Linear layers and MLPs whose neighbours run inside the products, see ``reference/linear.py``.
 
-``linear`` and ``mlp`` are differentiable; the ops they are made of are one pass each. The second layer of an MLP has no
-bias here: ``layer_norm`` adds it, and sums its gradient, on the way to the next block.
+``linear`` and ``mlp`` are differentiable; the ops they are made of are one pass each.
 """
 
 from __future__ import annotations
@@ -81,22 +80,27 @@ class _Linear(torch.autograd.Function):
 
 class _Mlp(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, weight_2: Tensor) -> Tensor:
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, weight_2: Tensor, bias_2: Tensor | None) -> Tensor:
         hidden, pre = linear_gelu(x, weight, bias, True)
         ctx.save_for_backward(x, weight, weight_2, hidden, pre)
-        ctx.bias_dtype = bias.dtype
-        return _times(hidden, weight_2.t())
+        ctx.bias_dtypes = bias.dtype, None if bias_2 is None else bias_2.dtype
+        return _times(hidden, weight_2.t(), bias_2)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
         x, weight, weight_2, hidden, pre = ctx.saved_tensors
         grad = grad.contiguous()
-        needs_x, needs_weight, needs_bias, needs_weight_2 = ctx.needs_input_grad
-        grad_weight_2 = weight_gradient(grad, hidden, False)[0] if needs_weight_2 else None
+        needs_x, needs_weight, needs_bias, needs_weight_2, needs_bias_2 = ctx.needs_input_grad
+        grad_weight = grad_bias = grad_weight_2 = grad_bias_2 = None
+        if needs_weight_2 or needs_bias_2:
+            grad_weight_2, sums = weight_gradient(grad, hidden, needs_bias_2)
+            grad_bias_2 = sums.to(ctx.bias_dtypes[1]) if needs_bias_2 else None
         grad_pre, sums = hidden_gradient(grad, weight_2, pre, needs_bias)
-        grad_weight = weight_gradient(grad_pre, x, False)[0] if needs_weight else None
-        grad_bias = sums.to(ctx.bias_dtype) if needs_bias else None
-        return _times(grad_pre, weight) if needs_x else None, grad_weight, grad_bias, grad_weight_2
+        grad_bias = sums.to(ctx.bias_dtypes[0]) if needs_bias else None
+        if needs_weight:
+            grad_weight, _ = weight_gradient(grad_pre, x, False)
+        grad_x = _times(grad_pre, weight) if needs_x else None
+        return grad_x, grad_weight, grad_bias, grad_weight_2, grad_bias_2
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -108,13 +112,16 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return _Linear.apply(x, weight, bias)
 
 
-def mlp(x: Tensor, weight: Tensor, bias: Tensor, weight_2: Tensor) -> Tensor:
-    """``gelu(x weight^T + bias) weight_2^T`` [T, N]. What is before GELU is written only where gradients are enabled.
+def mlp(x: Tensor, weight: Tensor, bias: Tensor, weight_2: Tensor, bias_2: Tensor | None) -> Tensor:
+    """``gelu(x weight^T + bias) weight_2^T + bias_2`` [T, N].
+
+    What stands before GELU is written, for the backward pass, only where gradients are enabled.
 
     Args:
-        x: [T, K]. weight: [H, K] and weight_2: [N, H] in the dtype of x. bias: [H] in any.
+        x: [T, K]. weight: [H, K] and weight_2: [N, H] in the dtype of x. bias: [H] and bias_2: [N] in any, bias_2 or
+            None.
     """
     if torch.is_grad_enabled():
-        return _Mlp.apply(x, weight, bias, weight_2)
+        return _Mlp.apply(x, weight, bias, weight_2, bias_2)
     hidden, _ = linear_gelu(x, weight, bias, False)
-    return _times(hidden, weight_2.t())
+    return _times(hidden, weight_2.t(), bias_2)
