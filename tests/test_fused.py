@@ -19,6 +19,7 @@ from model_cases import (
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from ijepa_fast import fused
 from ijepa_fast.config import CHANGEABLE, TrainConfig
 from ijepa_fast.flops import TokenCounts, step_flops
 from ijepa_fast.fused import check_device
@@ -78,9 +79,9 @@ def test_bf16_is_no_further_from_fp64_than_plain_blocks():
 
     want, want_gradients = results(exact)
     plain, plain_gradients = results(model)
-    fused, fused_gradients = results(fuse(model))
+    got, fused_gradients = results(fuse(model))
     eps = torch.finfo(torch.bfloat16).eps
-    assert abs(fused - want) <= 2 * max(abs(plain - want), eps / 2 * want)
+    assert abs(got - want) <= 2 * max(abs(plain - want), eps / 2 * want)
 
     def distance(found):
         """Over all gradients together: the rounding of one bias of keys, which is noise, decides nothing."""
@@ -92,18 +93,38 @@ def test_bf16_is_no_further_from_fp64_than_plain_blocks():
 
 
 def test_steps_of_training_end_with_the_same_weights():
-    plain, fused = tiny_step(), tiny_step()
-    fuse(fused.model)
+    plain, other = tiny_step(), tiny_step()
+    fuse(other.model)
     for number in range(3):
         torch.testing.assert_close(
-            fused(images(number), number).losses.total, plain(images(number), number).losses.total, rtol=1e-5, atol=0
+            other(images(number), number).losses.total, plain(images(number), number).losses.total, rtol=1e-5, atol=0
         )
     weights = dict(plain.model.named_parameters())
     lr = sum(plain.schedules.lr_at(number) for number in range(3))
-    for name, parameter in fused.model.named_parameters():
+    for name, parameter in other.model.named_parameters():
         # Adam moves a weight by the learning rate whatever the gradient, and rounding alone where that is zero.
         difference = (parameter - weights[name]).abs()
         assert difference.mean() <= 1e-3 * lr or name.endswith("qkv.bias"), name
+
+
+def test_a_wider_stream_stays_wide_and_is_more_exact():
+    """bf16 products between sums in fp32."""
+    encoder = make_encoder(depth=6)
+    tokens = Ragged.from_lists([[0, 7, 30], [40, 41]])
+    x = torch.randn(5, encoder.embed_dim, generator=torch.Generator().manual_seed(0)).bfloat16()
+
+    def run(dtype):
+        return fused.run(encoder.blocks, x.to(dtype), tokens, None, fused.block_forward, False)
+
+    cast_weights(encoder, torch.bfloat16)
+    encoder.double()
+    exact = run(torch.float64)
+    encoder.float()
+    cast_weights(encoder, torch.bfloat16)
+    encoder.fuse_blocks()
+    narrow, wide = run(torch.bfloat16), run(torch.float32)
+    assert narrow.dtype == torch.bfloat16 and wide.dtype == torch.float32
+    assert (wide - exact).norm() < (narrow - exact).norm() < 0.05 * exact.norm()
 
 
 class Calls(TorchDispatchMode):
