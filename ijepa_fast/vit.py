@@ -84,7 +84,8 @@ class Linear(nn.Linear):
     fused = False
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.project(x, slice(None))
+        # Not as a slice of all outputs, whose gradient would be copied into zeros.
+        return F.linear(x, self.weight, None if self.bias is None else self.bias.to(self.weight.dtype))
 
     def project(self, x: Tensor, outputs: slice) -> Tensor:
         """Only some of the output features."""
