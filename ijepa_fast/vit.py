@@ -85,11 +85,13 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         # Not as a slice of all outputs, whose gradient would be copied into zeros.
-        return F.linear(x, self.weight, None if self.bias is None else self.bias.to(self.weight.dtype))
+        return self._product(x, self.weight, self.bias)
 
     def project(self, x: Tensor, outputs: slice) -> Tensor:
         """Only some of the output features."""
-        weight, bias = self.weight[outputs], None if self.bias is None else self.bias[outputs]
+        return self._product(x, self.weight[outputs], None if self.bias is None else self.bias[outputs])
+
+    def _product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if self.fused:
             return ops.linear(x.to(weight.dtype), weight, bias)
         bias = None if bias is None else bias.to(weight.dtype)
