@@ -186,8 +186,8 @@ class TrainConfig:
         compile: run transformer blocks through torch.compile.
         fused: run transformer blocks on the package's fused kernels (docs/kernels.md): norms that add the residual,
             GELU inside products, split sums for weight gradients. Goes with compile or without. On a GPU it needs
-            bf16 or fp16, and a target encoder with fp8_targets keeps its plain blocks; whether it is faster has not been
-            measured yet.
+            bf16 or fp16, and with fp8_targets the target encoder keeps its plain blocks. Whether it is faster has not
+            been measured yet.
         capture: replay steps as CUDA graphs, one for each bucket of token counts. For one GPU, without accumulation, in
             fp32 or bf16; pays where the host cannot launch kernels fast enough: small models and batches.
         overlap_target: run the target encoder on a second stream, beside context encoder and predictor. For GPUs; the
