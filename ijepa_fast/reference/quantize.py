@@ -34,4 +34,6 @@ def quantize_fp8(x: Tensor, per_row: bool) -> tuple[Tensor, Tensor]:
     else:
         amax = wide.abs().amax().view(1) if len(wide) else wide.new_zeros(1)
     amax = amax.clamp(min=SMALLEST_AMAX)
-    return (wide * (FP8_LARGEST / amax)[:, None]).to(FP8), amax / FP8_LARGEST
+    # A tensor: torch divides a number by a tensor, and on GPUs a tensor by a number, through a rounded reciprocal.
+    largest = torch.full_like(amax, FP8_LARGEST)
+    return (wide * (largest / amax)[:, None]).to(FP8), amax / largest
