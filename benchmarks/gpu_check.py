@@ -8,7 +8,6 @@ again replaces that part alone.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
 import re
@@ -24,7 +23,6 @@ from typing import Any
 
 import torch
 
-from benchmarks.implementations import parse
 from benchmarks.processes import LEAST_SECONDS, Run
 from ijepa_fast.bench.rows import with_ratios
 
@@ -158,30 +156,18 @@ def ops(run: Run, entry: dict[str, Any]) -> None:
 STEPS = (
     # Most wanted first. What torch.compile takes part in, and so minutes, has processes of its own.
     (
-        "vit_h14",
-        128,
-        "exact",
-        "ours,eager,ours+fused,ours+fp8,ours+fused+fp8,ours+overlap,ours+fused+overlap,ours+wide",
+        *("vit_h14", 128, "exact"),
+        "ours,eager,ours+fused,ours+fused+fp8,ours+fused+overlap,ours+fused+cudnn,ours+fp8row,ours+wide",
     ),
-    ("vit_h14", 128, "exact", "ours,compiled,ours+compile"),
-    ("vit_b16", 512, "exact", "ours,eager,ours+fused,ours+capture,ours+fused+capture"),
+    ("vit_h14", 128, "exact", "ours,compiled,ours+compile,ours+compile+fused"),
+    ("vit_b16", 512, "exact", "ours,eager,ours+fused,ours+capture,ours+fused+capture,ours+fused+overlap"),
     ("vit_h14", 128, "batch_min", "ours,eager,ours+fused"),
-    ("vit_l16", 128, "exact", "ours,eager,ours+fused,ours+capture,ours+fused+capture"),
+    ("vit_l16", 128, "exact", "ours,eager,ours+fused,ours+fused+capture,ours+fused+overlap"),
     ("vit_b16", 512, "exact", "ours,compiled,ours+compile,ours+compile+capture"),
     ("vit_h14", 128, "batch_min", "ours,compiled,ours+compile"),
     ("vit_l16", 128, "exact", "ours,compiled,ours+compile,ours+compile+capture"),
 )
 TINY_STEPS = (("vit_tiny", 2, "exact", "ours,eager"),)
-
-
-def known(names: str) -> list[str]:
-    """Those of the implementations that this version of the package has."""
-    found = []
-    for name in names.split(","):
-        with contextlib.suppress(ValueError):
-            parse(name)
-            found.append(name)
-    return found
 
 
 def step(run: Run, entry: dict[str, Any]) -> None:
@@ -191,8 +177,7 @@ def step(run: Run, entry: dict[str, Any]) -> None:
     for number, (model, batch, masks_of, names) in enumerate(steps):
         # One that hangs must not take all the others' time; but the first are wanted most, and compiling takes minutes.
         limit = max(1.5 * run.left() / (len(steps) - number), LEAST_STEP_SECONDS)
-        implementations = known(names)
-        for attempt in dict.fromkeys((",".join(implementations), implementations[0])):
+        for attempt in dict.fromkeys((names, names.split(",")[0])):
             name = f"step {model} {masks_of} {attempt}"
             command = [sys.executable, "-m", "benchmarks.step", "--model", model, "--batch", str(batch)]
             command += ["--masks", masks_of, "--impl", attempt, "--device", run.device]

@@ -1,14 +1,14 @@
 """The whole training steps that are compared, on the same model, images and masks, and the proof that they agree.
 
-``ours`` is the step of this package. Suffixes turn options of ``TrainConfig`` on, ``ours+compile+capture``: see
-``VARIANTS``. ``eager`` is the published algorithm (baselines.py), ``compiled`` what a skilled user has without this
-package (compiled.py).
+``ours`` is the step of this package. Suffixes turn its options on, ``ours+compile+capture``: see ``VARIANTS``.
+``eager`` is the published algorithm (baselines.py), ``compiled`` what a skilled user has without this package
+(compiled.py).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -42,30 +42,27 @@ class Variant:
     """What a suffix of ``ours`` stands for.
 
     Attributes:
-        settings: of ``TrainConfig``.
+        train, model: settings of ``TrainConfig`` and of ``ModelConfig``.
         approximate: it predicts other targets, so its gradients are others, too; see ``check_agreement``.
         no_phases: why its phases cannot be timed apart, or None.
     """
 
-    settings: dict[str, Any]
+    train: dict[str, Any] = field(default_factory=dict)
+    model: dict[str, Any] = field(default_factory=dict)
     approximate: bool = False
     no_phases: str | None = None
 
 
-_VARIANTS = {
+VARIANTS = {
     "compile": Variant({"compile": True}),
     "fused": Variant({"fused": True}),
     "capture": Variant({"capture": True}, no_phases="a replayed graph is one launch"),
-    "fp8": Variant({"fp8_targets": True}, approximate=True),
+    "fp8": Variant({"fp8_targets": "tensor"}, approximate=True),
+    "fp8row": Variant({"fp8_targets": "row"}, approximate=True),
     "overlap": Variant({"overlap_target": True}, no_phases="two networks run at the same time"),
+    "cudnn": Variant(model={"target_attention": "cudnn"}),
     "wide": Variant({"wide_residual": True}),
 }
-VARIANTS = {
-    suffix: variant
-    for suffix, variant in _VARIANTS.items()
-    if variant.settings.keys() <= {field.name for field in fields(TrainConfig)}
-}
-"""Those whose option this version of the package has."""
 
 
 def parse(name: str) -> tuple[str, list[Variant]]:
@@ -83,6 +80,12 @@ def parse(name: str) -> tuple[str, list[Variant]]:
         if suffix not in VARIANTS or suffixes.count(suffix) > 1:
             raise ValueError(f"suffixes of ours are {', '.join(VARIANTS)}, each at most once, got {name!r}")
     return kind, [VARIANTS[suffix] for suffix in suffixes]
+
+
+def train_config(variants: Sequence[Variant], batch: int, precision: str, device: str = "auto") -> TrainConfig:
+    """Of these variants together. Raises ValueError where their options exclude one another, or the device."""
+    settings = {key: value for variant in variants for key, value in variant.train.items()}
+    return TrainConfig(batch_size=batch, precision=precision, device=device, **settings)
 
 
 def model_config(name: str, img_size: int = 224) -> ModelConfig:
@@ -165,11 +168,11 @@ class Case:
         return self._candidate(name, kind, holder, lambda n: holder(self.normalised, masks[n % self.steps], n), drawn)
 
     def _ours(self, name: str, variants: Sequence[Variant]) -> Candidate:
-        settings = {key: value for variant in variants for key, value in variant.settings.items()}
-        train = TrainConfig(batch_size=self.batch, precision=self.precision, **settings)
-        config = RunConfig(seed=SEED, model=self.model, train=train)
+        train = train_config(variants, self.batch, self.precision)
+        model_settings = {key: value for variant in variants for key, value in variant.model.items()}
+        config = RunConfig(seed=SEED, model=replace(self.model, **model_settings), train=train)
         with self.device:
-            model = self.model.build(config.objective)
+            model = config.model.build(config.objective)
         model.load_state_dict(self.state)
         step = assemble(model, config, self.sampler, self.schedules, self.batch, self.device)
         return self._candidate(

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.implementations import MODELS, Candidate, Case, model_config, parse
+from benchmarks.implementations import MODELS, Candidate, Case, model_config, parse, train_config
 from benchmarks.step import Clock, phases, timed, warm
 from ijepa_fast.attention import varlen_self_attention
 from ijepa_fast.bench.measure import cpu_times, graph_times, machine, side_stream, write_json
@@ -157,14 +157,15 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin nothing after so long")
     parser.add_argument("--json", type=Path, help="write the report here, whole after every point")
     options = parser.parse_args(arguments)
-    try:
-        kind, _ = parse(options.impl)
-    except ValueError as problem:
-        parser.error(f"--impl: {problem}")
-    if kind != "ours":
-        parser.error(f"--impl must be ours or a variant of it, got {options.impl!r}")
     device = torch.device(options.device)
     precision = options.precision or ("bf16" if device.type == "cuda" else "fp32")
+    try:
+        kind, variants = parse(options.impl)
+        train_config(variants, max(options.batches), precision, device.type)
+    except ValueError as problem:
+        parser.error(f"--impl {options.impl}: {problem}")
+    if kind != "ours":
+        parser.error(f"--impl must be ours or a variant of it, got {options.impl!r}")
     settings = {name: getattr(options, name) for name in ("model", "impl", "rounds", "warm_up")}
     report: dict[str, Any] = {
         "schema": 1,

@@ -41,6 +41,7 @@ from benchmarks.implementations import (
     model_config,
     parse,
     rehearse,
+    train_config,
 )
 from ijepa_fast.bench.measure import machine, matmul_rate, write_json
 from ijepa_fast.bench.ops_table import in_words
@@ -301,16 +302,15 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--json", type=Path, help="write the report here, whole after every group")
     options = parser.parse_args(arguments)
     names = list(dict.fromkeys(options.impl.split(",")))
-    try:
-        parsed = [parse(name) for name in names]
-    except ValueError as problem:
-        parser.error(f"--impl: {problem}")
-    if options.device == "cpu" and any(variant.settings.get("capture") for _, of in parsed for variant in of):
-        parser.error(f"--impl: CUDA graphs need a GPU, got {options.impl!r} on the CPU")
-    if options.threads:
-        torch.set_num_threads(options.threads)
     device = torch.device(options.device)
     precision = options.precision or ("bf16" if device.type == "cuda" else "fp32")
+    try:
+        for name in names:
+            train_config(parse(name)[1], options.batch, precision, device.type)
+    except ValueError as problem:
+        parser.error(f"--impl {options.impl}: {problem}")
+    if options.threads:
+        torch.set_num_threads(options.threads)
     model = model_config(options.model, options.img_size)
     case = Case(model, options.batch, options.masks, device, precision, steps=options.rounds + options.warm_up)
     settings = {name: getattr(options, name) for name in ("model", "img_size", "batch", "masks", "rounds", "warm_up")}

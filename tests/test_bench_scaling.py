@@ -11,6 +11,8 @@ from ijepa_fast.config import ModelConfig
 from ijepa_fast.masks import MaskConfig, MaskSampler
 from tests.test_captured import Recorder
 
+CPU = torch.device("cpu")
+
 
 def small(name, img_size):
     return ModelConfig(img_size, 4, embed_dim=24, depth=2, num_heads=2, predictor_embed_dim=16, predictor_depth=2)
@@ -52,7 +54,8 @@ def test_points_are_measured_and_written(tmp_path, capsys):
 def test_captured_steps_are_replayed_and_their_update_timed(monkeypatch):
     recorders = []
     monkeypatch.setattr(captured, "CudaGraphs", lambda device: recorders.append(Recorder()) or recorders[-1])
-    (point,) = run("--impl", "ours+capture", "--sizes", "48", "--batches", "2")["points"]
+    found = scaling.points("", "ours+capture", [48], [2], CPU, "fp32", rounds=2, warm_up=1, seconds=100)
+    (point,) = found
     assert recorders[0].replayed and 0 < point["update_ms"] < point["ms"]
 
 
@@ -75,7 +78,7 @@ def test_what_does_not_fit_is_said_and_ends_no_run(monkeypatch):
 
 
 def test_only_ours_is_taken(capsys):
-    for name in ("eager", "ours+magic"):
+    for name in ("eager", "ours+magic", "ours+capture"):
         with pytest.raises(SystemExit):
             run("--impl", name)
         assert name in capsys.readouterr().err

@@ -14,6 +14,7 @@ from ijepa_fast.flops import TokenCounts, step_flops
 from tests.test_captured import Recorder
 
 MODEL = ModelConfig(56, 4, embed_dim=24, depth=2, num_heads=2, predictor_embed_dim=16, predictor_depth=2)
+MODEL_16 = ModelConfig(56, 4, embed_dim=32, depth=2, num_heads=2, predictor_embed_dim=16, predictor_depth=2)
 CPU = torch.device("cpu")
 
 
@@ -85,6 +86,26 @@ def test_names_of_implementations():
             parse(name)
 
 
+def test_every_variant_trains_what_ours_trains():
+    """Those that a CPU can run, in bf16: on a GPU check_agreement says the same of all of them."""
+    case = Case(MODEL_16, 4, "exact", CPU, "bf16", steps=1)
+    names = ["ours", "ours+fused", "ours+wide", "ours+fp8", "ours+fused+fp8row"]
+    candidates = [case.make(name) for name in names]
+    found, wrong = check_agreement(case, candidates)
+    rehearsed, astray = rehearse(case, candidates)
+    assert not wrong and not astray
+    assert set(found) == {f"{name}/ours" for name in names[1:]} and set(rehearsed) == set(names[1:])
+    for name, candidate in zip(names, candidates, strict=True):
+        assert ("fp8" in name) == candidate.approximate == ("target_cosine" in found.get(f"{name}/ours", {}))
+        # And they are what they are called.
+        model = candidate.networks
+        assert model.context_encoder.fused == ("fused" in name) and model.context_encoder.wide_residual == (
+            name == "ours+wide"
+        )
+        assert model.fp8_targets == {"ours+fp8": "tensor", "ours+fused+fp8row": "row"}.get(name, "off")
+    assert all(found[f"{name}/ours"]["target_cosine"] < 0.999999 for name in names[3:])
+
+
 @pytest.mark.parametrize("wrong", ["weights", "loss"])
 def test_what_trains_something_else_is_not_timed(wrong, monkeypatch):
     case, make = make_case("batch_min"), Case.make
@@ -115,7 +136,7 @@ def test_a_variant_that_updates_otherwise_is_found(monkeypatch):
 
 
 def test_approximate_targets_are_judged_by_their_direction(monkeypatch):
-    monkeypatch.setitem(implementations.VARIANTS, "rounded", Variant({}, approximate=True))
+    monkeypatch.setitem(implementations.VARIANTS, "rounded", Variant(approximate=True))
     case = make_case("exact")
     ours, rounded = case.make("ours"), case.make("ours+rounded")
     with torch.no_grad():
@@ -167,7 +188,12 @@ def test_report_file_and_errors(tmp_path, monkeypatch, capsys):
     report = json.loads(path.read_text())
     assert report["kind"] == "step" and report["machine"]["device"] == "cpu" and report["settings"]["batch"] == 4
     assert report["ratio"]["ours/eager"] > 0 and "ours/eager" in capsys.readouterr().out
-    for names, words in {"ours,theirs": "got 'theirs'", "ours+capture": "CUDA graphs need a GPU"}.items():
+    for names, words in {
+        "ours,theirs": "got 'theirs'",
+        "ours,ours+capture": "train.capture needs a GPU",
+        "ours+overlap": "train.overlap_target needs a GPU",
+        "ours+fp8": "needs precision bf16",
+    }.items():
         with pytest.raises(SystemExit):
             main(["--impl", names, "--device", "cpu"])
         assert words in capsys.readouterr().err
