@@ -113,7 +113,12 @@ def _blocks(dim: int, hidden: int, depth: int, rows: float, pairs: float, last_r
 
 
 def step_flops(
-    model: ModelConfig, tokens: TokenCounts, *, all_targets: bool = False, all_predictions: bool = False
+    model: ModelConfig,
+    tokens: TokenCounts,
+    *,
+    all_targets: bool = False,
+    all_predictions: bool = False,
+    cpu_batch: int | None = None,
 ) -> StepFlops:
     """Operations of one training step per image.
 
@@ -125,6 +130,9 @@ def step_flops(
         all_targets: whether the target encoder's last block computes every row, or only those that are read.
         all_predictions: the same of the predictor's last block. Plain implementations compute all rows of both. (The
             predictor's projection to targets is counted for target rows alone in any case.)
+        cpu_batch: images per micro-batch of a step on the CPU with plain blocks. There the predictor's first block
+            computes queries, keys and values once for each context row and, for the whole batch, once for a mask token
+            at each patch (``vit.Predictor``). None: for every row, as on a GPU.
     """
     patches, pixels = (model.img_size // model.patch_size) ** 2, 3 * model.patch_size**2
     contexts, targets = tokens.num_contexts, tokens.num_targets
@@ -146,6 +154,9 @@ def step_flops(
     last = (rows, pairs) if all_predictions else (predicted, predicted_pairs)
     projections = 2 * width * narrow * (tokens.context + predicted)
     predictor = 3 * (projections + _blocks(narrow, narrow_hidden, model.predictor_depth, rows, pairs, *last))
+    if cpu_batch is not None and model.predictor_depth > 1:
+        distinct = tokens.context + patches / cpu_batch
+        predictor -= 3 * 6 * narrow * narrow * max(rows - distinct, 0)
     return StepFlops(float(target), float(context), float(predictor))
 
 

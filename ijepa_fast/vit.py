@@ -149,17 +149,18 @@ class Attention(nn.Module):
         self.qkv = Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = Linear(dim, dim)
 
-    def forward(self, x: Tensor, tokens: Ragged, queries: Ragged | None = None) -> Tensor:
-        """[T, D] -> [T, D], or the outputs of the rows ``queries.indices`` alone."""
-        return self.proj(self.attend(x, tokens, queries))
+    def forward(self, x: Tensor, tokens: Ragged, queries: Ragged | None = None, rows: Tensor | None = None) -> Tensor:
+        """[T, D] -> [T, D], or the outputs of the rows ``queries.indices`` alone; ``rows`` as in ``Block``."""
+        return self.proj(self.attend(x, tokens, queries, rows))
 
-    def attend(self, x: Tensor, tokens: Ragged, queries: Ragged | None = None) -> Tensor:
+    def attend(self, x: Tensor, tokens: Ragged, queries: Ragged | None = None, rows: Tensor | None = None) -> Tensor:
         """The same before the projection."""
         dim, heads = x.shape[-1], self.num_heads
         uniform = tokens.uniform and (queries is None or queries.uniform)
         backend = self.dense_backend if uniform and self.dense_backend is not None else self.backend
         if queries is None:
-            qkv_T3HD = self.qkv(x).unflatten(-1, (3, heads, -1))
+            qkv = self.qkv(x)
+            qkv_T3HD = (qkv if rows is None else qkv.index_select(0, rows)).unflatten(-1, (3, heads, -1))
             out = varlen_self_attention(
                 qkv_T3HD, tokens.cu_seqlens, tokens.max_seqlen, backend=backend, uniform=uniform
             )
@@ -207,15 +208,21 @@ class Block(nn.Module):
         self.norm2 = LayerNorm(dim)
         self.mlp = Mlp(dim, round(dim * mlp_ratio))
 
-    def forward(self, x: Tensor, tokens: Ragged, queries: Ragged | None = None) -> Tensor:
-        """[T, D] -> [T, D]; with ``queries``, the rows ``queries.indices`` alone, and no work for the others."""
-        attended = self.attn(self.norm1(x), tokens, queries)
+    def forward(self, x: Tensor, tokens: Ragged, queries: Ragged | None = None, rows: Tensor | None = None) -> Tensor:
+        """[T, D] -> [T, D]; with ``queries``, the rows ``queries.indices`` alone, and no work for the others.
+
+        With ``rows`` (int64 [T], without ``queries``) x has rows [R, D] that several tokens share: token t is
+        ``x[rows[t]]``.
+        """
+        attended = self.attn(self.norm1(x), tokens, queries, rows)
+        if rows is not None:
+            x = x.index_select(0, rows)
         x = attended + (x if queries is None else take_rows(x, queries.indices))
         return x + self.mlp(self.norm2(x))
 
 
-def _call(block: Block, x: Tensor, tokens: Ragged, queries: Ragged | None) -> Tensor:
-    return block(x, tokens, queries)
+def _call(block: Block, x: Tensor, tokens: Ragged, queries: Ragged | None, rows: Tensor | None) -> Tensor:
+    return block(x, tokens, queries, rows)
 
 
 class _Blocks(nn.Module):
@@ -257,15 +264,22 @@ class _Blocks(nn.Module):
         """What enters the blocks, in the dtype that the sums between them are kept in."""
         return x.to(accumulation_dtype(x.dtype)) if self.wide_residual else x
 
-    def _run(self, blocks: nn.ModuleList, x: Tensor, tokens: Ragged, queries: Ragged | None) -> Tensor:
+    def _run(
+        self,
+        blocks: nn.ModuleList,
+        x: Tensor,
+        tokens: Ragged,
+        queries: Ragged | None,
+        rows: Tensor | None = None,
+    ) -> Tensor:
         if self.fused:
             return fused.run(blocks, x, tokens, queries, self._call, self.activation_checkpointing)
         for i, block in enumerate(blocks):
-            wanted = queries if i == len(blocks) - 1 else None
+            inputs = block, x, tokens, queries if i == len(blocks) - 1 else None, rows if i == 0 else None
             if self.activation_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(self._call, block, x, tokens, wanted, use_reentrant=False, preserve_rng_state=False)
+                x = checkpoint(self._call, *inputs, use_reentrant=False, preserve_rng_state=False)
             else:
-                x = self._call(block, x, tokens, wanted)
+                x = self._call(*inputs)
         return x
 
     @staticmethod
@@ -492,17 +506,31 @@ class Predictor(_Blocks):
             [T, target_dim], rows as in ``layout.predicted``; zeros on padding rows.
         """
         positions = resize_positions(self.predictor_pos_embed[0], self.grid, grid or self.grid)
-        x = ops.predictor_tokens(
-            self._stream(self.predictor_embed(context)),
-            self.mask_token.flatten(),
-            positions,
-            layout.tokens.indices,
-            layout.sources,
-            layout.copies,
-        )
-        x = self._run(self.predictor_blocks, x, layout.tokens, layout.predicted)
+        x, mask_token, rows = self._stream(self.predictor_embed(context)), self.mask_token.flatten(), None
+        if self._repeats_rows(layout, x.shape[0] + positions.shape[0]):
+            indices, rows = layout.distinct_rows(positions.shape[0])
+            mask_tokens = mask_token.to(x.dtype) + positions.to(x.dtype)
+            x = torch.cat([ops.gather_add(x, positions, indices, False), mask_tokens])
+        else:
+            x = ops.predictor_tokens(x, mask_token, positions, layout.tokens.indices, layout.sources, layout.copies)
+        x = self._run(self.predictor_blocks, x, layout.tokens, layout.predicted, rows)
         x = self.predictor_proj(self.predictor_norm(x))
         return x if layout.predicted.uniform else x.masked_fill(~layout.predicted.valid[:, None], 0)
+
+    def _repeats_rows(self, layout: PredictorLayout, distinct: int) -> bool:
+        """Whether the first block is to compute queries, keys and values for ``distinct`` rows instead of every token.
+
+        On the CPU alone, where products are most of a step. A GPU would have to be waited for to learn that no row is
+        padding, for which there is no distinct row.
+        """
+        indices = layout.tokens.indices
+        return (
+            indices.is_cpu
+            and not torch.compiler.is_compiling()
+            and self._call is _call
+            and len(self.predictor_blocks) > 1
+            and distinct < layout.tokens.num_rows == int(layout.tokens.cu_seqlens[-1])
+        )
 
 
 def cast_weights(module: nn.Module, dtype: torch.dtype) -> None:
