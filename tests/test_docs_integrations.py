@@ -34,7 +34,7 @@ def test_the_python_of_a_page_runs(name, blocks, tmp_path, monkeypatch):
     exec(compile("\n".join(found), f"docs/{name}.md", "exec"), {"__name__": name})
 
 
-@pytest.mark.parametrize("name", ["jepa_model", "huggingface", "lightning", "pieces"])
+@pytest.mark.parametrize("name", ["jepa_model", "huggingface", "lightning", "pieces", "precision", "step", "streams"])
 def test_links_lead_to_files(name):
     links = re.findall(r"\]\((?!https?://)([^)#]+)\)", page(name))
     assert links
