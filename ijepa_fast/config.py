@@ -31,8 +31,9 @@ class ModelConfig:
         predictor_mlp_ratio: of the predictor; null for the encoder's. The official code always has 4.
         init: flat (std 0.02 at all depths, as the published models were trained) or depth_scaled.
         attention: variable-length attention backend, see `ijepa-fast doctor`.
-        target_attention: another backend for whole images in the target encoder, such as cudnn or sdpa; null for the
-            same. Its last block computes only rows that are read at most steps, and stays with attention there.
+        target_attention: another backend for whole images in the target encoder, such as cudnn or sdpa; null for that of
+            attention. At most steps its last block computes only some rows, and takes that of attention there. Not
+            measured yet (docs/streams.md).
         activation_checkpointing: recompute blocks in the backward pass to save memory: true, false, or auto (only
             where the GPU would be too small without).
         mean: per channel, of images in [0, 1].
@@ -183,13 +184,14 @@ class TrainConfig:
         fp8_targets: multiply in FP8 (e4m3) in the target encoder's blocks, with one scale per tensor, or one per row;
             off for the training precision. In bf16, on GPUs of compute capability 8.9 or higher (docs/precision.md);
             what it gains is not measured yet. The CPU emulates it, slowly.
-        compile: run transformer blocks through torch.compile.
+        compile: run transformer blocks through torch.compile. Not measured on a GPU yet.
         fused: run transformer blocks on the package's fused kernels (docs/kernels.md): norms that add the residual,
             GELU inside products, split sums for weight gradients. Goes with compile or without. On a GPU it needs
             bf16 or fp16, and with fp8_targets the target encoder keeps its plain blocks. Whether it is faster has not
             been measured yet.
         capture: replay steps as CUDA graphs, one for each bucket of token counts. For one GPU, without accumulation, in
-            fp32 or bf16; pays where the host cannot launch kernels fast enough: small models and batches.
+            fp32 or bf16; pays where the host cannot launch kernels fast enough: small models and batches. Takes memory
+            for activations twice. Not measured yet.
         overlap_target: run the target encoder on a second stream, beside context encoder and predictor. For GPUs; the
             target encoder's temporaries take memory of their own. What it gains is not measured yet.
         device: auto (a GPU if there is one), cpu or cuda.

@@ -1,6 +1,7 @@
 """How much memory a training step needs, in closed form, and whether blocks should be recomputed to fit.
 
-Legend: D width, r MLP ratio. Norms keep their input in fp32, everything else is of the training precision.
+Legend: D width, r MLP ratio. Norms of plain blocks keep their input in fp32 (fused ones keep
+less), everything else is of the training precision.
 """
 
 from __future__ import annotations

@@ -34,12 +34,15 @@ def test_the_python_of_a_page_runs(name, blocks, tmp_path, monkeypatch):
     exec(compile("\n".join(found), f"docs/{name}.md", "exec"), {"__name__": name})
 
 
-@pytest.mark.parametrize("name", ["jepa_model", "huggingface", "lightning", "pieces", "precision", "step", "streams"])
-def test_links_lead_to_files(name):
-    links = re.findall(r"\]\((?!https?://)([^)#]+)\)", page(name))
-    assert links
-    for link in links:
-        assert (ROOT / "docs" / link).exists(), link
+@pytest.mark.parametrize("path", sorted((ROOT / "docs").glob("*.md")), ids=lambda path: path.stem)
+def test_links_lead_to_files(path):
+    for link in re.findall(r"\]\((?!https?://)([^)#]+)", path.read_text()):
+        assert (path.parent / link).exists(), link
+
+
+def test_the_index_names_every_page():
+    named = set(re.findall(r"\]\((\w+\.md)\)", page("README")))
+    assert named | {"README.md"} == {path.name for path in (ROOT / "docs").glob("*.md")}
 
 
 def test_the_table_of_keys_is_complete():
