@@ -31,8 +31,8 @@ class ModelConfig:
         predictor_mlp_ratio: of the predictor; null for the encoder's. The official code always has 4.
         init: flat (std 0.02 at all depths, as the published models were trained) or depth_scaled.
         attention: variable-length attention backend, see `ijepa-fast doctor`.
-        target_attention: another backend for whole images in the target encoder, such as cudnn or sdpa; null for that of
-            attention. At most steps its last block computes only some rows, and takes that of attention there. Not
+        target_attention: another backend for whole images in the target encoder, such as cudnn or sdpa; null for that
+            of attention. At most steps its last block computes only some rows, and takes that of attention there. Not
             measured yet (docs/streams.md).
         activation_checkpointing: recompute blocks in the backward pass to save memory: true, false, or auto (only
             where the GPU would be too small without).

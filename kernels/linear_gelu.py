@@ -2,8 +2,8 @@
 
 Legend: T packed rows, N output features, K input features; of ``hidden_gradient`` N is the MLP's hidden width.
 
-A program is one tile of the result. GELU is taken of the sums rounded to the dtype of x, which is what the backward pass
-reads; its derivative multiplies fp32 sums. Both before they leave the registers.
+A program is one tile of the result. GELU is taken of the sums rounded to the dtype of x, which is what the backward
+pass reads; its derivative multiplies fp32 sums. Both happen in registers.
 """
 
 from __future__ import annotations
