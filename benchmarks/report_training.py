@@ -87,7 +87,20 @@ def steps_section(reports: dict[str, list[Report]]) -> str:
         parts.append(picture("bench_steps", "Images per second of whole steps"))
     else:
         parts.append(f"Whole steps on a GPU: {NOT_MEASURED}.")
+    parts += [fairness_of_eager(report) for report in reports.get("fairness", [])]
     return "\n\n".join(parts)
+
+
+def fairness_of_eager(report: Report) -> str:
+    """What ``benchmarks/fairness.py`` found, in a sentence."""
+    settings, ratio, losses = report["settings"], report["eager_over_official"], report["losses"]
+    apart = max(abs(a - b) for a, b in zip(losses["official"], losses["eager"], strict=True))
+    return (
+        f"`eager` stands for the official code, whose own training loop ran beside it ({settings['model']}, batch "
+        f"{settings['batch']}, {settings['steps']} steps on {on(report['machine'])}): {ratio['flops']:.3f} times its "
+        f"operations, {ratio['time']:.3f} times its time, {ratio['cpu_time']:.3f} times its processor time; losses "
+        + (f"at most {apart:g} apart." if apart else "equal in every digit that it prints.")
+    )
 
 
 def scaling_reports(reports: dict[str, list[Report]]) -> list[Report]:

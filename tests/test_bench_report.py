@@ -299,3 +299,16 @@ def test_charts(check, tmp_path):
     assert shown == {path.name for path in drawn}
     committed = re.findall(r"\.\./(docs/images/\w+\.png)", (ROOT / "benchmarks" / "RESULTS.md").read_text())
     assert committed and all((ROOT / name).exists() for name in committed)
+
+
+def test_the_baseline_is_said_to_be_fair_in_the_words_of_its_file():
+    found = {
+        "machine": CPU_MACHINE, "settings": {"model": "vit_small", "batch": 16, "steps": 2},
+        "eager_over_official": {"flops": 1.0, "time": 0.75, "cpu_time": 1.25},
+        "losses": {"official": [0.5, 0.4], "eager": [0.5, 0.375]},
+    }  # fmt: skip
+    said = report_training.fairness_of_eager(found)
+    assert "1.000 times its operations, 0.750 times its time, 1.250 times its processor time" in said
+    assert said.endswith("losses at most 0.025 apart.")
+    found["losses"]["eager"] = [0.5, 0.4]
+    assert report_training.fairness_of_eager(found).endswith("equal in every digit that it prints.")
