@@ -46,6 +46,13 @@ class Run:
         with self.lock:
             write_json(self.path, self.report)
 
+    def note(self, table: dict[str, Any], name: str, value: Any) -> None:
+        """Put a value into a table of the report, and save. Commands run beside one another: none may change a table
+        while another one writes the file."""
+        with self.lock:
+            table[name] = value
+        self.save()
+
     def left(self) -> float:
         return self.deadline - time.monotonic()
 
@@ -63,8 +70,7 @@ class Run:
         """Run a command within what is left of the part, and ``limit``. Its exit status; None if it was stopped."""
         seconds = min(self.left(), limit)
         if seconds < LEAST_SECONDS:
-            entry["commands"][name] = {"not_run": "no time was left"}
-            self.save()
+            self.note(entry["commands"], name, {"not_run": "no time was left"})
             return None
         log = self.log(name)
         started = time.monotonic()
@@ -85,8 +91,7 @@ class Run:
                 status = None
         took = round(time.monotonic() - started, 1)
         result = {"exit_status": status, "seconds": took} if status is not None else {"stopped_after_s": took}
-        entry["commands"][name] = result
-        self.save()
+        self.note(entry["commands"], name, result)
         print(f"--- {name}: {'stopped' if status is None else f'exit status {status}'} after {took} s", flush=True)
         lines = log.read_text(errors="replace").splitlines()
         print("\n".join(lines[-TAIL_LINES if status == 0 else -3 * TAIL_LINES :]), flush=True)

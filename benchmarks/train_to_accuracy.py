@@ -9,7 +9,8 @@ PATH is a folder with train/ and val/, and a folder for each class in both. Cont
 
 - ``exact``: this package, all visible patches.
 - ``batch_min``: this package, the official truncated masks.
-- ``eager``: the published algorithm (benchmarks/baselines.py), the same truncated masks.
+- ``eager``: the published algorithm (benchmarks/baselines.py), the same truncated masks, which are drawn in its step as
+  in ours.
 - ``no_prediction``: a control, with --regularised alone: ``exact`` without the prediction loss.
 
 The first one named gets --minutes of training, or --steps, or --epochs. At equal epochs the others run as many steps;
