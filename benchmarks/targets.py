@@ -70,8 +70,12 @@ def step_targets(reports: Sequence[Row]) -> Iterator[Target]:
     found: dict[tuple[str, str], Row] = {}
     for report in reports:
         place = report["settings"]["model"], report["settings"]["masks"]
-        # What several reports have measured is taken from the first, which has the peers.
-        found[place] = report["implementations"] | found.get(place, {})
+        here = report["implementations"]
+        # A rate is comparable with those of its own run. Of different runs, rates over that of ours in each are.
+        ours = here.get("ours", {}).get("images_per_second", 1.0)
+        here = {name: result | {"over_ours": result["images_per_second"] / ours} for name, result in here.items()}
+        # What several reports have measured is taken from the first.
+        found[place] = here | found.get(place, {})
     for model, masks, least, over_eager, over_compiled in STEPS:
         results = found.get((model, masks), {})
         what, best = f"{model}, {masks}", best_of_ours(results)
@@ -100,7 +104,7 @@ def _over(results: Row, best: str | None, peer: str, least: float, what: str, pe
     wanted = f"{least:g} times as fast"
     if best is None or peer not in results:
         return what, wanted, "", None
-    a, b = (r["images_per_second"] * (r["context_tokens"] if per_token else 1) for r in (results[best], results[peer]))
+    a, b = (r["over_ours"] * (r["context_tokens"] if per_token else 1) for r in (results[best], results[peer]))
     return what, wanted, f"{a / b:.2f} ({best})", a / b >= least
 
 
