@@ -33,7 +33,7 @@ _scaling: Scaling = "off"
 
 @contextmanager
 def fp8_products(scaling: Scaling) -> Iterator[None]:
-    """Inside, ``vit.Linear`` multiplies in FP8. Weights stay what they are, as with ``torch.autocast``."""
+    """Inside, ``blocks.Linear`` multiplies in FP8. Weights stay what they are, as with ``torch.autocast``."""
     global _scaling
     outside, _scaling = _scaling, scaling
     try:

@@ -1,4 +1,4 @@
-"""Transformer blocks on the package's fused kernels: what ``vit.Block`` computes, cut at other places.
+"""Transformer blocks on the package's fused kernels: what ``blocks.Block`` computes, cut at other places.
 
 Legend: T packed rows, D width.
 
@@ -45,7 +45,7 @@ def run(
     call: Callable[..., tuple[Tensor | None, Tensor]],
     checkpointing: bool,
 ) -> Tensor:
-    """``vit.Block`` after ``vit.Block``: [T, D] -> [T, D], or the rows ``queries.indices`` alone.
+    """``blocks.Block`` after ``blocks.Block``: [T, D] -> [T, D], or the rows ``queries.indices`` alone.
 
     Args:
         call: ``block_forward``, compiled or not.
@@ -73,11 +73,11 @@ def block_forward(
     """A block without its first norm, and the norm that follows.
 
     Args:
-        block: a ``vit.Block``.
+        block: a ``blocks.Block``.
         following: the next block's first norm; None of the last block.
         normal: [T, D] in the dtype of the weights; what the block's first norm gave for ``stream``.
         stream: [T, D]; the sum of all blocks before, which may be wider.
-        queries: as in ``vit.Block``.
+        queries: as in ``blocks.Block``.
 
     Returns:
         The same two for the next block; the first is None without a ``following``.

@@ -9,11 +9,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import ijepa_fast.flops  # noqa: F401  (registers the formulas of attention)
 from ijepa_fast import fp8, ops
+from ijepa_fast.blocks import Linear
 from ijepa_fast.config import ModelConfig, TrainConfig
 from ijepa_fast.fp8 import CAPABILITY, active_scaling, fp8_linear, fp8_products
 from ijepa_fast.jepa import Objective
 from ijepa_fast.masks import MaskConfig, MaskSampler
-from ijepa_fast.vit import Linear, cast_weights
+from ijepa_fast.vit import cast_weights
 
 SCALINGS = ("tensor", "row")
 CPU = torch.device("cpu")

@@ -4,7 +4,7 @@ import pytest
 import torch
 from model_cases import assert_equal, assert_same_gradients, gradients, make_images, make_masks, make_model, pad
 
-from ijepa_fast import ops, vit
+from ijepa_fast import blocks, ops
 from ijepa_fast.jepa import Objective
 from ijepa_fast.masks import MaskConfig, MaskSampler
 
@@ -45,7 +45,7 @@ def poison_ops(monkeypatch):
         return torch.arange(len(x)) >= cu_seqlens[-1]
 
     plain = {name: getattr(ops, name) for name in ("gather_add", "predictor_tokens", "target_loss")}
-    attend, attend_self = vit.varlen_attention, vit.varlen_self_attention
+    attend, attend_self = blocks.varlen_attention, blocks.varlen_self_attention
 
     def gather_add(x, table, indices, gather):
         return around(lambda x: plain["gather_add"](x, table, indices, gather), x, indices < 0, indices < 0)
@@ -70,8 +70,8 @@ def poison_ops(monkeypatch):
 
     for function in (gather_add, predictor_tokens, target_loss):
         monkeypatch.setattr(ops, function.__name__, function)
-    monkeypatch.setattr(vit, "varlen_self_attention", self_attention)
-    monkeypatch.setattr(vit, "varlen_attention", cross_attention)
+    monkeypatch.setattr(blocks, "varlen_self_attention", self_attention)
+    monkeypatch.setattr(blocks, "varlen_attention", cross_attention)
     return calls
 
 

@@ -8,7 +8,7 @@ import torch
 from dense_jepa import encode, encode_layers, patch_features, position_table, predict
 from model_cases import HEADS, WIDTH, assert_equal, byte_images, float_images, make_encoder, make_predictor
 
-from ijepa_fast import vit
+from ijepa_fast import blocks
 from ijepa_fast.layout import predictor_layout
 from ijepa_fast.ragged import Ragged
 from ijepa_fast.vit import Predictor, VisionTransformer
@@ -278,7 +278,7 @@ def test_predictor_projects_every_row_where_that_is_less_or_rows_are_padding():
     padded = predictor_layout(context, targets, 1, 8)
     assert rows_projected(predictor, padded, (2, 2), rows=5) == padded.tokens.num_rows == 8 * 5 + 32
     predictor.compile_blocks(backend="eager")
-    assert predictor._call is not vit._call and not predictor._repeats_rows(layout, 18)
+    assert predictor._call is not blocks.block_forward and not predictor._repeats_rows(layout, 18)
 
 
 # Activation checkpointing
@@ -361,7 +361,7 @@ def test_cpu_mlps_in_parts_give_the_same(monkeypatch):
     encoder.blocks[0].mlp.fc1.register_forward_hook(lambda module, inputs, out: parts.append(len(out)))
     results = []
     for hidden in (1 << 21, 20 * 4 * WIDTH):
-        monkeypatch.setattr(vit, "CPU_HIDDEN", hidden)
+        monkeypatch.setattr(blocks, "CPU_HIDDEN", hidden)
         out = encoder(images)
         results.append((out, *torch.autograd.grad(out.square().sum(), list(encoder.parameters()))))
     assert parts[0] == 3 * 36 and parts[1:] == [18] * 6
@@ -371,7 +371,7 @@ def test_cpu_mlps_in_parts_give_the_same(monkeypatch):
 
 def test_the_gradient_of_a_whole_weight_is_no_slice():
     """A slice's gradient is written into zeros of the weight's size: once more memory traffic for every linear."""
-    nodes, seen = [vit.Linear(4, 8)(torch.zeros(2, 4)).grad_fn], set()
+    nodes, seen = [blocks.Linear(4, 8)(torch.zeros(2, 4)).grad_fn], set()
     while nodes:
         node = nodes.pop()
         seen.add(node.name())
