@@ -34,10 +34,11 @@ from pathlib import Path
 import torch
 
 import ijepa_fast
-from ijepa_fast.config import RunConfig, flatten, from_dict, read_recipe, recipes
+from ijepa_fast.config import RunConfig, flatten, from_dict
 from ijepa_fast.data.datasets import Sources, open_sources
 from ijepa_fast.judge import judge
 from ijepa_fast.logs import write_json
+from ijepa_fast.recipe_files import read_recipe, recipes
 from ijepa_fast.train import load_trained, pretrain
 
 DOC_START, DOC_END = "<!-- table of benchmarks/ablations.py -->\n", "<!-- end of table -->"

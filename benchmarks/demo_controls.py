@@ -26,7 +26,8 @@ import torch
 import yaml
 
 import ijepa_fast
-from ijepa_fast.config import RunConfig, find_recipe, from_dict
+from ijepa_fast.config import RunConfig, from_dict
+from ijepa_fast.recipe_files import find_recipe
 from ijepa_fast.train import pretrain
 
 LEAST_PROBE = 0.60

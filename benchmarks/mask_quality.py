@@ -28,11 +28,12 @@ from pathlib import Path
 import torch
 
 from benchmarks.ablations import machine, run, sources_of, spread, write_into
-from ijepa_fast.config import EvaluationConfig, RunConfig, from_dict, read_recipe
+from ijepa_fast.config import EvaluationConfig, RunConfig, from_dict
 from ijepa_fast.data import TrainLoader
 from ijepa_fast.logs import write_json
 from ijepa_fast.masks import MaskSampler
 from ijepa_fast.optim import FusedAdamW, parameter_groups
+from ijepa_fast.recipe_files import read_recipe
 from ijepa_fast.step import TrainStep
 
 BATCH = 64

@@ -41,12 +41,13 @@ from torch import Tensor
 from benchmarks.baselines import Eager, load_weights, mask_lists
 from ijepa_fast.assemble import assemble
 from ijepa_fast.bench.measure import machine, write_json
-from ijepa_fast.config import RunConfig, from_dict, read_recipe
+from ijepa_fast.config import RunConfig, from_dict
 from ijepa_fast.data import TrainLoader
 from ijepa_fast.data.datasets import Sources, open_sources
 from ijepa_fast.jepa import IJEPA, Objective, variance_covariance
 from ijepa_fast.judge import judge
 from ijepa_fast.masks import MaskConfig, MaskSampler
+from ijepa_fast.recipe_files import read_recipe
 
 CONTENDERS = ("exact", "batch_min", "eager")
 CONTROL = "no_prediction"

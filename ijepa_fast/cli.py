@@ -112,7 +112,8 @@ def _run_config(parser, argv: list[str]):
     """(RunConfig, namespace as parsed) from flags and --config FILE or RECIPE."""
     import yaml
 
-    from ijepa_fast.config import RunConfig, flatten, read_recipe
+    from ijepa_fast.config import RunConfig, flatten
+    from ijepa_fast.recipe_files import read_recipe
 
     def text(recipe: str) -> str:
         return yaml.safe_dump(read_recipe(recipe), sort_keys=False)

@@ -5,19 +5,9 @@ from dataclasses import replace
 import jsonargparse
 import pytest
 
-from ijepa_fast.config import (
-    CHANGEABLE,
-    EvaluationConfig,
-    RunConfig,
-    as_dict,
-    changes,
-    find_recipe,
-    flatten,
-    from_dict,
-    read_recipe,
-    recipes,
-)
+from ijepa_fast.config import CHANGEABLE, EvaluationConfig, RunConfig, as_dict, changes, flatten, from_dict
 from ijepa_fast.masks import MaskConfig
+from ijepa_fast.recipe_files import find_recipe, read_recipe, recipes
 
 OFFICIAL = {"vith14_in1k": 128, "vith16_448_in1k": 16, "vith14_in22k": 32, "vitg16_in22k": 16}
 

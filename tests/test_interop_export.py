@@ -9,7 +9,7 @@ import yaml
 
 from ijepa_fast import checkpoint as checkpoints
 from ijepa_fast import cli
-from ijepa_fast.config import from_dict, read_recipe
+from ijepa_fast.config import from_dict
 from ijepa_fast.interop import official
 from ijepa_fast.interop.encoder_file import load_encoder, save_encoder
 from ijepa_fast.interop.export import export
@@ -17,6 +17,7 @@ from ijepa_fast.interop.official.checkpoint import read, write
 from ijepa_fast.interop.run_state import read_run, save_run
 from ijepa_fast.interop.timm import to_timm
 from ijepa_fast.interop.weights import WeightsError, read_safetensors
+from ijepa_fast.recipe_files import read_recipe
 from ijepa_fast.train import load_trained
 from ijepa_fast.vit import VisionTransformer
 from tests.image_files import write_folder

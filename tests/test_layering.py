@@ -45,6 +45,7 @@ STANDS_ON = {
     "evaluate": "step data",
     "plots": "masks",
     "config": "step",
+    "recipe_files": "",
     "flops": "config",
     "memory": "flops",
     "assemble": "captured memory",
@@ -57,7 +58,7 @@ STANDS_ON = {
     "interop": "config checkpoint evaluate",
     "bench": "assemble",
     "doctor": "attention masks",
-    "cli": "train report interop doctor bench",
+    "cli": "recipe_files train report interop doctor bench",
     "__main__": "cli",
     "__init__": "",  # names its modules as strings and imports them on first use
 }
@@ -76,9 +77,9 @@ THIRD_PARTY = {
 INSIDE_FUNCTIONS = {
     "attention_backends": "flash_attn flash_attn_interface xformers",
     "bench": "flash_attn flash_attn_interface xformers",
-    "config": "yaml",
     "data": "webdataset",
     "doctor": "triton",
+    "recipe_files": "yaml",
 }
 
 
