@@ -78,11 +78,6 @@ def _drop_lines_after(path: Path, step: int) -> None:
     write_text(path, "".join(line + "\n" for line in kept))
 
 
-def read_metrics(path: Path) -> list[dict]:
-    """The intervals recorded in a ``metrics.jsonl``."""
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
 def write_text(path: Path, text: str) -> None:
     """Write a small file so that it is there whole or not at all."""
     temporary = path.with_name(path.name + ".partial")
