@@ -37,8 +37,6 @@ CONFIGS = {
 GRIDS = {"14x14": (14, 14), "16x16": (16, 16), "28x28": (28, 28)}
 BATCHES = (1, 8, 33, 128, 1000, 2048, 4096)
 CALLS_PER_GRAPH, LEAST_ROUNDS = 20, 5
-TARGET_RATE = 1_000_000  # images/s of the extension on one core, official recipe at 14 x 14
-TARGET_US = 50  # for 2,048 images at 16 x 16 on an H200
 
 
 def assert_equal(ours: Masks, theirs: Masks) -> None:
