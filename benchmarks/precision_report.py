@@ -5,11 +5,11 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-Report = dict[str, Any]
+from benchmarks.results_files import Report, on, table
+
 NAMES = {"fp32": "fp32", "bf16": "bf16", "tensor": "FP8, tensor", "row": "FP8, row"}
 COLOURS = ("#6b7280", "#1f2328", "#2f9e44", "#e8590c", "#1f5fa8")
 LAST_ROWS = 5
@@ -18,8 +18,6 @@ LAST_ROWS = 5
 
 def section(reports: Mapping[str, Sequence[Report]]) -> str:
     """Tables of the newest results, in Markdown."""
-    from benchmarks.report import on
-
     if not reports.get("precision"):
         return "Training curves and the likeness of FP8 targets: not measured yet."
     report = reports["precision"][-1]
@@ -48,8 +46,6 @@ def ends(run: Report, name: str) -> float:
 
 
 def curves_table(report: Report) -> str:
-    from benchmarks.report import table
-
     runs = {entry["variant"]: entry["runs"] for entry in report["variants"]}
 
     def less_bf16(name: str, value: Callable[[Report], float], digits: int) -> str:
@@ -88,8 +84,6 @@ def _spread(values: Iterable[float], digits: int) -> str:
 
 
 def likeness_table(report: Report) -> str:
-    from benchmarks.report import table
-
     rows = []
     for entry in report["likeness"]:
         for pair in entry["compared"]:
