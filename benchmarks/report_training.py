@@ -6,10 +6,8 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from benchmarks.results_files import NOT_MEASURED, Report, on, picture, table, target_table, trusted
+from benchmarks.results_files import NOT_MEASURED, PHASES, Report, on, picture, table, target_table, trusted
 from benchmarks.targets import cpu_step_targets, scaling_targets, step_targets
-
-PHASES = ("masks and images", "target encoder", "context encoder", "predictor", "loss and backward", "update")
 
 
 def of_kind(reports: dict[str, list[Report]], kind: str, part: str) -> list[Report]:

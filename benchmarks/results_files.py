@@ -9,6 +9,8 @@ from typing import Any
 
 Report = dict[str, Any]
 NOT_MEASURED = "not measured yet"
+PHASES = ("masks and images", "target encoder", "context encoder", "predictor", "loss and backward", "update")
+"""What a step is timed in, one after the other."""
 
 
 def load(folder: Path) -> dict[str, list[Report]]:

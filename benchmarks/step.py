@@ -43,6 +43,7 @@ from benchmarks.implementations import (
     rehearse,
     train_config,
 )
+from benchmarks.results_files import PHASES
 from ijepa_fast.bench.measure import machine, matmul_rate, write_json
 from ijepa_fast.bench.ops_table import in_words
 
@@ -71,9 +72,6 @@ class Clock:
             spent[name] = spent.get(name, 0.0) + took
         self.marks.clear()
         return spent
-
-
-PHASES = ("masks and images", "target encoder", "context encoder", "predictor", "loss and backward", "update")
 
 
 def phases(candidate: Candidate, device: torch.device, rounds: int) -> dict[str, float]:

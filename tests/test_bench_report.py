@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import charts, report, report_training, step
-from benchmarks.results_files import NOT_MEASURED
+from benchmarks import charts, report, report_training
+from benchmarks.results_files import NOT_MEASURED, PHASES
 from benchmarks.targets import cpu_step_targets, op_targets, scaling_targets, step_targets
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -26,7 +26,7 @@ def op_row(op, case, mode="forward", provider="ours", model="ViT-H/14", p50=100.
     return row | more
 
 
-PHASES_MS = dict.fromkeys(report_training.PHASES, 10.5)
+PHASES_MS = dict.fromkeys(PHASES, 10.5)
 CPU_MACHINE = {key: value for key, value in MACHINE.items() if key not in ("gpu", "driver", "cuda")} | {"device": "cpu"}
 
 
@@ -272,10 +272,6 @@ def test_accuracy_is_shown_by_comparison():
     ):
         assert words in page
     assert page.index("At equal time:") < page.index("| eager | 150") < page.index("At equal epochs:")
-
-
-def test_phases_are_those_that_are_timed():
-    assert report_training.PHASES == step.PHASES
 
 
 def test_marks_must_be_there_once():

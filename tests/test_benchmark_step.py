@@ -7,7 +7,8 @@ import torch
 
 from benchmarks import implementations, step
 from benchmarks.implementations import KINDS, VARIANTS, Case, Variant, check_agreement, model_config, parse, rehearse
-from benchmarks.step import PHASES, Memory, groups, main, measure
+from benchmarks.results_files import PHASES
+from benchmarks.step import Memory, groups, main, measure
 from ijepa_fast import captured
 from ijepa_fast.config import ModelConfig
 from ijepa_fast.flops import TokenCounts, step_flops
