@@ -34,6 +34,7 @@ from pathlib import Path
 import torch
 
 import ijepa_fast
+from benchmarks.results_files import accuracies
 from ijepa_fast.config import RunConfig, flatten, from_dict
 from ijepa_fast.data.datasets import Sources, open_sources
 from ijepa_fast.judge import judge
@@ -178,12 +179,6 @@ def short(recipe: str) -> str:
     return recipe.rpartition("/")[2].removesuffix(".yaml")
 
 
-def spread(runs: list[dict], figure: str, unit: float) -> str:
-    values = [unit * run[figure] for run in runs]
-    mean = f"{statistics.mean(values):.1f}"
-    return f"{mean} ± {statistics.stdev(values):.1f}" if len(values) > 1 else mean
-
-
 def markdown_table(report: dict) -> str:
     """Means and sample standard deviations over the seeds; the last column has the seeds themselves."""
     baseline = report["recipes"][0]["runs"]
@@ -196,7 +191,7 @@ def markdown_table(report: dict) -> str:
     entries += [(short(entry["recipe"]), entry["changes"], entry["runs"]) for entry in report["recipes"]]
     for name, changed, runs in entries:
         settings = ", ".join(f"{setting} {value}" for setting, value in changed.items())
-        cells = [spread(runs, "probe", 100), spread(runs, "knn", 100), spread(runs, "rank", 1)]
+        cells = accuracies(runs)
         gaps = (100 * (run["probe"] - base["probe"]) for run, base in zip(runs, baseline, strict=True))
         cells.append("" if runs is baseline else ", ".join(f"{gap:+.1f}" for gap in gaps))
         lines.append(f"| {' | '.join([name, settings, *cells])} |")

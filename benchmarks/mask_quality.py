@@ -27,7 +27,8 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.ablations import machine, run, sources_of, spread, write_into
+from benchmarks.ablations import machine, run, sources_of, write_into
+from benchmarks.results_files import accuracies
 from ijepa_fast.config import EvaluationConfig, RunConfig, from_dict
 from ijepa_fast.data import TrainLoader
 from ijepa_fast.logs import write_json
@@ -121,7 +122,7 @@ def markdown_table(report: dict) -> str:
         if steps := report["steps"].get(name):
             kind = "batch_min" if name.startswith("batch_min") else "exact"
             cells = [str(steps), f"{steps * report['step_seconds'][kind]:.1f} s"]
-        cells += [spread(runs, "probe", 100), spread(runs, "knn", 100), spread(runs, "rank", 1)]
+        cells += accuracies(runs)
         pairs = zip(runs, report["runs"]["exact"], strict=True)
         gaps = [f"{100 * (run['probe'] - exact['probe']):+.1f}" for run, exact in pairs]
         lines.append(f"| {' | '.join([name, *cells, '' if name == 'exact' else ', '.join(gaps)])} |")

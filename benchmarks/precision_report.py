@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from benchmarks.results_files import Report, on, table
+from benchmarks.results_files import Report, mean_and_deviation, on, table
 
 NAMES = {"fp32": "fp32", "bf16": "bf16", "tensor": "FP8, tensor", "row": "FP8, row"}
 COLOURS = ("#6b7280", "#1f2328", "#2f9e44", "#e8590c", "#1f5fa8")
@@ -63,24 +63,18 @@ def curves_table(report: Report) -> str:
     rows = [
         (
             name,
-            _spread(map(loss, of), 4),
+            mean_and_deviation(map(loss, of), 4),
             less_bf16(name, loss, 4),
-            _spread(map(probe, of), 1),
+            mean_and_deviation(map(probe, of)),
             less_bf16(name, probe, 1),
-            _spread([100 * run["knn"] for run in of], 1),
-            _spread([run["rank"] for run in of], 1),
+            mean_and_deviation(100 * run["knn"] for run in of),
+            mean_and_deviation(run["rank"] for run in of),
         )
         for name, of in runs.items()
     ]
     seeds = ", ".join(str(run["seed"]) for run in runs["bf16"])
     head = ["precision", "loss", f"loss - bf16, seeds {seeds}", "probe, %", "probe - bf16, points", "k-NN, %", "rank"]
     return table(head, rows)
-
-
-def _spread(values: Iterable[float], digits: int) -> str:
-    values = list(values)
-    mean = f"{statistics.mean(values):.{digits}f}"
-    return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
 
 
 def likeness_table(report: Report) -> str:

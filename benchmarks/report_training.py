@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from benchmarks.results_files import NOT_MEASURED, PHASES, Report, on, picture, table, target_table, trusted
+from benchmarks.results_files import NOT_MEASURED, PHASES, Report, accuracies, on, picture, table, target_table, trusted
 from benchmarks.targets import cpu_step_targets, scaling_targets, step_targets
 
 
@@ -148,15 +147,14 @@ TITLES = {"time": "At equal time", "epochs": "At equal epochs"}
 def accuracy_table(report: Report, comparison: str) -> str:
     """Means and sample standard deviations over seeds; the last column has the seeds themselves."""
     steps, first = report["steps"][comparison], next(iter(report["steps"][comparison]))
-    lines = [("untrained", "", "", "", *(_spread(report["untrained"], figure) for figure in FIGURES), "")]
+    lines = [("untrained", "", "", "", *accuracies(report["untrained"]), "")]
     baseline = {run["seed"]: run["probe"] for run in of_contender(report, comparison, first)}
     for name, count in steps.items():
         runs = of_contender(report, comparison, name)
         gaps = [f"{100 * (run['probe'] - baseline[run['seed']]):+.1f}" for run in runs if run["seed"] in baseline]
         minutes = f"{count * report['step_seconds'][name] / 60:.1f}"
-        figures = [_spread(runs, figure) for figure in FIGURES]
         epochs = f"{count / report['steps_per_epoch']:.2f}"
-        lines.append((name, count, epochs, minutes, *figures, "" if name == first else ", ".join(gaps)))
+        lines.append((name, count, epochs, minutes, *accuracies(runs), "" if name == first else ", ".join(gaps)))
     head = [
         "encoder",
         "steps",
@@ -170,22 +168,10 @@ def accuracy_table(report: Report, comparison: str) -> str:
     return table(head, lines)
 
 
-FIGURES = {"probe": 100, "knn": 100, "rank": 1}
-"""Figures, and what they are multiplied with to be shown."""
-
-
 def of_contender(report: Report, comparison: str, name: str) -> list[dict[str, Any]]:
     """Its runs in a comparison, one per seed."""
     steps = report["steps"][comparison][name]
     return [run for run in report["runs"] if (run["contender"], run["steps"]) == (name, steps)]
-
-
-def _spread(runs: Sequence[dict[str, Any]], figure: str) -> str:
-    values = [FIGURES[figure] * run[figure] for run in runs]
-    if not values:
-        return ""
-    deviation = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.1f}{deviation}"
 
 
 def accuracy_section(reports: dict[str, list[Report]]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,21 @@ def load(folder: Path) -> dict[str, list[Report]]:
 def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     lines = [f"| {' | '.join(map(str, row))} |" for row in rows]
     return "\n".join([f"| {' | '.join(head)} |", "|" + "---|" * len(head), *lines])
+
+
+def mean_and_deviation(values: Iterable[float], digits: int = 1) -> str:
+    """Mean ± sample standard deviation; of one value the value alone, and of none nothing."""
+    values = list(values)
+    if not values:
+        return ""
+    deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{deviation}"
+
+
+def accuracies(runs: Sequence[Report]) -> list[str]:
+    """Cells of a table: probe in %, k-NN in % and rank over runs."""
+    figures = {"probe": 100, "knn": 100, "rank": 1}
+    return [mean_and_deviation(unit * run[figure] for run in runs) for figure, unit in figures.items()]
 
 
 def on(machine: Report) -> str:
