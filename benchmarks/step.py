@@ -23,6 +23,7 @@ import gc
 import statistics
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -245,16 +246,24 @@ def measure(
     if "eager" in names:
         report["eager_mask_loop_ms"] = mask_loop_ms(case)
     memory, together = plan(case, names, report["failed"])
-    for group in together:
+    waiting = deque(together)
+    while waiting:
+        group = waiting.popleft()
         try:
             measure_group(case, group, rounds, warm_up, report)
-        except torch.OutOfMemoryError as problem:
+        except Exception as problem:  # of one implementation: the others' results are worth having
             missing = [name for name in group if name not in report["implementations"]]
-            report["failed"] |= dict.fromkeys(missing, f"together with {', '.join(group)}: {in_words(problem)}")
+            if len(group) > 2:
+                waiting.extend([group[0], name] for name in missing if name != group[0])
+            else:
+                report["failed"][group[-1]] = f"together with {', '.join(group)}: {in_words(problem)}"
         for name, found in report["implementations"].items():
             found["peak_memory_bytes"] = memory[name].peak if memory else None
         save(report)
         _tidy(case.device)
+    if names[0] not in report["implementations"]:
+        report["failed"].setdefault(names[0], "nothing ran beside it")
+        save(report)
     return report
 
 

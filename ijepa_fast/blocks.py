@@ -19,6 +19,8 @@ from ijepa_fast.ragged import Ragged, take_rows
 from ijepa_fast.reference import accumulation_dtype
 
 Init = Literal["flat", "depth_scaled"]
+COMPILED_VERSIONS = 64
+"""That dynamo may make of a block."""
 CPU_HIDDEN = 1 << 21
 """Hidden values that an MLP computes at a time on the CPU: 8 MB in fp32 stay in the cache between its layers."""
 
@@ -170,6 +172,9 @@ class BlockStack(nn.Module):
         Args:
             backend: of ``torch.compile``.
         """
+        # Networks share the code of a block, and dynamo makes a version of it for each width, dtype and kind of token set:
+        # in training and evaluation together nearly the 8 that it is allowed, past which it gives up with an error.
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, COMPILED_VERSIONS)
         function = fused.block_forward if self.fused else block_forward
         self._call = torch.compile(function, fullgraph=True, dynamic=True, backend=backend)
 

@@ -19,8 +19,15 @@ MODEL_16 = ModelConfig(56, 4, embed_dim=32, depth=2, num_heads=2, predictor_embe
 CPU = torch.device("cpu")
 
 
+@pytest.fixture
+def compiling():
+    """torch.compile without machine code."""
+    compile = torch.compile
+    return lambda function, **options: compile(function, **options | {"backend": "eager"})
+
+
 @pytest.fixture(autouse=True)
-def without_compiling(monkeypatch):
+def without_compiling(monkeypatch, compiling):
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
 
 
@@ -205,3 +212,23 @@ def test_model_names():
     huge = model_config("vit_h14")
     assert (huge.patch_size, huge.embed_dim, huge.depth, huge.predictor_depth) == (14, 1280, 32, 12)
     assert model_config("vit_small").predictor_depth == 6
+
+
+def test_compiled_variants_pass_every_check(monkeypatch, compiling):
+    """Through dynamo, with widths that differ as in real models: training, official masks and evaluation together."""
+    monkeypatch.setattr(torch, "compile", compiling)
+    torch._dynamo.reset()
+    case = Case(MODEL_16, 4, "exact", CPU, "fp32", steps=2)
+    names = ["ours", "ours+compile", "ours+compile+fused"]
+    report = measure(case, names, rounds=1, warm_up=1)
+    assert not report["failed"] and set(report["implementations"]) == set(names)
+
+
+def test_what_fails_does_not_take_the_others_with_it(monkeypatch):
+    def fail(*arguments):
+        raise RuntimeError("no such kernel")
+
+    monkeypatch.setattr(torch, "compile", lambda function, **options: fail)
+    report = measure(make_case("batch_min"), ["ours", "ours+compile", "eager"], rounds=1, warm_up=1)
+    assert set(report["implementations"]) == {"ours", "eager"}
+    assert list(report["failed"]) == ["ours+compile"] and "no such kernel" in report["failed"]["ours+compile"]
