@@ -172,7 +172,7 @@ class BlockStack(nn.Module):
         Args:
             backend: of ``torch.compile``.
         """
-        # Networks share the code of a block, and dynamo makes a version of it for each width, dtype and kind of token set:
+        # Networks share the code of a block, and dynamo makes a version of it for each width, dtype and kind of sets:
         # in training and evaluation together nearly the 8 that it is allowed, past which it gives up with an error.
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, COMPILED_VERSIONS)
         function = fused.block_forward if self.fused else block_forward
