@@ -80,6 +80,11 @@ def steps_section(reports: dict[str, list[Report]]) -> str:
         targets = list((step_targets if on_gpu else cpu_step_targets)(here))
         if targets:
             parts.append(f"Targets:\n\n{target_table(targets)}")
+        if targets and not on_gpu:
+            parts.append(
+                "Most of a step on a CPU is matrix products, at a rate that is the same for both, so the ratio of "
+                "times follows that of operations; only what is between the products can be won beside it."
+            )
     if any(report["machine"]["device"] == "cuda" for report in found):
         parts.append(picture("bench_steps", "Images per second of whole steps"))
     else:

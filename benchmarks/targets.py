@@ -114,7 +114,10 @@ def cpu_step_targets(reports: Sequence[Row]) -> Iterator[Target]:
         for report in reports:
             settings, ratio = report["settings"], report["ratio"].get("ours/eager")
             if (settings["model"], settings["masks"], settings["batch"]) == (model, masks, CPU_BATCH) and ratio:
-                measured = f"{ratio:.3f} (processor time {report['cpu_time_ratio']['ours/eager']:.3f})"
+                found = report["implementations"]
+                work = found["ours"]["useful_gflops_per_image"] / found["eager"]["useful_gflops_per_image"]
+                cpu_time = report["cpu_time_ratio"]["ours/eager"]
+                measured = f"{ratio:.3f} (processor time {cpu_time:.3f}, operations {work:.3f})"
                 yield (
                     f"{model}, batch {CPU_BATCH}, {masks}: time over eager",
                     f"at most {most:g}",

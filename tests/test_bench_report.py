@@ -238,12 +238,16 @@ def test_the_best_variant_counts_and_is_named():
 def test_targets_of_a_cpu():
     def of(masks, ratio, batch=16):
         settings = {"model": "vit_small", "batch": batch, "masks": masks}
-        return {"settings": settings, "ratio": {"ours/eager": ratio}, "cpu_time_ratio": {"ours/eager": 0.9}}
+        work = {"ours": {"useful_gflops_per_image": 3.0}, "eager": {"useful_gflops_per_image": 4.0}}
+        ratios = {"ratio": {"ours/eager": ratio}, "cpu_time_ratio": {"ours/eager": 0.9}}
+        return {"settings": settings, "implementations": work, **ratios}
 
+    what, over = "vit_small, batch 16", "time over eager"
+    others = "processor time 0.900, operations 0.750"
     found = list(cpu_step_targets([of("batch_min", 0.92), of("exact", 1.1), of("exact", 1.0, batch=8)]))
     assert found == [
-        ("vit_small, batch 16, batch_min: time over eager", "at most 0.87", "0.920 (processor time 0.900)", False),
-        ("vit_small, batch 16, exact: time over eager", "at most 1.2", "1.100 (processor time 0.900)", True),
+        (f"{what}, batch_min: {over}", "at most 0.87", f"0.920 ({others})", False),
+        (f"{what}, exact: {over}", "at most 1.2", f"1.100 ({others})", True),
     ]
 
 
