@@ -175,6 +175,7 @@ class TestTargetEncoder:
     def test_two_models_in_one_optimizer_and_one_that_is_gone(self):
         first, second = tiny(), tiny()
         gone = tiny()
+        gc.collect()  # models of earlier tests
         before = len(optimizer_steps._watchers)
         del gone
         gc.collect()

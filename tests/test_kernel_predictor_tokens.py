@@ -42,7 +42,12 @@ def draw_case(context: list[int], targets: list[int], width: int, padding: int, 
 
 lengths = st.lists(st.integers(0, 9), min_size=1, max_size=3)
 cases = st.builds(draw_case, lengths, lengths, st.integers(1, 150), st.integers(0, 5), st.integers(0, 2**31))
-EXAMPLES = [draw_case([0], [0], 8, 0, 0), draw_case([1], [1], 1, 0, 0), draw_case([9, 0, 7], [4, 0, 5, 6], 64, 3, 0)]
+EXAMPLES = [
+    draw_case([0], [0], 8, 0, 0),
+    draw_case([1], [1], 1, 0, 0),
+    draw_case([9, 0, 7], [4, 0, 5, 6], 64, 3, 0),
+    draw_case([0], [1], 1, 0, 0),  # nothing but mask tokens
+]
 
 
 @pytest.mark.parametrize("dtype", INTERPRETED_DTYPES)
@@ -51,6 +56,7 @@ EXAMPLES = [draw_case([0], [0], 8, 0, 0), draw_case([1], [1], 1, 0, 0), draw_cas
 @example(EXAMPLES[0])
 @example(EXAMPLES[1])
 @example(EXAMPLES[2])
+@example(EXAMPLES[3])
 def test_forward(dtype, case):
     assert_close_to_reference(kernels.predictor_tokens, reference.predictor_tokens, case, dtype)
 
@@ -61,6 +67,7 @@ def test_forward(dtype, case):
 @example(EXAMPLES[0])
 @example(EXAMPLES[1])
 @example(EXAMPLES[2])
+@example(EXAMPLES[3])
 def test_backward(dtype, case):
     _, mask_token, _, *rows = case
     grad = torch.randn(rows[0].shape[0], mask_token.shape[0], generator=torch.Generator().manual_seed(0))

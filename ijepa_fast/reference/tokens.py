@@ -103,7 +103,9 @@ def predictor_tokens(
     Returns:
         [Tp, D] in the dtype of ``context``.
     """
-    from_context = context.index_select(0, sources.clamp(min=0).long())
+    # All may be mask tokens; then any row stands in for those of the context.
+    rows = context if context.shape[0] else mask_token.to(context.dtype)[None]
+    from_context = rows.index_select(0, sources.clamp(min=0).long())
     values = torch.where((sources >= 0)[:, None], from_context, mask_token.to(context.dtype))
     table = positions.index_select(0, indices.clamp(min=0).long() % positions.shape[0]).to(context.dtype)
     return (values + table).masked_fill((indices < 0)[:, None], 0)
