@@ -26,7 +26,7 @@ WANTED = {
     "masks.strategy": {"block", "random", "rasterized"},
     "optim.momentum": {0.99, 0.996, 0.999},
     "model.predictor_embed_dim": {16, 64},
-    "model.predictor_depth": {2, 4},
+    "model.predictor_depth": {1, 4},
 }
 
 
