@@ -36,7 +36,9 @@ def test_the_python_of_a_page_runs(name, blocks, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("path", sorted((ROOT / "docs").glob("*.md")), ids=lambda path: path.stem)
 def test_links_lead_to_files(path):
-    for link in re.findall(r"\]\((?!https?://)([^)#]+)", path.read_text()):
+    links = re.findall(r"\]\((?!https?://)([^)#]+)", path.read_text())
+    assert links
+    for link in links:
         assert (path.parent / link).exists(), link
 
 
