@@ -7,11 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn.attention.flex_attention import create_block_mask
 
 from benchmarks.report import kernel_key
-from ijepa_fast.bench import floors, ops_table, rows
+from ijepa_fast import reference
+from ijepa_fast.bench import attention_cases, floors, ops_table, rows
 from ijepa_fast.bench.cases import Batch, Provider
 from ijepa_fast.bench.floors import MODELS, TINY, Workload, cost
+from ijepa_fast.ragged import Ragged
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
@@ -55,6 +58,22 @@ def test_compiled_providers_agree_with_the_reference():
             for mode in ("forward", "backward", "both"):
                 ops_table.check(cases()[key], "compile", mode, CPU)
             torch.compiler.reset()
+
+
+@pytest.mark.parametrize("lengths", [[5], [100, 37, 250, 1, 64, 128, 90], [128, 128], [1] * 300])
+def test_flex_attention_sees_the_keys_of_each_set(lengths, monkeypatch):
+    """Forward and not compiled, which is what torch runs on a CPU."""
+    bounds = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    tokens = Ragged(torch.zeros(sum(lengths), dtype=torch.int32), bounds, max(lengths))
+    mask = attention_cases.block_mask(tokens)
+    sets = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    whole = create_block_mask(lambda b, h, q, k: sets[q] == sets[k], 1, 1, len(sets), len(sets), device="cpu")
+    assert torch.equal(mask.to_dense(), whole.to_dense())
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    q, k, v = torch.randn(3, sum(lengths), 2, 16, generator=torch.Generator().manual_seed(0))
+    found = attention_cases.PEERS["compile"][0](tokens, max(lengths))(q, k, v)
+    exact, _ = reference.varlen_attention(q, k, v, bounds, bounds, max(lengths), max(lengths))
+    torch.testing.assert_close(found, exact)
 
 
 def test_every_op_has_a_case():

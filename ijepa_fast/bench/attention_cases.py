@@ -12,7 +12,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.nn.functional as F
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from ijepa_fast import attention, reference
 from ijepa_fast.bench.cases import Batch, Case, Provider
@@ -124,9 +126,42 @@ def _cudnn(tokens: Ragged, longest: int) -> Callable[..., Any]:
     return run
 
 
+def _flex(tokens: Ragged, longest: int) -> Callable[..., Any]:
+    """Compiled flex_attention over all rows; blocks in which no two rows are of one set are passed over."""
+    attend, mask = torch.compile(flex_attention, dynamic=False), block_mask(tokens)
+
+    def run(q, k, v):
+        q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+        return attend(q, k, v, block_mask=mask)[0].transpose(0, 1)
+
+    return run
+
+
+def block_mask(tokens: Ragged) -> BlockMask:
+    """torch's ``BlockMask`` [1, 1, T, T] for attention within each set, without the T * T mask that its own constructor
+    would go through (10 billion entries for the predictor of ViT-H/14 at batch 128). No row may be padding."""
+    size, cu, rows = 128, tokens.cu_seqlens, torch.arange(tokens.num_rows, device=tokens.device)
+    sequence = torch.searchsorted(cu[1:].contiguous(), rows, right=True)
+    firsts = rows[::size]
+    lasts = (firsts + size - 1).clamp(max=tokens.num_rows - 1)
+    # A block of queries reads the keys from the start of its first set to the end of its last: neighbouring blocks.
+    start = cu[sequence[firsts]] // size
+    stop = (cu[sequence[lasts] + 1] - 1) // size + 1
+    order = torch.arange(len(firsts), device=tokens.device)
+    blocks = (start[:, None] + order).clamp(max=len(firsts) - 1)
+    return BlockMask.from_kv_blocks(
+        (stop - start).to(torch.int32)[None, None],
+        blocks.to(torch.int32)[None, None],
+        BLOCK_SIZE=size,
+        mask_mod=lambda b, h, q, k: sequence[q] == sequence[k],
+        seq_lengths=(tokens.num_rows, tokens.num_rows),
+    )
+
+
 PEERS = {
     "torch_varlen": (_torch_varlen, False),
     "sdpa": (_sdpa, True),
+    "compile": (_flex, False),
     "cudnn": (_cudnn, False),
     "flash_attn": (_flash_attn, False),
     "xformers": (_xformers, False),
