@@ -26,9 +26,9 @@ def section(reports: Mapping[str, Sequence[Report]]) -> str:
         f"The demo's networks ({settings['model.depth']} encoder blocks of width {settings['model.embed_dim']}) on the "
         f"embedded set, {settings['train.steps']} steps of {settings['train.batch_size']} images, from "
         f"[{file}](../benchmarks/results/{file}) ({on(report['machine'])}): mean and sample standard deviation over "
-        "the seeds, and each seed less bf16 with the same seed. The loss is the mean over the last "
-        f"{LAST_ROWS} points of the curve. Accuracy is that of the target encoder on held-out images, without FP8; "
-        "chance is 12.5 %."
+        f"{len(report['variants'][0]['runs'])} seeds, also of what each seed differs by from bf16 with the same seed. "
+        f"The loss is the mean over the last {LAST_ROWS} points of the curve. Accuracy is that of the target "
+        "encoder on held-out images, without FP8; chance is 12.5 %."
     )
     about_likeness = (
         "Cosine similarity of the target encoder's features in two precisions, layer-normalised as in the loss, from "
@@ -52,7 +52,9 @@ def curves_table(report: Report) -> str:
         if name == "bf16":
             return ""
         pairs = zip(runs[name], runs["bf16"], strict=True)
-        return ", ".join(f"{value(run) - value(other):+.{digits}f}" for run, other in pairs)
+        differences = [value(run) - value(other) for run, other in pairs]
+        above = sum(difference > 0 for difference in differences)
+        return f"{mean_and_deviation(differences, digits)} ({above} of {len(differences)} above)"
 
     def loss(run: Report) -> float:
         return ends(run, "loss")
@@ -72,8 +74,7 @@ def curves_table(report: Report) -> str:
         )
         for name, of in runs.items()
     ]
-    seeds = ", ".join(str(run["seed"]) for run in runs["bf16"])
-    head = ["precision", "loss", f"loss - bf16, seeds {seeds}", "probe, %", "probe - bf16, points", "k-NN, %", "rank"]
+    head = ["precision", "loss", "loss - bf16", "probe, %", "probe - bf16, points", "k-NN, %", "rank"]
     return table(head, rows)
 
 
