@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.baselines import AttentionWeights, BaselineStep, Block, PatchEmbed
+from ijepa_fast.blocks import COMPILED_VERSIONS
 from ijepa_fast.config import ModelConfig
 from ijepa_fast.masks import Masks
 from ijepa_fast.schedules import Schedules
@@ -52,18 +53,23 @@ class Sets:
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """[T, H, Dh] three times -> [T, H, Dh]."""
+        if q.is_cuda and torch.is_grad_enabled():  # without asking whether lengths are equal, which compiles anew
+            return self._varlen(q, k, v)
         sequences = self.cu_seqlens.shape[0] - 1
         uniform = q.shape[0] == sequences * self.longest and self.padded_rows is None
-        if q.is_cuda and not (uniform and not torch.is_grad_enabled()):
-            from torch.nn.attention.varlen import varlen_attn
-
-            return varlen_attn(q, k, v, self.cu_seqlens, self.cu_seqlens, self.longest, self.longest)
+        if q.is_cuda and not uniform:
+            return self._varlen(q, k, v)
         if uniform:
             q, k, v = (x.unflatten(0, (sequences, -1)).transpose(1, 2) for x in (q, k, v))
             return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(0, 1)
         q, k, v = (x[self.padded_rows].transpose(1, 2) for x in (q, k, v))
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=self.valid[:, None, None])
         return out.transpose(1, 2).flatten(0, 1)[self.slots]
+
+    def _varlen(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        from torch.nn.attention.varlen import varlen_attn
+
+        return varlen_attn(q, k, v, self.cu_seqlens, self.cu_seqlens, self.longest, self.longest)
 
 
 @dataclass
@@ -116,8 +122,13 @@ class PackedAttention(AttentionWeights):
         return self.proj(sets.attend(q, k, v).flatten(1))
 
 
+# Compiled block by block, which is how large models are compiled: all blocks of a network share their code, where one
+# graph of 32 of them would take minutes, and norms and residual sums fuse within a block either way.
+_block = torch.compile(Block.forward, fullgraph=True, dynamic=True)
+
+
 class CompiledEncoder(nn.Module):
-    """Packed tokens [T] -> features [T, D]; the arithmetic is one compiled function."""
+    """Packed tokens [T] -> features [T, D]; the arithmetic is compiled."""
 
     def __init__(self, model: ModelConfig):
         super().__init__()
@@ -130,14 +141,15 @@ class CompiledEncoder(nn.Module):
         self.norm = nn.LayerNorm(dim, eps=1e-6)
 
     def forward(self, patches: Tensor, tokens: Tensor, sets: Sets) -> Tensor:
-        return torch.compile(CompiledEncoder._features, dynamic=True)(self, patches, tokens, sets)
-
-    def _features(self, patches: Tensor, tokens: Tensor, sets: Sets) -> Tensor:
-        x = F.linear(patches[tokens], self.patch_embed.proj.weight.flatten(1), self.patch_embed.proj.bias)
-        x = x + self.pos_embed[0][tokens % self.pos_embed.shape[1]]
+        x = self._embed(patches, tokens)
         for block in self.blocks:
-            x = block(x, sets)
+            x = _block(block, x, sets)
         return self.norm(x)
+
+    @torch.compile(dynamic=True)
+    def _embed(self, patches: Tensor, tokens: Tensor) -> Tensor:
+        x = F.linear(patches[tokens], self.patch_embed.proj.weight.flatten(1), self.patch_embed.proj.bias)
+        return x + self.pos_embed[0][tokens % self.pos_embed.shape[1]]
 
 
 class CompiledPredictor(nn.Module):
@@ -154,15 +166,20 @@ class CompiledPredictor(nn.Module):
         self.predictor_proj = nn.Linear(dim, model.embed_dim)
 
     def forward(self, context: Tensor, packed: Packed) -> Tensor:
-        return torch.compile(CompiledPredictor._predictions, dynamic=True)(self, context, packed)
+        x = self._embed(context, packed)
+        for block in self.predictor_blocks:
+            x = _block(block, x, packed.predictor_sets)
+        return self._predictions(x, packed)
 
-    def _predictions(self, context: Tensor, packed: Packed) -> Tensor:
+    @torch.compile(dynamic=True)
+    def _embed(self, context: Tensor, packed: Packed) -> Tensor:
         positions = self.predictor_pos_embed[0]
         x = self.predictor_embed(context) + positions[packed.context % positions.shape[0]]
         queries = self.mask_token[0] + positions[packed.targets % positions.shape[0]]
-        x = torch.cat([x, queries.to(x.dtype)])[packed.predictor_rows]
-        for block in self.predictor_blocks:
-            x = block(x, packed.predictor_sets)
+        return torch.cat([x, queries.to(x.dtype)])[packed.predictor_rows]
+
+    @torch.compile(dynamic=True)
+    def _predictions(self, x: Tensor, packed: Packed) -> Tensor:
         return self.predictor_proj(self.predictor_norm(x[packed.predicted]))
 
 
@@ -171,6 +188,8 @@ class Compiled(BaselineStep):
 
     def __init__(self, model: ModelConfig, schedules: Schedules, precision: str = "fp32"):
         super().__init__(CompiledEncoder(model), CompiledPredictor(model), schedules, precision, fused=True)
+        # Each width, with gradients and without, is a version of a block.
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, COMPILED_VERSIONS)
         self.patch_size = model.patch_size
         self._ema = None
 
