@@ -8,6 +8,7 @@ again replaces that part alone.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import re
@@ -24,6 +25,7 @@ from typing import Any
 import torch
 
 from benchmarks.processes import LEAST_SECONDS, Run
+from ijepa_fast import extension
 from ijepa_fast.bench.rows import with_ratios
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -44,6 +46,8 @@ WHOLE_RUN = ("install", "masks", "tests", "step", "ops")
 WHOLE_SECONDS = 525
 TEST_PROCESSES = 4
 LEAST_STEP_SECONDS = 150
+COMPILE_SECONDS = 300
+"""Least time for whole steps that torch.compile takes part in."""
 
 
 def install(run: Run, entry: dict[str, Any]) -> None:
@@ -55,7 +59,7 @@ def install(run: Run, entry: dict[str, Any]) -> None:
 
 def masks(run: Run, entry: dict[str, Any]) -> None:
     """Build the extension; equal bits and times; the same under compute-sanitizer."""
-    if run.execute(entry, "build csrc", [sys.executable, "tools/build_extension.py"], **this_gpu_only(entry)) != 0:
+    if build_extension(run, entry) != 0:
         return
     measure = [sys.executable, "-m", "benchmarks.masks", "--device", run.device]
     quick = ["--batches", "8", "33", "--seconds", "0.05"] if run.tiny else ["--seconds", "0.5"]
@@ -74,6 +78,16 @@ def masks(run: Run, entry: dict[str, Any]) -> None:
         status = run.execute(entry, name, command, limit=50, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
         if status and "device not supported" in run.log(name).read_text(errors="replace").lower():
             run.note(entry["commands"], name, {"not_run": "the tool does not support this machine"})
+
+
+def build_extension(run: Run, entry: dict[str, Any]) -> int | None:
+    return run.execute(entry, "build csrc", [sys.executable, "tools/build_extension.py"], **this_gpu_only(entry))
+
+
+def draw_with_the_extension(run: Run, entry: dict[str, Any]) -> None:
+    """Steps would be timed with the slower sampler where it was not built, as when their part runs by itself."""
+    if not run.tiny and extension.library_path() is None:
+        build_extension(run, entry)
 
 
 def this_gpu_only(entry: dict[str, Any]) -> dict[str, str]:
@@ -129,8 +143,11 @@ def outcome(junit: Path, status: int | None) -> dict[str, Any]:
 OTHER_MODELS = ["--models", "ViT-B/16", "ViT-L/16", "ViT-g/16"]
 OPS_PASSES: tuple[tuple[str, list[str]], ...] = (
     ("ViT-H/14", ["--models", "ViT-H/14", "--without", "compile"]),
-    ("attention", [*OTHER_MODELS, "--groups", "attention", "--modes", "forward", "both"]),
-    ("compile", ["--models", "ViT-H/14", "--groups", "rows", "linear", "--providers", "compile"]),
+    (
+        "attention",
+        [*OTHER_MODELS, "--groups", "attention", "--modes", "forward", "both", "--without", "compile"],
+    ),
+    ("compile", ["--models", "ViT-H/14", "--groups", "rows", "linear", "attention", "--providers", "compile"]),
     ("rows", [*OTHER_MODELS, "--groups", "rows", "linear", "optimizer", "--without", "compile"]),
 )
 TINY_PASSES = (
@@ -154,35 +171,56 @@ def ops(run: Run, entry: dict[str, Any]) -> None:
 
 STEPS = (
     # Most wanted first, and a first one that is short: what is stopped before its first group is timed leaves nothing.
-    # What torch.compile takes part in, and so minutes, has processes of its own.
-    ("vit_h14", 128, "exact", "ours,eager,ours+fused"),
-    ("vit_h14", 128, "exact", "ours,compiled,ours+compile,ours+compile+fused"),
-    ("vit_h14", 128, "exact", "ours,ours+fused+fp8,ours+fp8row,ours+fused+overlap,ours+fused+cudnn,ours+wide"),
-    ("vit_b16", 512, "exact", "ours,eager,ours+fused,ours+capture,ours+fused+capture,ours+fused+overlap"),
-    ("vit_h14", 128, "batch_min", "ours,eager,ours+fused"),
-    ("vit_l16", 128, "exact", "ours,eager,ours+fused,ours+fused+capture,ours+fused+overlap"),
-    ("vit_b16", 512, "exact", "ours,compiled,ours+compile,ours+compile+capture"),
-    ("vit_h14", 128, "batch_min", "ours,compiled,ours+compile"),
-    ("vit_l16", 128, "exact", "ours,compiled,ours+compile,ours+compile+capture"),
+    # What torch.compile takes part in, and so minutes, has processes of its own, and the baseline one without our
+    # compiled blocks. They come last: a run has time for all the others, or for these (--steps compile).
+    ("vit_h14", 128, "exact", "ours,eager"),
+    ("vit_b16", 512, "exact", "ours,eager,ours+triton,ours+fused+triton"),
+    ("vit_h14", 128, "batch_min", "ours,eager,ours+triton,ours+fused+triton"),
+    ("vit_l16", 128, "exact", "ours,eager,ours+triton,ours+fused+triton"),
+    ("vit_h14", 128, "exact", "ours,ours+triton,ours+fused,ours+fused+triton,ours+fused+triton+cudnn"),
+    ("vit_h14", 128, "exact", "ours,ours+fused+triton+fp8,ours+triton+fp8row,ours+fused+triton+overlap,ours+wide"),
+    ("vit_b16", 512, "exact", "ours,ours+capture,ours+fused+triton+capture,ours+fused+triton+overlap"),
+    ("vit_l16", 128, "exact", "ours,ours+fused+triton+capture,ours+fused+triton+overlap"),
+    ("vit_b16", 512, "exact", "ours,compiled"),
+    ("vit_h14", 128, "exact", "ours,compiled"),
+    ("vit_l16", 128, "exact", "ours,compiled"),
+    ("vit_h14", 128, "batch_min", "ours,compiled"),
+    ("vit_h14", 128, "exact", "ours,ours+compile,ours+compile+triton,ours+compile+fused+triton"),
+    ("vit_b16", 512, "exact", "ours,ours+compile,ours+compile+triton,ours+compile+triton+capture"),
+    ("vit_l16", 128, "exact", "ours,ours+compile,ours+compile+triton,ours+compile+triton+capture"),
 )
 TINY_STEPS = (("vit_tiny", 2, "exact", "ours,eager"),)
 
 
 def step(run: Run, entry: dict[str, Any]) -> None:
-    """Whole steps. Where a process dies before it has measured anything, the first implementation is run alone."""
-    entry["reports"] = []
-    steps = TINY_STEPS if run.tiny else STEPS
+    """Whole steps. Where a process dies before it has measured anything, the first implementation is run alone and the
+    others without it: after an illegal access nothing more can be run in one process.
+
+    With --steps, those that an earlier run of this commit has measured are kept.
+    """
+    machines = run.earlier.get("machine", {}), entry["machine"]
+    same = all(machines[0].get(name) == machines[1].get(name) for name in ("commit", "gpu", "torch", "triton"))
+    earlier = run.earlier if run.steps and same else {}
+    entry["reports"], entry["commands"] = earlier.get("reports", []), earlier.get("commands", {})
+    draw_with_the_extension(run, entry)
+    steps = TINY_STEPS if run.tiny else [step for step in STEPS if run.steps in " ".join(map(str, step))]
     for number, (model, batch, masks_of, names) in enumerate(steps):
-        # One that hangs must not take all the others' time; but the first are wanted most, and compiling takes minutes.
-        limit = max(1.5 * run.left() / (len(steps) - number), LEAST_STEP_SECONDS)
-        for attempt in dict.fromkeys((names, names.split(",")[0])):
+        # One that hangs must not take all the others' time; but the first are wanted most.
+        least = COMPILE_SECONDS if "compile" in names else LEAST_STEP_SECONDS
+        limit = max(1.5 * run.left() / (len(steps) - number), least)
+        attempts = [names]
+        while attempts:
+            attempt = attempts.pop(0)
             name = f"step {model} {masks_of} {attempt}"
             command = [sys.executable, "-m", "benchmarks.step", "--model", model, "--batch", str(batch)]
             command += ["--masks", masks_of, "--impl", attempt, "--device", run.device]
             command += ["--rounds", "2", "--warm-up", "1"] if run.tiny else []
             status, found = measured(run, entry, name, command, limit)
-            if found and found["implementations"] or status in (0, None):  # None: stopped, as it would be again
-                break
+            measured_some = bool(found and found["implementations"])
+            if (
+                attempt == names and not measured_some and status not in (0, None)
+            ):  # None: stopped, as it would be again
+                attempts = names.split(",", 1)
 
 
 def measured(
@@ -204,6 +242,7 @@ SCALING_MODELS = ("vit_h14", "vit_b16")
 def scaling(run: Run, entry: dict[str, Any]) -> None:
     """Time per token over batch and image size."""
     entry["reports"] = []
+    draw_with_the_extension(run, entry)
     models = ("vit_tiny",) if run.tiny else SCALING_MODELS
     for number, model in enumerate(models):
         seconds = run.left() / (len(models) - number)
@@ -222,6 +261,7 @@ JUDGING_SECONDS = 120
 def accuracy(run: Run, entry: dict[str, Any]) -> None:
     """What training buys, on the images that --data names."""
     entry["reports"] = []
+    draw_with_the_extension(run, entry)
     data = (("demo", "rendered"),) if run.tiny else run.data
     for number, (recipe, path) in enumerate(data):
         seconds = run.left() / (len(data) - number)
@@ -289,6 +329,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar="RECIPE=PATH",
         help="for part accuracy: image folders with train/ and val/",
     )
+    parser.add_argument(
+        "--steps",
+        default="",
+        metavar="WORDS",
+        help='for part step: only those with these words in "MODEL BATCH MASKS IMPLEMENTATIONS", such as "compile" or '
+        '"vit_h14 128 exact ours,eager"',
+    )
     parser.add_argument("--tiny", action="store_true", help="a small version of every part; all that a CPU can do")
     options = parser.parse_args(argv)
     data = [tuple(pair.split("=", 1)) for pair in options.data]
@@ -306,8 +353,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     path = options.out.resolve() / f"gpu-{re.sub('[^a-z0-9]+', '-', name.lower())}.json"
     until = time.monotonic() + options.seconds
     wanted = WHOLE_RUN if "all" in options.part else tuple(part for part in PARTS if part in options.part)
+    if "install" not in wanted and importlib.util.find_spec("ijepa_fast.kernels") is None:  # a bare checkout
+        wanted = ("install", *wanted)
+    if not any(options.steps in " ".join(map(str, step)) for step in STEPS):
+        parser.error(f"--steps {options.steps!r} names none of the whole steps")
     with tempfile.TemporaryDirectory() as scratch:
-        run = Run(options.device, options.tiny, path, Path(scratch), data)
+        run = Run(options.device, options.tiny, path, Path(scratch), data, options.steps)
         run.report = json.loads(path.read_text()) if path.exists() else {"schema": 1, "kind": "gpu_check", "parts": {}}
         for number, part in enumerate(wanted):
             reserved = sum(RESERVED.get(later, 0) for later in wanted[number + 1 :])

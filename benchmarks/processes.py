@@ -31,6 +31,8 @@ class Run:
         deadline: of the current part, by ``time.monotonic``.
         scratch: folder for what processes leave behind: logs, their own JSON, test reports.
         data: (recipe, folder of images) pairs to train on.
+        steps: words that the whole steps to time must have.
+        earlier: the entry of the current part that an earlier run left; empty if there is none.
     """
 
     device: str
@@ -38,6 +40,8 @@ class Run:
     path: Path
     scratch: Path
     data: Sequence[tuple[str, str]] = ()
+    steps: str = ""
+    earlier: dict[str, Any] = field(default_factory=dict)
     report: dict[str, Any] = field(default_factory=dict)
     deadline: float = float("inf")
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -60,6 +64,7 @@ class Run:
         """An entry for the part, in place of what an earlier run left there."""
         self.deadline = time.monotonic() + seconds
         entry: dict[str, Any] = {"machine": machine(self.device), "commands": {}}
+        self.earlier = self.report["parts"].get(part, {})
         self.report["parts"][part] = entry
         self.save()
         return entry

@@ -34,7 +34,6 @@ from benchmarks.targets import op_targets
 from ijepa_fast.bench.rows import best_of
 
 ROOT = Path(__file__).resolve().parents[1]
-PREFERRED_GPU = "H200"  # the one that docs/kernels.md has floors for
 
 
 def mask_rates(reports: dict[str, list[Report]]) -> str:
@@ -212,8 +211,7 @@ def with_measured(text: str, rows: Sequence[Report]) -> str:
 
 
 def kernels_page(text: str, reports: dict[str, list[Report]]) -> str:
-    runs = sorted(trusted(reports), key=lambda check: PREFERRED_GPU not in (gpu_of(check) or ""))
-    rows = [row for check in runs[:1] for row in check["parts"].get("ops", {}).get("rows", [])]
+    rows = [row for check in trusted(reports)[:1] for row in check["parts"].get("ops", {}).get("rows", [])]
     return with_measured(text, [row for row in rows if row["model"] == "ViT-H/14"])
 
 

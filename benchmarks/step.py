@@ -19,6 +19,7 @@ published loop over images takes), and normalised images, as from DataLoader wor
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import statistics
 import sys
@@ -132,8 +133,7 @@ def memory_alone(case: Case, name: str) -> Memory:
     torch.cuda.reset_peak_memory_stats()
     allocated, reserved = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
     candidate = case.make(name)
-    for number in REHEARSAL:
-        candidate.run(number)
+    warm(candidate, case, len(REHEARSAL))
     torch.cuda.synchronize()
     if not candidate.captured:
         return Memory(torch.cuda.max_memory_allocated() - allocated, torch.cuda.memory_allocated() - allocated)
@@ -260,7 +260,8 @@ def measure(
         for name, found in report["implementations"].items():
             found["peak_memory_bytes"] = memory[name].peak if memory else None
         save(report)
-        _tidy(case.device)
+        with contextlib.suppress(Exception):  # the GPU may answer nothing any more, as in ``plan``
+            _tidy(case.device)
     if names[0] not in report["implementations"]:
         report["failed"].setdefault(names[0], "nothing ran beside it")
         save(report)
@@ -278,8 +279,12 @@ def plan(case: Case, names: Sequence[str], failed: dict[str, str]) -> tuple[dict
             memory[name] = memory_alone(case, name)
         except Exception as problem:  # of one implementation: the others' results are worth having
             failed[name] = in_words(problem)
-    _tidy(case.device)
-    free, _ = torch.cuda.mem_get_info()
+    try:
+        _tidy(case.device)
+        free, _ = torch.cuda.mem_get_info()
+    except Exception as problem:  # after an illegal access, which ``failed`` names, the GPU answers nothing any more
+        failed.setdefault(names[0], in_words(problem))
+        return {}, []
     return memory, groups(list(memory), memory, USABLE * free) if memory else []
 
 

@@ -18,6 +18,8 @@ PEERS = (
     ("ema_", "foreach", 1.0, "_foreach_lerp_"),
     ("ema_", "loop", 1.5, "the mul_/add_ loop"),
 )
+BATCHES = {"vit_b16": 512}
+"""Images in a step, where they are not 128."""
 ATTENTION_MODELS = ("ViT-H/14", "ViT-B/16")
 ATTENTION_PARTS = ("context", "target encoder", "predictor")
 STEPS = (
@@ -70,10 +72,13 @@ def step_targets(reports: Sequence[Row]) -> Iterator[Target]:
     found: dict[tuple[str, str], Row] = {}
     for report in reports:
         place = report["settings"]["model"], report["settings"]["masks"]
+        if report["settings"]["batch"] != BATCHES.get(place[0], 128):
+            continue
         here = report["implementations"]
         # A rate is comparable with those of its own run. Of different runs, rates over that of ours in each are.
-        ours = here.get("ours", {}).get("images_per_second", 1.0)
-        here = {name: result | {"over_ours": result["images_per_second"] / ours} for name, result in here.items()}
+        if "ours" in here:
+            ours = here["ours"]["images_per_second"]
+            here = {name: result | {"over_ours": result["images_per_second"] / ours} for name, result in here.items()}
         # What several reports have measured is taken from the first.
         found[place] = here | found.get(place, {})
     for model, masks, least, over_eager, over_compiled in STEPS:
@@ -102,7 +107,7 @@ def _rate(what: str, least: float, results: Row, best: str | None) -> Target:
 
 def _over(results: Row, best: str | None, peer: str, least: float, what: str, per_token: bool) -> Target:
     wanted = f"{least:g} times as fast"
-    if best is None or peer not in results:
+    if not all("over_ours" in results.get(name, {}) for name in (best, peer)):
         return what, wanted, "", None
     a, b = (r["over_ours"] * (r["context_tokens"] if per_token else 1) for r in (results[best], results[peer]))
     return what, wanted, f"{a / b:.2f} ({best})", a / b >= least

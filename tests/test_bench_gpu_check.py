@@ -123,25 +123,67 @@ def test_every_step_is_one_that_the_command_takes():
     assert {(model, masks_of) for model, _, masks_of in peers} == {(model, m) for model, m, *_ in targets.STEPS}
 
 
-def test_what_a_step_wrote_is_kept_and_a_process_that_died_is_tried_with_ours_alone(run, monkeypatch):
+def test_what_a_step_wrote_is_kept_and_a_process_that_died_is_tried_in_two(run, monkeypatch):
     asked = []
 
     def execute(entry, name, command, limit):
         asked.append(command[command.index("--impl") + 1])
-        if asked[-1] != "ours,eager":  # which dies
+        if asked[-1] != "ours,eager,compiled":  # which dies
             Path(command[command.index("--json") + 1]).write_text(json.dumps({"implementations": {"ours": {}}}))
-        return 1 if asked[-1] in ("ours,eager", "ours,compiled") else 0
+        return 1 if asked[-1] in ("ours,eager,compiled", "ours,compiled") else 0
 
     monkeypatch.setattr(run, "execute", execute)
-    steps = [("vit_tiny", 2, "exact", names) for names in ("ours,eager", "ours,compiled")]
+    steps = [("vit_tiny", 2, "exact", names) for names in ("ours,eager,compiled", "ours,compiled")]
     monkeypatch.setattr(gpu_check, "TINY_STEPS", steps)
     gpu_check.step(run, entry := run.begin("step", 1000))
     # The last one names what failed beside what it measured, and is not run again.
-    assert asked == ["ours,eager", "ours", "ours,compiled"] and len(entry["reports"]) == 2
+    assert asked == ["ours,eager,compiled", "ours", "eager,compiled", "ours,compiled"] and len(entry["reports"]) == 3
+
+
+def test_steps_that_are_named_join_those_measured_before(run, monkeypatch):
+    asked = []
+
+    def execute(entry, name, command, limit):
+        asked.append(name)
+        entry["commands"][name] = {"exit_status": 0}
+        Path(command[command.index("--json") + 1]).write_text(json.dumps({"implementations": {"ours": {}}}))
+        return 0
+
+    monkeypatch.setattr(run, "execute", execute)
+    monkeypatch.setattr(gpu_check.extension, "library_path", lambda: Path("built"))
+    run.tiny, run.steps = False, "vit_l16 128 exact ours,compiled"
+    gpu_check.step(run, run.begin("step", 1000))
+    run.steps = "vit_b16 512 exact ours,eager"
+    gpu_check.step(run, entry := run.begin("step", 1000))
+    assert len(asked) == len(entry["reports"]) == len(entry["commands"]) == 2
+    assert asked[0] == "step vit_l16 exact ours,compiled" and asked[1].startswith("step vit_b16 exact ours,eager")
+    run.steps = ""
+    monkeypatch.setattr(gpu_check, "STEPS", gpu_check.STEPS[:1])
+    gpu_check.step(run, entry := run.begin("step", 1000))
+    assert len(entry["reports"]) == 1
+
+
+def test_a_part_by_itself_builds_what_it_needs(run, monkeypatch, capsys):
+    built = []
+    monkeypatch.setattr(gpu_check.extension, "library_path", lambda: None)
+    monkeypatch.setattr(run, "execute", lambda entry, name, command, *_, **more: built.append(name))
+    run.tiny, run.steps = False, "vit_l16 128 exact ours,compiled"
+    gpu_check.step(run, run.begin("step", 1000))
+    assert built[0] == "build csrc"
+    order = []
+    for part in ("install", "step"):
+        monkeypatch.setitem(gpu_check.PARTS, part, lambda run, entry, part=part: order.append(part))
+    monkeypatch.setattr(gpu_check.importlib.util, "find_spec", lambda name: None)
+    assert gpu_check.main(["--part", "step", "--device", "cpu", "--tiny", "--out", str(run.scratch)]) == 0
+    assert order == ["install", "step"]
+    with pytest.raises(SystemExit):
+        gpu_check.main(["--part", "step", "--device", "cpu", "--tiny", "--steps", "vit_x", "--out", str(run.scratch)])
+    assert "'vit_x' names none" in capsys.readouterr().err
 
 
 def test_accuracy_takes_what_data_names(run, monkeypatch, capsys):
     asked = []
+    monkeypatch.setattr(gpu_check.extension, "library_path", lambda: Path("built"))
     monkeypatch.setattr(run, "execute", lambda entry, name, command, limit: asked.append((command, limit)))
     run.tiny, run.data = False, [("cifar10_vits4", "a"), ("imagenette", "b")]
     gpu_check.accuracy(run, run.begin("accuracy", 2000))
