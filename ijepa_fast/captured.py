@@ -102,6 +102,7 @@ class CapturedStep(TrainStep):
         self._most_graphs, self._fixed_width = most_graphs, fixed_width
         self._step = torch.zeros((), dtype=torch.int64, device=device)
         self._images: Tensor | None = None
+        self._generation = optimizer.generation
         self._met: set[tuple] = set()
         self._replays: dict[tuple, Work] = {}
 
@@ -112,6 +113,10 @@ class CapturedStep(TrainStep):
         tokens = self.sampler.counts(len(images), seed=self.seed, step=step, first_image=first_image)
         capacity = self.rounded(tokens)
         bucket = (*capacity, first_image, self.all_targets)
+        if self.optimizer.generation != self._generation:  # the graphs update a state that is no longer there
+            self._generation = self.optimizer.generation
+            self._replays.clear()
+            self._met.clear()
 
         def work() -> StepResult:
             return self._work(self._images, self._step, [first_image], [capacity])

@@ -35,6 +35,8 @@ TENSOR_MEMORY_COLUMNS = 512
 SPILLS_FORBIDDEN = ("sm_90", "sm_100")
 
 _LOAD = re.compile(r"(?:tt\.load|ttg\.async_copy_global_to_local)\b.*?tensor<((?:\d+x)+)!tt\.ptr<(\w+)")
+_PENDING_PRODUCT = re.compile(r"warp_group_dot_wait\b.*\{pendings = [1-9]")
+_BUFFERS = re.compile(r"ttg\.local_alloc\s*: \(\) -> !ttg\.memdesc<(\d+)x\d+x\d+x")
 ELEMENT_BYTES = {"f8E4M3FN": 1, "f8E5M2": 1, "i8": 1, "f16": 2, "bf16": 2, "f32": 4, "f64": 8}
 
 
@@ -65,6 +67,18 @@ def loaded_bytes(ttgir: str) -> int:
     return total
 
 
+def overwritten_buffers(ttgir: str, num_stages: int) -> int:
+    """Number of pipelined buffers that are filled while a product may still read them.
+
+    Where a loop goes on with a product of Hopper under way (a wait that leaves some pending), the buffer that is filled
+    next must be none that it reads: there must be as many as stages. Triton gives one less to a load that also feeds
+    something else (triton-lang/triton#6691).
+    """
+    if not _PENDING_PRODUCT.search(ttgir):
+        return 0
+    return sum(int(buffers) < num_stages for buffers in _BUFFERS.findall(ttgir))
+
+
 def judge(
     spec: CompileSpec,
     arch: str,
@@ -73,6 +87,7 @@ def judge(
     traps: int,
     main_load_bits: int | None,
     code: Disassembly,
+    overwritten: int = 0,
 ) -> list[str]:
     """What is wrong with a kernel.
 
@@ -82,8 +97,11 @@ def judge(
         traps: trap instructions in the PTX; a compiler that is at its wits' end leaves one. (The machine code of sm_100
             has traps of its own, behind failed allocations of tensor memory.)
         main_load_bits: width of most loads of data; None if there are none.
+        overwritten: buffers, see ``overwritten_buffers``.
     """
     failures = []
+    if overwritten:
+        failures.append(f"{overwritten} buffers are filled while a product may still read them")
     if arch in SPILLS_FORBIDDEN and code.matrix_loop_spills:
         failures.append(f"{code.matrix_loop_spills} spill instructions in a loop with matrix instructions")
     if arch in SPILLS_FORBIDDEN and spec.memory_bound and code.spills:
@@ -119,6 +137,7 @@ def compile_spec(spec: CompileSpec, arch: str) -> Report:
     shared, tensor_memory = compiled.metadata.shared + code.shared, getattr(compiled.metadata, "tmem_size", None) or 0
     traps = len(re.findall(r"^\s*trap;", compiled.asm["ptx"], re.MULTILINE))
     data = loaded_bytes(compiled.asm["ttgir"])
+    overwritten = overwritten_buffers(compiled.asm["ttgir"], spec.num_stages)
     main_load_bits = code.main_load_bits(data, 32 * spec.num_warps) if data else None
     return replace(
         report,
@@ -131,7 +150,7 @@ def compile_spec(spec: CompileSpec, arch: str) -> Report:
         matrix=code.matrix,
         loads=code.loads,
         main_load_bits=main_load_bits,
-        failures=judge(spec, arch, shared, tensor_memory, traps, main_load_bits, code),
+        failures=judge(spec, arch, shared, tensor_memory, traps, main_load_bits, code, overwritten),
     )
 
 

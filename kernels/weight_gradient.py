@@ -70,8 +70,15 @@ def _grad_times_x(
         inputs = tl.load(x + start * K + x_offsets, mask=x_mask, other=0)
         total = tl.dot(tl.trans(grads), inputs, total, out_dtype=wide)
         start += BLOCK_T
-        if NEED_BIAS:
-            sums += tl.sum(grads.to(wide), axis=0)
+    if NEED_BIAS:
+        # A loop of its own, whose rows are still in the L2 cache. A load that feeds both a product and a sum gets one
+        # buffer less than Hopper's asynchronous products need, and is overwritten while they read it
+        # (triton-lang/triton#6691; compile.py looks for this).
+        start = tl.zeros([], tl.int64) + first_row
+        for row in range(first_row, last_row, BLOCK_T):
+            grad_mask = (t < last_row - row)[:, None] & (n < N)[None, :]
+            sums += tl.sum(tl.load(grad + start * N + grad_offsets, mask=grad_mask, other=0).to(wide), axis=0)
+            start += BLOCK_T
     return total, sums
 
 

@@ -99,6 +99,22 @@ def test_one_graph_per_bucket_captured_when_met_again():
     assert graphs.replayed == taken
 
 
+def test_graphs_of_a_replaced_optimizer_state_are_dropped():
+    """``load_state_dict`` makes new tensors; a graph would go on with the old ones, whose memory may be anything's."""
+    graphs = Recorder()
+    captured, eager = make(CapturedStep, round_rows=512, graphs=graphs), make(TrainStep, round_rows=512)
+    for number in range(8):
+        if number == 4:
+            for step in (captured, eager):
+                state = step.optimizer.state_dict()
+                for moments in state["state"].values():
+                    moments["exp_avg"].zero_()
+                step.optimizer.load_state_dict(state)
+        captured(images(number), number), eager(images(number), number)
+    assert (graphs.eager, graphs.captured, graphs.replayed) == (2, 2, [0, 0, 0, 1, 1, 1])
+    assert_same_weights(captured, eager)
+
+
 def test_all_targets_has_graphs_of_its_own():
     graphs = Recorder()
     captured, eager = make(CapturedStep, round_rows=512, graphs=graphs), make(TrainStep, round_rows=512)

@@ -63,6 +63,7 @@ def test_good_kernels_have_no_failures(reports):
         ("spills in a loop with matrix instructions", "spill instructions in a loop with matrix instructions"),
         ("does not compile", "does not compile: CompilationError"),
         ("too much shared memory", "bytes of shared memory, 232448 allowed"),
+        ("a buffer too few", "1 buffers are filled while a product may still read them"),
         ("no write", "a trap stands in place of the kernel, or it writes nothing"),
         ("narrow loads", "main loads of 16 bits, 128 wanted"),
         ("no matrix instructions", "no matrix instructions in a kernel of products"),

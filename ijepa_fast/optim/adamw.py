@@ -30,7 +30,7 @@ class FusedAdamW(torch.optim.Optimizer):
     clipping are global, and the state is made of DTensors, as ``torch.distributed.checkpoint`` wants it.
 
     In a CUDA graph: run a few steps first, capture ``step`` with ``flat_gradients=True``, and call
-    ``upload_scalars`` before each replay.
+    ``upload_scalars`` before each replay. Capture anew when ``generation`` has changed.
 
     Args:
         params: parameters or groups, as for any torch optimizer. A group may hold "ema" (a tensor per parameter) and
@@ -48,6 +48,7 @@ class FusedAdamW(torch.optim.Optimizer):
         skipped: fp32 scalar on the device, number of steps left out because of non-finite gradients.
         blocked: scalar on the device or None; while it is not 0, steps change nothing.
         averages: parameter -> its EMA tensor; not to be changed.
+        generation: how many times tensors of the state were replaced, by ``load_state_dict`` or ``add_param_group``.
 
     A parameter with an attribute ``main_grad`` (fp32, as Megatron-LM names it) is stepped with that gradient instead
     of ``.grad``.
@@ -76,6 +77,7 @@ class FusedAdamW(torch.optim.Optimizer):
         self.averages: dict[nn.Parameter, Tensor] = {}
         self._flat_buffers: list[Tensor] = []
         self._flat_views: dict[nn.Parameter, Tensor] = {}
+        self.generation = 0
         self._plan: Plan | None = None
         self._scalars: Tensor | None = None
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "lr_scale": 1.0})
@@ -105,7 +107,12 @@ class FusedAdamW(torch.optim.Optimizer):
             self._state_of(parameter)
         if self.flat_gradients:
             self._flatten(trained)
+        self._replaced()
+
+    def _replaced(self) -> None:
+        """Addresses of the state's tensors are not what they were."""
         self._plan = self._scalars = None
+        self.generation += 1
 
     @property
     def _device(self) -> torch.device:
@@ -284,7 +291,7 @@ class FusedAdamW(torch.optim.Optimizer):
         for group in self.param_groups:
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
-        self._plan = self._scalars = None
+        self._replaced()
 
 
 def _check_settings(group: dict) -> None:
