@@ -8,7 +8,6 @@ again replaces that part alone.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import os
 import re
@@ -355,8 +354,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     path = options.out.resolve() / f"gpu-{re.sub('[^a-z0-9]+', '-', name.lower())}.json"
     until = time.monotonic() + options.seconds
     wanted = WHOLE_RUN if "all" in options.part else tuple(part for part in PARTS if part in options.part)
-    if "install" not in wanted and importlib.util.find_spec("ijepa_fast.kernels") is None:  # a bare checkout
-        wanted = ("install", *wanted)
     if not any(options.steps in " ".join(map(str, step)) for step in STEPS):
         parser.error(f"--steps {options.steps!r} names none of the whole steps")
     with tempfile.TemporaryDirectory() as scratch:

@@ -5,8 +5,13 @@ The public names below are imported on first use, so that ``import ijepa_fast`` 
 """
 
 from importlib import import_module
+from pathlib import Path
 
 __version__ = "0.1.0"
+
+if not Path(__file__).with_name("kernels").is_dir():
+    # A checkout, which has kernels/ beside this package (setup.py puts it inside): found there, installed or not.
+    __path__.append(str(Path(__file__).parents[1]))
 
 _MODULE_OF = {
     "EMA": "optim",

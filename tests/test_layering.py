@@ -234,6 +234,17 @@ def test_kernels_is_importable_inside_the_package():
     assert where[0] == "ijepa_fast.kernels" and Path(where[1].strip()) == ROOT / "kernels" / "__init__.py"
 
 
+def test_kernels_is_importable_in_a_checkout_that_is_not_installed():
+    """Or installed as a copy: Python finds the checkout's package first wherever it is started at its root."""
+    code = """
+import sys
+sys.meta_path = [finder for finder in sys.meta_path if not getattr(finder, "__module__", "").startswith("__editable__")]
+import ijepa_fast.kernels.rows as rows
+print(rows.__file__)
+"""
+    assert Path(run_at_root(code).strip()) == ROOT / "kernels" / "rows.py"
+
+
 def test_transformers_works_with_our_kernels_folder_on_its_path():
     # transformers looks for Hugging Face's package `kernels` and, from this root, finds and imports ours.
     code = """
