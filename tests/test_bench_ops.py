@@ -209,6 +209,16 @@ def test_the_table_as_measured():
         assert ("faster_than" in row) == (row["provider"] == "ours") and "%" in rows.line(row)
 
 
+def test_disturbed_times_are_remarked_on():
+    def row(p20, p80, share, method="cpu"):
+        return {"times": {method: {"p20": p20, "p50": p20, "p80": p80}}, "of_floor": share}
+
+    steady = [row(1.0, 1.9, 1.2), row(1.0, 1.0, 0.1, "events")]
+    assert rows.remarks(steady) == []
+    (said,) = rows.remarks([*steady, row(1.0, 2.1, 0.5), row(1.0, 1.0, 162.5), {"failed": "x"}])
+    assert said.startswith("2 of 4 times vary more than twofold")
+
+
 def test_ratios_compare_like_with_like():
     def row(provider, **times):
         place = {"model": "m", "op": "o", "case": "c", "mode": "forward"}

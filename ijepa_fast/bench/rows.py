@@ -9,6 +9,9 @@ METHODS = ("graph", "cpu", "events")
 """Device time is the best. Events include what the host takes to launch."""
 
 
+MOST_SPREAD, MOST_SHARE = 2.0, 1.5
+
+
 def best_of(times: Mapping[str, Any]) -> Any:
     """By the best method there is."""
     return next(times[method] for method in METHODS if method in times)
@@ -56,11 +59,25 @@ def line(row: Mapping[str, Any]) -> str:
 
 
 def remarks(table: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What was not measured, and why."""
+    """What was not measured, and why; and how many times look disturbed."""
     found: dict[str, list[str]] = {}
     for row in table:
         if "unavailable" in row:
             found.setdefault(f"no {row['provider']}: {row['unavailable']}", []).append(row["case"])
         elif "left_out" in row:
             found.setdefault(f"left out: {row['left_out']}", []).append(row["op"])
-    return [f"{reason} ({', '.join(dict.fromkeys(what))})" for reason, what in found.items()]
+    said = [f"{reason} ({', '.join(dict.fromkeys(what))})" for reason, what in found.items()]
+    timed = [row for row in table if "times" in row]
+    if disturbed := sum(map(looks_disturbed, timed)):
+        said.append(
+            f"{disturbed} of {len(timed)} times vary more than twofold, or are far below what can be: something else "
+            "runs on this machine, measure again without it"
+        )
+    return said
+
+
+def looks_disturbed(row: Mapping[str, Any]) -> bool:
+    """Whether a row's times vary more than ``MOST_SPREAD`` from the 20th to the 80th percentile, or beat their floor by
+    as much as only a floor that was measured at another speed explains."""
+    times = best_of(row["times"])
+    return times["p80"] > MOST_SPREAD * times["p20"] or row["of_floor"] > MOST_SHARE
