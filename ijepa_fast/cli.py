@@ -303,7 +303,9 @@ def _import(argv: list[str]) -> int:
     from ijepa_fast.config import as_dict
     from ijepa_fast.data.datasets import open_sources
     from ijepa_fast.interop.importing import import_weights
+    from ijepa_fast.run_folder import holds_run
 
+    holds_run(parsed.out)
     sources = open_sources(config.data, config.evaluation.data) if config.data is not None else None
     fingerprint = None if sources is None else sources.train.fingerprint
     config, said = import_weights(parsed.source, parsed.out, config, parsed.num_heads, fingerprint)

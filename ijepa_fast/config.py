@@ -288,7 +288,7 @@ class RunConfig:
         seed: of weights, data order, crops and masks.
         resume: auto continues the run in the output folder if there is one; never refuses a folder that holds one;
             require refuses one that does not.
-        overwrite: with resume never: delete the run that is in the output folder.
+        overwrite: with resume never: remove the run that is in the output folder; files that no run writes stay.
         model: encoder and predictor.
         masks: context and target blocks.
         objective: the loss.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -16,9 +15,10 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from ijepa_fast import checkpoint as checkpoints
+from ijepa_fast import run_folder
 from ijepa_fast.assemble import make_optimizer, make_scaler, make_step, prepare
 from ijepa_fast.checkpoint import Checkpoint, CheckpointError
-from ijepa_fast.config import RunConfig, as_dict, changes, flatten, from_dict
+from ijepa_fast.config import RunConfig, as_dict, flatten, from_dict
 from ijepa_fast.data import DevicePrefetcher
 from ijepa_fast.data.datasets import Sources, open_sources, train_loader
 from ijepa_fast.distributed import Ranks, ranks
@@ -110,7 +110,7 @@ def _run(config: RunConfig, me: Ranks, sources: Sources, to_yaml: Callable[[RunC
 
     per_rank = train.batch_size // me.world_size
     prepare(model, config, per_rank // train.accumulate, me.device)
-    found = me.from_main(_claim_folder(config, sources) if me.is_main else None)
+    found = me.from_main(run_folder.claim(config, sources.train.fingerprint) if me.is_main else None)
     if me.is_main:
         write_text(folder / "config.yaml", to_yaml(config))
         write_json(folder / "environment.json", describe())
@@ -121,11 +121,15 @@ def _run(config: RunConfig, me: Ranks, sources: Sources, to_yaml: Callable[[RunC
     health = HealthBuffer(config.model.embed_dim, device=me.device)
     start_step, bad_files, earlier_seconds = 0, {}, 0.0
     if found is not None:
-        restored = checkpoints.load(Path(found))
+        restored = checkpoints.load(found)
         start_step, bad_files = restored.step, restored.extra["bad_files"]
         earlier_seconds = restored.extra.get("seconds", 0.0)
         _restore(restored, model, optimizer, scaler, health)
-        log.info("continuing %s at step %d of %d", folder, start_step, total_steps)
+        if start_step < total_steps:
+            log.info("continuing %s at step %d of %d", folder, start_step, total_steps)
+        elif me.is_main:
+            again = run_folder.start_afresh(folder)
+            log.info("%s is trained: all %d steps are done. To train anew, %s", folder, total_steps, again)
     wrapped = None
     if me.world_size > 1:
         devices = [me.device] if me.device.type == "cuda" else None
@@ -214,37 +218,6 @@ def _check_batches(config: RunConfig, me: Ranks) -> None:
         )
     if config.objective.regularised and train.accumulate > 1:
         log.warning("the variance-covariance term is taken over each of the %d micro-batches", train.accumulate)
-
-
-def _claim_folder(config: RunConfig, sources: Sources) -> str | None:
-    """Make sure the output folder is ours to write; the checkpoint to continue from, if there is one."""
-    folder = Path(config.output)
-    steps = checkpoints.list_steps(folder / "checkpoints")
-    if config.resume == "never" and (folder / "config.yaml").exists():
-        if not config.overwrite:
-            raise CheckpointError(
-                f"{folder} already holds a run; continue it (resume auto), give another output, or set overwrite true"
-            )
-        shutil.rmtree(folder)
-        steps = []
-    if not steps:
-        if config.resume == "require":
-            raise CheckpointError(f"resume is 'require', but {folder} holds no checkpoint")
-        folder.mkdir(parents=True, exist_ok=True)
-        return None
-    newest = checkpoints.path_of(folder / "checkpoints", steps[-1])
-    extra = checkpoints.load(newest).extra
-    # Settings that came into being since the run began had their defaults then.
-    allowed, refused = changes(flatten(RunConfig()) | extra["settings"], flatten(config))
-    if refused:
-        listed = ", ".join(f"{name} ({old!r} -> {new!r})" for name, (old, new) in refused.items())
-        raise CheckpointError(f"{folder} holds a run with other settings: {listed}; give another output folder")
-    if extra["data"] != sources.train.fingerprint:
-        raise CheckpointError(f"{folder} holds a run on other images than {config.data} has now")
-    for name, (old, new) in allowed.items():
-        if name not in ("resume", "overwrite"):
-            log.info("continuing with %s changed from %r to %r", name, old, new)
-    return str(newest)
 
 
 def _names(model: IJEPA) -> dict[Tensor, str]:

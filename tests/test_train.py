@@ -253,10 +253,14 @@ def test_widths_that_fp8_cannot_have_are_refused_before_anything_is_written(data
     assert not (tmp_path / "run").exists()
 
 
-def test_a_finished_run_is_not_trained_again(straight, data, monkeypatch):
+def test_a_finished_run_is_not_trained_again_and_says_so(straight, data, monkeypatch, caplog):
     monkeypatch.setattr(TrainStep, "__call__", lambda *_: pytest.fail("trained again"))
-    summary = pretrain(tiny_run(data, straight))
+    with caplog.at_level("INFO"):
+        summary = pretrain(tiny_run(data, straight))
     assert summary["steps"] == 12
+    assert f"all 12 steps are done. To train anew, give another output folder, or remove the run in {straight}" in (
+        caplog.text
+    )
 
 
 def test_changed_settings_on_resume(data, tmp_path, caplog):
@@ -296,18 +300,6 @@ def test_a_damaged_checkpoint_is_an_error_not_a_restart(data, tmp_path):
     with pytest.raises(CheckpointError, match="damaged"):
         pretrain(config)
     assert newest.read_bytes()[:200] and len(newest.read_bytes()) == 200
-
-
-def test_resume_modes(data, tmp_path):
-    config = tiny_run(data, tmp_path / "run", steps=4)
-    with pytest.raises(CheckpointError, match="resume is 'require', but"):
-        pretrain(replace(config, resume="require"))
-    assert not (tmp_path / "run").exists()
-    pretrain(config)
-    with pytest.raises(CheckpointError, match="already holds a run"):
-        pretrain(replace(config, resume="never"))
-    pretrain(replace(config, resume="never", overwrite=True))
-    assert final(tmp_path / "run").step == 4
 
 
 def test_a_non_finite_loss_ends_the_run_with_its_step(data, tmp_path, monkeypatch):

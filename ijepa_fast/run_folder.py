@@ -1,0 +1,123 @@
+"""The folder of a run: which files a run writes there, what makes it a run's, and how a start takes it over."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+from ijepa_fast import checkpoint as checkpoints
+from ijepa_fast.checkpoint import CheckpointError
+from ijepa_fast.config import RunConfig, as_dict, changes, flatten
+
+log = logging.getLogger(__name__)
+
+RECORDS = ("environment.json", "before.json", "metrics.jsonl", "summary.json", "config.yaml")
+"""What a run tells of itself."""
+
+RUN_FILES = (
+    "checkpoints/step_*.safetensors",
+    "checkpoints/step_*.partial",
+    "tensorboard/events.out.tfevents.*",
+    "curves.png",
+    "masks.png",
+    "pca.png",
+    *(f"{name}.partial" for name in RECORDS),
+    # Last, and config.yaml at their end: a removal that is interrupted leaves what is still known to be a run.
+    *RECORDS,
+)
+"""All that a run writes into its folder, as patterns; ``remove_run`` removes it in this order."""
+
+
+def start_afresh(folder: Path) -> str:
+    """How to, in words: the end of messages about a folder that holds a run already."""
+    return f"give another output folder, or remove the run in {folder} with --resume never --overwrite true"
+
+
+def holds_run(folder: Path) -> bool:
+    """Whether there are a run's config.yaml or checkpoints in a folder.
+
+    Raises:
+        CheckpointError: it holds a config.yaml or other files of the names in ``RECORDS`` that no run wrote.
+    """
+    settings = folder / "config.yaml"
+    if settings.exists() and not _of_a_run(settings):
+        raise CheckpointError(
+            f"{settings} was not written by a run, which would write over it; give another output folder, or move it"
+        )
+    if settings.exists() or checkpoints.list_steps(folder / "checkpoints"):
+        return True
+    if strangers := [name for name in RECORDS if (folder / name).exists()]:
+        raise CheckpointError(
+            f"{folder} holds {', '.join(strangers)} but no run, which would write over that; give another output folder"
+        )
+    return False
+
+
+def _of_a_run(settings: Path) -> bool:
+    """Whether a file holds every section of settings: a run writes all of them."""
+    try:
+        text = settings.read_text(encoding="utf-8")
+        try:
+            # A run started from Python writes JSON.
+            values = json.loads(text)
+        except json.JSONDecodeError:
+            import yaml
+
+            try:
+                values = yaml.safe_load(text)
+            except yaml.YAMLError:
+                return False
+    except (OSError, UnicodeDecodeError):
+        return False
+    sections = {name for name, value in as_dict(RunConfig()).items() if isinstance(value, dict)}
+    return isinstance(values, dict) and all(isinstance(values.get(name), dict) for name in sections)
+
+
+def remove_run(folder: Path) -> int:
+    """Remove what a run wrote from its folder, and nothing else. Returns the number of files."""
+    found = [path for pattern in RUN_FILES for path in sorted(folder.glob(pattern))]
+    for path in found:
+        path.unlink()
+    for inside in {folder / Path(pattern).parent for pattern in RUN_FILES} - {folder}:
+        if inside.is_dir() and not any(inside.iterdir()):
+            inside.rmdir()
+    return len(found)
+
+
+def claim(config: RunConfig, data: str) -> Path | None:
+    """Make sure the output folder is ours to write; the checkpoint to continue from, if there is one.
+
+    Args:
+        data: fingerprint of the training images.
+
+    Raises:
+        CheckpointError: the folder holds files of others, another run, a damaged checkpoint, or no run where
+            ``resume`` requires one. Nothing was touched then.
+    """
+    folder = Path(config.output)
+    held, steps = holds_run(folder), checkpoints.list_steps(folder / "checkpoints")
+    if held and config.resume == "never":
+        if not config.overwrite:
+            raise CheckpointError(f"{folder} already holds a run; continue it (--resume auto), {start_afresh(folder)}")
+        done = steps[-1] if steps else 0
+        log.info("removed the run in %s, saved after step %d: %d files", folder, done, remove_run(folder))
+        steps = []
+    if not steps:
+        if config.resume == "require":
+            raise CheckpointError(f"resume is 'require', but {folder} holds no checkpoint")
+        folder.mkdir(parents=True, exist_ok=True)
+        return None
+    newest = checkpoints.path_of(folder / "checkpoints", steps[-1])
+    extra = checkpoints.load(newest).extra
+    # Settings that came into being since the run began had their defaults then.
+    allowed, refused = changes(flatten(RunConfig()) | extra["settings"], flatten(config))
+    if refused:
+        listed = ", ".join(f"{name} ({old!r} -> {new!r})" for name, (old, new) in refused.items())
+        raise CheckpointError(f"{folder} holds a run with other settings: {listed}; {start_afresh(folder)}")
+    if extra["data"] != data:
+        raise CheckpointError(f"{folder} holds a run on other images than {config.data} has now")
+    for name, (old, new) in allowed.items():
+        if name not in ("resume", "overwrite"):
+            log.info("continuing with %s changed from %r to %r", name, old, new)
+    return newest
