@@ -14,6 +14,8 @@ EXIT_ERROR = 1
 EXIT_USAGE = 2
 EXIT_STOPPED = 75
 """EX_TEMPFAIL of sysexits.h: the run was stopped by a signal, saved itself, and can be started again."""
+EXIT_INTERRUPTED = 128 + 2
+"""As shells have it for SIGINT: stopped at once by Ctrl-C, in training by the second one."""
 
 USAGE = """usage: ijepa-fast COMMAND [options]
 
@@ -34,7 +36,7 @@ commands:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command; the exit status is 0, 1 for errors, 2 for wrong usage, 75 for a stopped run."""
+    """Run a command; the exit status is 0, 1 for errors, 2 for wrong usage, 75 for a stopped run, 130 for Ctrl-C."""
     argv = sys.argv[1:] if argv is None else argv
     commands = {
         "pretrain": _pretrain,
@@ -69,6 +71,9 @@ def main(argv: list[str] | None = None) -> int:
             raise
         print(f"ijepa-fast {argv[0]}: {error}; install the extra: pip install 'ijepa_fast[train]'", file=sys.stderr)
         return EXIT_ERROR
+    except KeyboardInterrupt:
+        print(f"\nijepa-fast {argv[0]}: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
     except (ValueError, OSError, RuntimeError) as error:
         print(f"ijepa-fast {argv[0]}: error: {error}", file=sys.stderr)
         return EXIT_ERROR

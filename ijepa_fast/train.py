@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -36,7 +37,7 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class Stopped(Exception):
-    """SIGTERM or SIGUSR1 ended the run early; a checkpoint was written and the run can be continued."""
+    """SIGTERM, SIGUSR1 or Ctrl-C ended the run early; a checkpoint was written and the run can be continued."""
 
 
 class NotFinite(RuntimeError):
@@ -57,7 +58,8 @@ def pretrain(config: RunConfig, to_yaml: Callable[[RunConfig], str] | None = Non
     Raises:
         ValueError: settings that contradict each other or the data, before anything is written.
         CheckpointError: the output folder holds another run, or a damaged checkpoint.
-        Stopped: by a signal, after saving.
+        Stopped: by a signal (or Ctrl-C), after saving.
+        KeyboardInterrupt: by a second Ctrl-C, or by one before the first step or after the last.
         NotFinite: the loss was not finite; the checkpoints on disk are from before.
     """
     with ranks(config.train.device) as me:
@@ -151,7 +153,7 @@ def _run(config: RunConfig, me: Ranks, sources: Sources, to_yaml: Callable[[RunC
     loader = train_loader(sources.train, **loader_settings, start_step=start_step, num_steps=total_steps - start_step)
     run_log = RunLog(folder, total_steps, start_step, folder.name) if me.is_main else None
     meter = _Meter(me, train.batch_size)
-    stop = _StopFlag()
+    stop = _StopFlag(speak=me.is_main)
     try:
         batches = iter(DevicePrefetcher(loader, me.device))
         for step in range(start_step, total_steps):
@@ -328,20 +330,42 @@ class _Meter:
 
 
 class _StopFlag:
-    """Set by SIGTERM or SIGUSR1."""
+    """Set by SIGTERM, SIGUSR1 or the first Ctrl-C; the second Ctrl-C raises KeyboardInterrupt.
 
-    def __init__(self):
+    Args:
+        speak: whether this process says what a Ctrl-C does.
+    """
+
+    def __init__(self, speak: bool):
         self.is_set = False
+        self._speak, self._process, self._interrupts = speak, os.getpid(), 0
         self._previous = {}
-        for number in STOP_SIGNALS:
+        handlers = dict.fromkeys(STOP_SIGNALS, self._set)
+        # Who is started in the background by a shell ignores Ctrl-C, which is meant for others.
+        if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+            handlers[signal.SIGINT] = self._interrupt
+        for number, handler in handlers.items():
             try:
-                self._previous[number] = signal.signal(number, self._set)
+                self._previous[number] = signal.signal(number, handler)
             except ValueError:
                 # Only the main thread may handle signals; in another one the caller decides.
                 break
 
     def _set(self, *_) -> None:
         self.is_set = True
+
+    def _interrupt(self, *_) -> None:
+        if os.getpid() != self._process:
+            # A loader worker that was forked just now and does not ignore the signal yet: it works on.
+            return
+        self.is_set = True
+        self._interrupts += 1
+        if self._interrupts > 1:
+            raise KeyboardInterrupt
+        if self._speak:
+            # Not print: the signal may have come in the middle of one.
+            with contextlib.suppress(OSError):
+                os.write(2, b"\nstopping after this step, which is saved first; Ctrl-C again stops at once\n")
 
     def restore(self) -> None:
         for number, handler in self._previous.items():

@@ -108,6 +108,17 @@ def test_unknown_keys_of_a_file_are_refused(tmp_path, capsys):
     assert "did you mean optim.lr?" in capsys.readouterr().err
 
 
+def test_ctrl_c_is_one_line(monkeypatch, capsys, data):
+    from ijepa_fast import train
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "pretrain", interrupted)
+    assert cli.main(["pretrain", "--data", str(data)]) == 130
+    assert capsys.readouterr().err == "\nijepa-fast pretrain: interrupted\n"
+
+
 @pytest.mark.parametrize("command", ["pretrain", "probe", "knn", "masks", "doctor"])
 def test_help_is_made_from_the_docstrings(command, capsys):
     with pytest.raises(SystemExit) as end:

@@ -168,7 +168,7 @@ def test_resume_after_a_crash_is_exact(data, straight, tmp_path, monkeypatch, cr
     assert steps[-1] == 12 and steps == sorted(set(steps))
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_signals_save_and_stop_and_the_run_continues_exactly(data, straight, tmp_path, monkeypatch, number):
     run = TrainStep.__call__
 
@@ -185,6 +185,42 @@ def test_signals_save_and_stop_and_the_run_continues_exactly(data, straight, tmp
     assert checkpoint.list_steps(tmp_path / "run" / "checkpoints")[-1] == 7
     pretrain(tiny_run(data, tmp_path / "run"))
     assert_same_end(tmp_path / "run", straight)
+
+
+def test_a_second_interrupt_ends_the_run_at_once(data, straight, tmp_path, monkeypatch, capfd):
+    run = TrainStep.__call__
+
+    def interrupted(self, images, step, first_image=0):
+        if step == 6:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert "saved first; Ctrl-C again stops at once" in capfd.readouterr().err
+            os.kill(os.getpid(), signal.SIGINT)
+        return run(self, images, step, first_image)
+
+    before = signal.getsignal(signal.SIGINT)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(TrainStep, "__call__", interrupted)
+        pretrain(tiny_run(data, tmp_path / "run"))
+    assert signal.getsignal(signal.SIGINT) is before
+    assert checkpoint.list_steps(tmp_path / "run" / "checkpoints") == [5]
+    pretrain(tiny_run(data, tmp_path / "run"))
+    assert_same_end(tmp_path / "run", straight)
+
+
+def test_an_ignored_interrupt_stays_ignored(data, tmp_path, monkeypatch):
+    """As in a job that a shell has put into the background."""
+    run = TrainStep.__call__
+
+    def interrupted(self, images, step, first_image=0):
+        os.kill(os.getpid(), signal.SIGINT)
+        return run(self, images, step, first_image)
+
+    monkeypatch.setattr(TrainStep, "__call__", interrupted)
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        assert pretrain(tiny_run(data, tmp_path / "run", steps=2))["steps"] == 2
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.parametrize(("ranks", "device"), [(1, "cpu"), (2, "cuda")])
@@ -332,7 +368,7 @@ def test_impossible_batches_are_refused_before_anything_is_written(data, tmp_pat
 
 def start(data, output, *settings):
     command = [sys.executable, str(RUN_TINY), str(data), str(output), *settings]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
 
 
 @pytest.mark.slow
@@ -366,4 +402,16 @@ def test_a_terminated_process_exits_with_its_own_code(data, straight, tmp_path):
     assert process.returncode == 75
     assert 1 <= checkpoint.list_steps(tmp_path / "run" / "checkpoints")[-1] < 12
     assert start(data, tmp_path / "run").wait(timeout=120) == 0
+    assert_same_end(tmp_path / "run", straight)
+
+
+def test_an_interrupt_of_the_whole_group_stops_the_process_and_not_its_workers_first(data, straight, tmp_path):
+    """A terminal sends Ctrl-C to the run and to its loader workers at once."""
+    process = start(data, tmp_path / "run", "loader.workers=2")
+    process.stdout.readline()
+    os.killpg(process.pid, signal.SIGINT)
+    process.communicate(timeout=120)
+    assert process.returncode == 75
+    assert 1 <= checkpoint.list_steps(tmp_path / "run" / "checkpoints")[-1] < 12
+    pretrain(tiny_run(data, tmp_path / "run"))
     assert_same_end(tmp_path / "run", straight)
