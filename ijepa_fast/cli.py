@@ -17,6 +17,14 @@ EXIT_STOPPED = 75
 EXIT_INTERRUPTED = 128 + 2
 """As shells have it for SIGINT: stopped at once by Ctrl-C, in training by the second one."""
 
+EXTRAS = {
+    "train": "jsonargparse docstring_parser typeshed_client yaml matplotlib PIL safetensors tensorboard tqdm",
+    "shards": "webdataset",
+    "huggingface": "transformers",
+    "lightning": "lightning",
+}
+"""Extra of setup.py -> what can be imported where it is installed."""
+
 USAGE = """usage: ijepa-fast COMMAND [options]
 
 commands:
@@ -66,10 +74,13 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
         return commands[argv[0]](argv[1:])
-    except ModuleNotFoundError as error:
-        if (error.name or "").startswith("ijepa_fast"):
+    except ImportError as error:
+        package = (error.name or "").partition(".")[0]
+        if package == "ijepa_fast":
             raise
-        print(f"ijepa-fast {argv[0]}: {error}; install the extra: pip install 'ijepa_fast[train]'", file=sys.stderr)
+        extra = next((extra for extra, packages in EXTRAS.items() if package in packages.split()), None)
+        hint = f"; pip install 'ijepa_fast[{extra}]'" if extra else ""
+        print(f"ijepa-fast {argv[0]}: error: {error}{hint}", file=sys.stderr)
         return EXIT_ERROR
     except KeyboardInterrupt:
         print(f"\nijepa-fast {argv[0]}: interrupted", file=sys.stderr)

@@ -1,14 +1,19 @@
 """The command line as it is typed."""
 
+import ast
 import json
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
 
 from ijepa_fast import cli
 from tests.image_files import write_folder
+
+ROOT = Path(__file__).resolve().parents[1]
 
 TINY = {
     "model": {
@@ -106,6 +111,48 @@ def test_unknown_keys_of_a_file_are_refused(tmp_path, capsys):
     path.write_text("optim:\n  lrr: 0.1\n")
     assert cli.main(["pretrain", "--config", str(path)]) == 1
     assert "did you mean optim.lr?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("module", "extra"),
+    [("transformers", "huggingface"), ("webdataset", "shards"), ("matplotlib", "train"), ("safetensors", "train")],
+)
+def test_a_missing_package_is_an_error_with_its_extra(run, data, tmp_path, module, extra):
+    """In a process of its own, where nothing is imported yet and the package cannot be."""
+    flags = {
+        "transformers": ["export", str(run), "--to", "huggingface", "--out", str(tmp_path / "out")],
+        "webdataset": [
+            "masks",
+            "--config",
+            "demo",
+            "--data",
+            str(tmp_path / "{0..1}.tar"),
+            "--out",
+            str(tmp_path / "m"),
+        ],
+        "matplotlib": ["masks", "--config", "demo", "--data", str(data), "--out", str(tmp_path / "masks.png")],
+        "safetensors": ["probe", str(run)],
+    }[module]
+    code = f"import sys; sys.modules[{module!r}] = None; from ijepa_fast.cli import main; sys.exit(main({flags!r}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 1
+    line = done.stderr.strip().splitlines()[-1]
+    assert line.startswith(f"ijepa-fast {flags[0]}: error: ") and f"pip install 'ijepa_fast[{extra}]'" in line
+    assert "Traceback" not in done.stderr
+
+
+def test_extras_are_those_of_the_package():
+    text = (ROOT / "setup.py").read_text()
+    (extras,) = (
+        ast.literal_eval(node.value)
+        for node in ast.parse(text).body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "EXTRAS"
+    )
+    # transformers needs safetensors too; whoever lacks it alone lacks it for training.
+    imported_as = {"pillow": "PIL", "pyyaml": "yaml"}
+    for extra, packages in cli.EXTRAS.items():
+        names = {re.match(r"[\w-]+", requirement)[0] for requirement in extras[extra]}
+        assert {imported_as.get(name, name) for name in names} - {"safetensors"} <= set(packages.split()), extra
 
 
 def test_ctrl_c_is_one_line(monkeypatch, capsys, data):
