@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from pathlib import Path
 
 from ijepa_fast import checkpoint as checkpoints
@@ -27,6 +28,9 @@ RUN_FILES = (
     *RECORDS,
 )
 """All that a run writes into its folder, as patterns; ``remove_run`` removes it in this order."""
+
+_COUNTED = re.compile(r"(folder|shards):(\d+):")
+"""Fingerprints that begin with the number of images."""
 
 
 def start_afresh(folder: Path) -> str:
@@ -116,8 +120,25 @@ def claim(config: RunConfig, data: str) -> Path | None:
         listed = ", ".join(f"{name} ({old!r} -> {new!r})" for name, (old, new) in refused.items())
         raise CheckpointError(f"{folder} holds a run with other settings: {listed}; {start_afresh(folder)}")
     if extra["data"] != data:
-        raise CheckpointError(f"{folder} holds a run on other images than {config.data} has now")
+        raise CheckpointError(_other_images(folder, extra["data"], config.data, data))
     for name, (old, new) in allowed.items():
         if name not in ("resume", "overwrite"):
             log.info("continuing with %s changed from %r to %r", name, old, new)
     return newest
+
+
+def _other_images(folder: Path, before: str | None, path: str | None, now: str) -> str:
+    """Why a run on the images of the fingerprint ``before`` does not continue on those of ``now``, in words."""
+    if before is None:
+        return f"{folder} holds weights that were imported for evaluation; import them with --data to train on"
+    counts = [match[2] if (match := _COUNTED.match(text)) else None for text in (before, now)]
+    if None in counts:
+        differ = f"{before}, and {path} now is {now}"
+    elif counts[0] == counts[1]:
+        differ = f"{counts[0]} as well, but names or sizes of files in {path} have changed"
+    else:
+        differ = f"{counts[0]} of them, and {path} now has {counts[1]}"
+    return (
+        f"{folder} holds a run on other images: {differ}. The order of all images depends on each, so bring back those "
+        f"that were there (damaged ones too: they are skipped), or {start_afresh(folder)}"
+    )

@@ -10,7 +10,7 @@ from ijepa_fast import checkpoint, cli
 from ijepa_fast.checkpoint import CheckpointError
 from ijepa_fast.config import RunConfig, as_dict, from_dict
 from ijepa_fast.recipe_files import read_recipe
-from ijepa_fast.run_folder import holds_run, remove_run
+from ijepa_fast.run_folder import claim, holds_run, remove_run
 from ijepa_fast.train import pretrain
 from tests.image_files import write_folder
 from tests.tiny import tiny_run
@@ -120,3 +120,21 @@ def test_an_interrupted_demo_continues_when_it_is_started_again(data, tmp_path, 
         assert pretrain(config)["steps"] == 12
     assert "continuing" in caplog.text and "at step 10 of 12" in caplog.text
     assert checkpoint.load(newest).tensors.keys() and len(newest.read_bytes()) == len(expected)
+
+
+def test_other_images_are_counted_in_the_refusal(tmp_path):
+    images = write_folder(tmp_path / "images", 20)
+    config = tiny_run(images, tmp_path / "run", steps=4)
+    pretrain(config)
+    damaged = sorted(images.rglob("*.png"))[3]
+    content = damaged.read_bytes()
+    damaged.unlink()
+    with pytest.raises(CheckpointError, match=r"20 of them, and .* now has 19\. .* bring back .*damaged ones too"):
+        pretrain(config)
+    damaged.write_bytes(content + b"0")
+    with pytest.raises(CheckpointError, match=r"20 as well, but names or sizes of files .* have changed"):
+        pretrain(config)
+    with pytest.raises(CheckpointError, match=r"folder:20:\w+, .* now is rendered-textures"):
+        claim(config, "rendered-textures-1")
+    damaged.write_bytes(content)
+    assert pretrain(config)["steps"] == 4

@@ -320,14 +320,6 @@ def test_settings_that_are_newer_than_a_run_had_their_defaults(data, tmp_path):
         pretrain(replace(config, train=replace(config.train, fp8_targets="row")))
 
 
-def test_other_images_on_resume_are_refused(tmp_path):
-    write_folder(tmp_path / "train", 20)
-    pretrain(tiny_run(tmp_path, tmp_path / "run", steps=4))
-    write_folder(tmp_path / "train", 22)
-    with pytest.raises(CheckpointError, match="other images"):
-        pretrain(tiny_run(tmp_path, tmp_path / "run", steps=4))
-
-
 def test_a_damaged_checkpoint_is_an_error_not_a_restart(data, tmp_path):
     config = tiny_run(data, tmp_path / "run")
     pretrain(config)
