@@ -116,8 +116,16 @@ def _log_once(request: Request, chosen: str, reasons: dict[str, str]) -> None:
     kind = (request.device, request.dtype, request.head_dim, chosen)  # lengths may differ at every call
     if kind not in _logged:
         _logged.add(kind)
+        dtype = str(request.dtype).removeprefix("torch.")
         passed_over = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
-        log.info("attention %s: %s%s", request, chosen, f" (not {passed_over})" if passed_over else "")
+        log.info(
+            "attention with heads of width %d runs on the backend %r (%s, %s)%s",
+            request.head_dim,
+            chosen,
+            request.device.type,
+            dtype,
+            f"; passed over: {passed_over}" if passed_over else "",
+        )
 
 
 def varlen_attention(

@@ -117,6 +117,7 @@ def _run(config: RunConfig, me: Ranks, sources: Sources, to_yaml: Callable[[RunC
         write_text(folder / "config.yaml", to_yaml(config))
         write_json(folder / "environment.json", describe())
         if config.evaluation.before_and_after and sources.test is not None and not (folder / "before.json").exists():
+            log.info("judging the untrained encoder %s, before the first step", _judged_on(sources, config))
             write_json(folder / "before.json", judge(model.target_encoder, sources, config, baselines=True))
     optimizer = make_optimizer(model, config)
     scaler = make_scaler(config, me.device)
@@ -269,6 +270,7 @@ def _finish(config: RunConfig, model: IJEPA, sources: Sources, steps: int, secon
     summary = {"steps": steps, "bad_files": bad}
     if (folder / "before.json").exists():
         before = json.loads((folder / "before.json").read_text())
+        log.info("judging the trained encoder %s", _judged_on(sources, config))
         after = judge(model.target_encoder, sources, config)
         baselines = {name: before.pop(name) for name in ("pixels", "colours")}
         summary |= {"before": before, "after": after, **baselines}
@@ -277,6 +279,12 @@ def _finish(config: RunConfig, model: IJEPA, sources: Sources, steps: int, secon
         draw_pictures(config, model.target_encoder, sources, folder)
     write_json(path, summary)
     return summary
+
+
+def _judged_on(sources: Sources, config: RunConfig) -> str:
+    fitted = min(len(sources.train), config.evaluation.train_images)
+    tested = min(len(sources.test), config.evaluation.test_images)
+    return f"by k-NN and linear probe ({fitted} training images, {tested} test images)"
 
 
 class _Meter:

@@ -377,7 +377,10 @@ def test_auto_takes_the_first_that_can_run_and_logs_what_it_passed_over(monkeypa
         assert resolve("auto", request) == "reference"
         assert resolve("auto", request) == "reference"
     (record,) = caplog.records
-    assert "reference" in record.message and "flash_attn" in record.message and "not on cpu" in record.message
+    assert record.message.startswith(
+        "attention with heads of width 64 runs on the backend 'reference' (cpu, float32); "
+    )
+    assert "flash_attn" in record.message and "not on cpu" in record.message
 
 
 def test_auto_uses_the_first_row_that_holds(monkeypatch):

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -82,9 +83,16 @@ def test_a_run_leaves_what_it_should(straight):
     assert torch.equal(model.target_encoder.norm.weight, final(straight).tensors["model.target_encoder.norm.weight"])
 
 
-def test_before_and_after_and_pictures(data, tmp_path):
+def test_before_and_after_and_pictures(data, tmp_path, caplog):
     config = tiny_run(data, tmp_path / "run", steps=4)
-    summary = pretrain(replace(config, evaluation=replace(config.evaluation, before_and_after=True, pictures=True)))
+    with caplog.at_level("INFO", logger="ijepa_fast.train"):
+        evaluation = replace(config.evaluation, before_and_after=True, pictures=True, train_images=16)
+        summary = pretrain(replace(config, evaluation=evaluation))
+    assert [message for message in caplog.messages if "judging" in message] == [
+        "judging the untrained encoder by k-NN and linear probe (16 training images, 10 test images), "
+        "before the first step",
+        "judging the trained encoder by k-NN and linear probe (16 training images, 10 test images)",
+    ]
     assert summary["before"].keys() == summary["after"].keys() == {"knn", "probe", "rank"}
     assert summary["pixels"].keys() == {"knn", "probe"}
     assert summary == json.loads((tmp_path / "run" / "summary.json").read_text())
@@ -100,12 +108,14 @@ def test_images_without_classes_are_enough(tmp_path):
     assert summary["steps"] == 3 and "after" not in summary
 
 
-def test_bad_files_are_reported_in_the_summary(tmp_path):
+def test_bad_files_are_reported_in_the_log_and_in_the_summary(tmp_path, caplog):
     write_folder(tmp_path / "train", 20)
     (tmp_path / "train" / "ant" / "broken.png").write_bytes(bad_files()["truncated.png"])
     config = tiny_run(tmp_path, tmp_path / "run")
     config = replace(config, loader=replace(config.loader, max_bad_share=0.5))
-    summary = pretrain(config)
+    with caplog.at_level("INFO", logger="ijepa_fast.logs"):
+        summary = pretrain(config)
+    assert re.search(r"step 12/12: loss \d+\.\d{4}, \d+ img/s, .*, 1 damaged file skipped", caplog.text)
     assert list(summary["bad_files"]) == [str(tmp_path / "train" / "ant" / "broken.png")]
 
 
