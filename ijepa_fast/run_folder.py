@@ -29,6 +29,9 @@ RUN_FILES = (
 )
 """All that a run writes into its folder, as patterns; ``remove_run`` removes it in this order."""
 
+FIGURES_DEPEND_ON = ("data", "seed", "model", "objective", "evaluation")
+"""Settings that change what before.json holds."""
+
 _COUNTED = re.compile(r"(folder|shards):(\d+):")
 """Fingerprints that begin with the number of images."""
 
@@ -45,7 +48,7 @@ def holds_run(folder: Path) -> bool:
         CheckpointError: it holds a config.yaml or other files of the names in ``RECORDS`` that no run wrote.
     """
     settings = folder / "config.yaml"
-    if settings.exists() and not _of_a_run(settings):
+    if settings.exists() and _settings_of_run(settings) is None:
         raise CheckpointError(
             f"{settings} was not written by a run, which would write over it; give another output folder, or move it"
         )
@@ -58,10 +61,10 @@ def holds_run(folder: Path) -> bool:
     return False
 
 
-def _of_a_run(settings: Path) -> bool:
-    """Whether a file holds every section of settings: a run writes all of them."""
+def _settings_of_run(path: Path) -> dict | None:
+    """The nested settings in a file with every section, as each run writes it; None for any other file."""
     try:
-        text = settings.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8")
         try:
             # A run started from Python writes JSON.
             values = json.loads(text)
@@ -71,20 +74,21 @@ def _of_a_run(settings: Path) -> bool:
             try:
                 values = yaml.safe_load(text)
             except yaml.YAMLError:
-                return False
+                return None
     except (OSError, UnicodeDecodeError):
-        return False
+        return None
     sections = {name for name, value in as_dict(RunConfig()).items() if isinstance(value, dict)}
-    return isinstance(values, dict) and all(isinstance(values.get(name), dict) for name in sections)
+    of_run = isinstance(values, dict) and all(isinstance(values.get(name), dict) for name in sections)
+    return values if of_run else None
 
 
 def remove_run(folder: Path) -> int:
     """Remove what a run wrote from its folder, and nothing else. Returns the number of files."""
-    found = [path for pattern in RUN_FILES for path in sorted(folder.glob(pattern))]
+    found = [path for pattern in RUN_FILES for path in sorted(folder.glob(pattern)) if not path.is_dir()]
     for path in found:
         path.unlink()
     for inside in {folder / Path(pattern).parent for pattern in RUN_FILES} - {folder}:
-        if inside.is_dir() and not any(inside.iterdir()):
+        if inside.is_dir() and not inside.is_symlink() and not any(inside.iterdir()):
             inside.rmdir()
     return len(found)
 
@@ -111,6 +115,7 @@ def claim(config: RunConfig, data: str) -> Path | None:
         if config.resume == "require":
             raise CheckpointError(f"resume is 'require', but {folder} holds no checkpoint")
         folder.mkdir(parents=True, exist_ok=True)
+        _drop_figures_of_others(config, folder)
         return None
     newest = checkpoints.path_of(folder / "checkpoints", steps[-1])
     extra = checkpoints.load(newest).extra
@@ -125,6 +130,13 @@ def claim(config: RunConfig, data: str) -> Path | None:
         if name not in ("resume", "overwrite"):
             log.info("continuing with %s changed from %r to %r", name, old, new)
     return newest
+
+
+def _drop_figures_of_others(config: RunConfig, folder: Path) -> None:
+    """Remove the figures of the untrained encoder if a start that saved nothing took them with other settings."""
+    before, now = _settings_of_run(folder / "config.yaml"), as_dict(config)
+    if before is not None and any(before.get(name) != now[name] for name in FIGURES_DEPEND_ON):
+        (folder / "before.json").unlink(missing_ok=True)
 
 
 def _other_images(folder: Path, before: str | None, path: str | None, now: str) -> str:

@@ -71,6 +71,30 @@ def test_all_that_a_run_writes_is_removed_and_nothing_else(data, tmp_path):
     assert contents(folder) == {folder / name: b"mine" for name in mine}
 
 
+def test_a_folder_of_checkpoints_that_is_a_link_stays_one(data, tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "checkpoints").symlink_to(tmp_path / "disk")
+    config = tiny_run(data, tmp_path / "run", steps=4)
+    pretrain(config)
+    remove_run(tmp_path / "run")
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["checkpoints"]
+    assert not list((tmp_path / "disk").iterdir())
+
+
+def test_figures_of_a_start_that_saved_nothing_are_kept_for_the_same_settings_alone(data, tmp_path):
+    folder = tmp_path / "run"
+    config = tiny_run(data, folder, steps=4)
+    pretrain(config)
+    for path in (folder / "checkpoints").iterdir():
+        path.unlink()
+    (folder / "before.json").write_text("{}")
+    assert claim(replace(config, train=replace(config.train, log_every=1)), "") is None
+    assert (folder / "before.json").exists()
+    assert claim(replace(config, seed=1), "") is None
+    assert not (folder / "before.json").exists()
+
+
 @pytest.mark.parametrize("settings", ["lr: 0.1\nmodel: vit\n", "model: [\n", "", "\x00", '{"model": {"depth": 3}}'])
 @pytest.mark.parametrize("resume", ["auto", "never"])
 def test_a_folder_with_settings_of_others_is_refused_untouched(data, tmp_path, settings, resume):
