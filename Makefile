@@ -15,7 +15,7 @@ export PIP_ARGS
 .PHONY: help setup demo test test-all lint kernels bench ext clean
 
 help:
-	@echo "make demo      train I-JEPA on the embedded images; pictures and figures in runs/demo"
+	@echo "make demo      train I-JEPA on the embedded images into runs/demo; stopped and made again, it continues"
 	@echo "make test      the tests that take minutes (test-all: every test that needs no GPU)"
 	@echo "make lint      ruff: style and format"
 	@echo "make kernels   compile the Triton kernels for sm_90, without a GPU, and judge the machine code"

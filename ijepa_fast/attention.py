@@ -116,8 +116,16 @@ def _log_once(request: Request, chosen: str, reasons: dict[str, str]) -> None:
     kind = (request.device, request.dtype, request.head_dim, chosen)  # lengths may differ at every call
     if kind not in _logged:
         _logged.add(kind)
+        dtype = str(request.dtype).removeprefix("torch.")
         passed_over = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
-        log.info("attention %s: %s%s", request, chosen, f" (not {passed_over})" if passed_over else "")
+        log.info(
+            "attention with heads of width %d runs on the backend %r (%s, %s)%s",
+            request.head_dim,
+            chosen,
+            request.device.type,
+            dtype,
+            f"; passed over: {passed_over}" if passed_over else "",
+        )
 
 
 def varlen_attention(
@@ -143,7 +151,29 @@ def varlen_attention(
 
     Returns:
         [Tq, H, Dh], zeros on padding rows; differentiable in q, k and v.
+
+    Raises:
+        ValueError: no backend has that name; shapes, dtypes or devices that do not fit; or, where cu_q and cu_k are on
+            the CPU, bounds that do not fit the rows or the lengths (a GPU would have to be waited for).
+        BackendUnavailable: the named backend cannot run the request, or none can.
     """
+    if not torch.compiler.is_compiling():
+        if q.dim() != 3 or k.dim() != 3 or k.shape != v.shape or q.shape[1:] != k.shape[1:]:
+            shapes = ", ".join(str(tuple(x.shape)) for x in (q, k, v))
+            raise ValueError(f"q must be [Tq, H, Dh], k and v [Tk, H, Dh], got {shapes}")
+        if not q.dtype == k.dtype == v.dtype:
+            raise ValueError(f"q, k and v must have one dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
+        if cu_q.shape != cu_k.shape:
+            raise ValueError(f"cu_q has {tuple(cu_q.shape)} entries, but cu_k {tuple(cu_k.shape)}")
+        _check_bounds("cu_q", cu_q, max_q, q)
+        if cu_k is not cu_q or max_k != max_q:
+            _check_bounds("cu_k", cu_k, max_k, k)
+    return _attend(q, k, v, cu_q, cu_k, max_q, max_k, backend, uniform)
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, backend: str, uniform: bool
+) -> Tensor:
     request = Request(q.device, q.dtype, q.shape[-1], max(max_q, max_k), uniform)
     attend = BACKENDS[resolve(backend, request)].attend
     return attend(q, k, v, cu_q, cu_k, max_q, max_k, uniform)
@@ -152,9 +182,33 @@ def varlen_attention(
 def varlen_self_attention(
     qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, *, backend: str = "auto", uniform: bool = False
 ) -> Tensor:
-    """``varlen_attention`` of packed [T, 3, H, Dh] queries, keys and values. Returns [T, H, Dh]."""
+    """``varlen_attention`` of packed [T, 3, H, Dh] queries, keys and values: returns [T, H, Dh], raises as that."""
+    if not torch.compiler.is_compiling():
+        if qkv.dim() != 4 or qkv.shape[1] != 3:
+            raise ValueError(f"qkv must be [T, 3, H, Dh], got {tuple(qkv.shape)}")
+        _check_bounds("cu_seqlens", cu_seqlens, max_seqlen, qkv)
     request = Request(qkv.device, qkv.dtype, qkv.shape[-1], max_seqlen, uniform)
     if resolve(backend, request) in OPS:
         return ops.varlen_self_attention(qkv, cu_seqlens, max_seqlen)[0]
     q, k, v = qkv.unbind(1)
-    return varlen_attention(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, backend=backend, uniform=uniform)
+    return _attend(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, backend, uniform)
+
+
+def _check_bounds(name: str, cu_seqlens: Tensor, max_seqlen: int, rows: Tensor) -> None:
+    """That prefix sums are some, and fit the packed ``rows`` and the longest length."""
+    if cu_seqlens.dtype != torch.int32 or cu_seqlens.dim() != 1 or not len(cu_seqlens):
+        raise ValueError(f"{name} must be int32 [S + 1], got {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}")
+    if cu_seqlens.device != rows.device:
+        raise ValueError(f"{name} must be on {rows.device}, where the rows are, got {cu_seqlens.device}")
+    # The values of a GPU would have to be waited for, and fake tensors have none.
+    if not cu_seqlens.is_cpu or type(cu_seqlens) is not Tensor:
+        return
+    values = cu_seqlens.numpy()  # whose operations on so few numbers are quicker
+    first, last = values[0], values[-1]
+    if first != 0 or last > len(rows):
+        raise ValueError(f"{name} must go from 0 to at most the {len(rows)} rows, got from {first} to {last}")
+    lengths = values[1:] - values[:-1]
+    if lengths.min(initial=0) < 0:
+        raise ValueError(f"{name} must not fall, but one of its lengths is {lengths.min()}")
+    if (longest := lengths.max(initial=0)) > max_seqlen:
+        raise ValueError(f"the longest sequence of {name} has {longest} rows, more than the {max_seqlen} given")

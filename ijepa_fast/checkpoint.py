@@ -6,6 +6,7 @@ renamed. Nothing is ever unpickled.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -57,7 +58,7 @@ def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
     _flush(folder)
     for old in list_steps(folder)[:-keep]:
         path_of(folder, old).unlink()
-    for leftover in folder.glob("*.partial"):
+    for leftover in folder.glob("step_*.partial"):
         leftover.unlink()
     return final
 
@@ -95,7 +96,8 @@ def load(path: Path) -> Checkpoint:
     """Read one checkpoint file.
 
     Raises:
-        CheckpointError: the file is missing, truncated, or was not written by this package; the message says which.
+        CheckpointError: the file is missing, truncated, or was not written by this package; the message says which, and
+            names an older one beside it that is whole.
     """
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
@@ -109,8 +111,24 @@ def load(path: Path) -> Checkpoint:
     except FileNotFoundError:
         raise CheckpointError(f"no checkpoint at {path}") from None
     except (SafetensorError, json.JSONDecodeError, OSError) as error:
-        raise CheckpointError(f"{path} is damaged or not a safetensors file: {error}") from error
+        message = f"{path} is damaged or not a safetensors file: {error}"
+        if (older := _older_intact(path)) is not None:
+            message += f"; {older.name} beside it is whole: remove or rename the damaged file to continue from that"
+        raise CheckpointError(message) from error
     return Checkpoint(about["step"], tensors, about["extra"])
+
+
+def _older_intact(path: Path) -> Path | None:
+    """The newest checkpoint before the one at ``path``, in the same folder, that has its whole length."""
+    if not (match := _NAME.fullmatch(path.name)):
+        return None
+    for step in reversed(list_steps(path.parent)):
+        if step < int(match[1]):
+            older = path_of(path.parent, step)
+            with contextlib.suppress(SafetensorError, OSError), safe_open(older, framework="pt") as file:
+                if _KEY in (file.metadata() or {}):
+                    return older
+    return None
 
 
 def select(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

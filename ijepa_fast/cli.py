@@ -14,6 +14,16 @@ EXIT_ERROR = 1
 EXIT_USAGE = 2
 EXIT_STOPPED = 75
 """EX_TEMPFAIL of sysexits.h: the run was stopped by a signal, saved itself, and can be started again."""
+EXIT_INTERRUPTED = 128 + 2
+"""As shells have it for SIGINT: stopped at once by Ctrl-C, in training by the second one."""
+
+EXTRAS = {
+    "train": "jsonargparse docstring_parser typeshed_client yaml matplotlib PIL safetensors tensorboard tqdm",
+    "shards": "webdataset",
+    "huggingface": "transformers",
+    "lightning": "lightning",
+}
+"""Extra of setup.py -> what can be imported where it is installed."""
 
 USAGE = """usage: ijepa-fast COMMAND [options]
 
@@ -34,7 +44,7 @@ commands:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command; the exit status is 0, 1 for errors, 2 for wrong usage, 75 for a stopped run."""
+    """Run a command; the exit status is 0, 1 for errors, 2 for wrong usage, 75 for a stopped run, 130 for Ctrl-C."""
     argv = sys.argv[1:] if argv is None else argv
     commands = {
         "pretrain": _pretrain,
@@ -64,14 +74,23 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
         return commands[argv[0]](argv[1:])
-    except ModuleNotFoundError as error:
-        if (error.name or "").startswith("ijepa_fast"):
+    except ImportError as error:
+        package = (error.name or "").partition(".")[0]
+        if package == "ijepa_fast":
             raise
-        print(f"ijepa-fast {argv[0]}: {error}; install the extra: pip install 'ijepa_fast[train]'", file=sys.stderr)
+        extra = next((extra for extra, packages in EXTRAS.items() if package in packages.split()), None)
+        hint = f"; pip install 'ijepa_fast[{extra}]'" if extra else ""
+        print(f"ijepa-fast {argv[0]}: error: {error}{hint}", file=sys.stderr)
         return EXIT_ERROR
+    except KeyboardInterrupt:
+        print(f"\nijepa-fast {argv[0]}: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
     except (ValueError, OSError, RuntimeError) as error:
-        print(f"ijepa-fast {argv[0]}: error: {error}", file=sys.stderr)
-        return EXIT_ERROR
+        message = str(error)
+        if isinstance(error, OSError) and error.filename is not None and error.strerror:
+            message = f"{error.filename}: {error.strerror}"
+        print(f"ijepa-fast {argv[0]}: error: {message}", file=sys.stderr)
+        return EXIT_USAGE if isinstance(error, UsageError) else EXIT_ERROR
 
 
 def _parser(command: str, description: str):
@@ -80,8 +99,12 @@ def _parser(command: str, description: str):
     return ArgumentParser(prog=f"ijepa-fast {command}", description=description, exit_on_error=False)
 
 
+class UsageError(ValueError):
+    """Flags or settings that do not exist, lack a value, or have one that they cannot have."""
+
+
 def _parse(parser, argv: list[str], names: list[str]):
-    """Parse; on failure raise ValueError with the nearest setting to an unknown one."""
+    """Parse; on failure raise UsageError with the nearest setting to an unknown one."""
     from jsonargparse import ArgumentError
 
     try:
@@ -91,10 +114,25 @@ def _parse(parser, argv: list[str], names: list[str]):
         unknown = ""
         if match := re.search(r"Group '([\w.]+)' does not accept option '([\w.]+)'", message):
             unknown = f"{match[1]}.{match[2]}"
-        elif match := re.search(r"[Uu]nrecognized arguments: --([\w.]+)|option '([\w.]+)'|[Kk]ey '([\w.]+)'", message):
+        elif match := re.search(
+            r"[Uu]nrecognized arguments: --([\w.]+)|[Oo]ption '([\w.]+)'|[Kk]ey '([\w.]+)'", message
+        ):
             unknown = match[match.lastindex]
-        near = difflib.get_close_matches(unknown, names, n=1, cutoff=0.5)
-        raise ValueError(message + (f"\ndid you mean {near[0]}?" if near else "")) from None
+        near = _nearest(unknown, names)
+        raise UsageError(message + (f"\ndid you mean {' or '.join(near)}?" if near else "")) from None
+
+
+def _nearest(unknown: str, names: list[str]) -> list[str]:
+    """Settings that an unknown name may stand for: those that end in it, else the one most like it."""
+    ends = {name: name.rpartition(".")[2] for name in names}
+    exact = [name for name in names if ends[name] == unknown]
+    if exact or not unknown:
+        return exact
+    if near := difflib.get_close_matches(unknown, names, n=1, cutoff=0.5):
+        return near
+    # A bare name, such as learning_rate or epoch, against the last parts of the nested ones.
+    near = difflib.get_close_matches(unknown, ends.values(), n=1, cutoff=0.6)
+    return [name for name in names if ends[name] in near]
 
 
 def _run_parser(command: str, description: str):
@@ -112,11 +150,17 @@ def _run_config(parser, argv: list[str]):
     """(RunConfig, namespace as parsed) from flags and --config FILE or RECIPE."""
     import yaml
 
-    from ijepa_fast.config import RunConfig, flatten
+    from ijepa_fast.config import RunConfig, as_dict, flatten
     from ijepa_fast.recipe_files import read_recipe
 
+    sections = {name for name, value in as_dict(RunConfig()).items() if isinstance(value, dict)}
+
     def text(recipe: str) -> str:
-        return yaml.safe_dump(read_recipe(recipe), sort_keys=False)
+        settings = read_recipe(recipe)
+        for name in sections & settings.keys():
+            if not isinstance(settings[name], dict):
+                raise UsageError(f"{name} in {recipe} must hold settings (name: value), got {settings[name]!r}")
+        return yaml.safe_dump(settings, sort_keys=False)
 
     named = []
     for i, argument in enumerate(argv):
@@ -188,6 +232,8 @@ def _evaluate(parser, argv: list[str], figure: str) -> int:
     from ijepa_fast.train import load_trained
 
     model, config, step = load_trained(parsed.checkpoint)
+    if parsed.layers == "last4" and config.model.depth < 4:
+        raise ValueError(f"--layers last4 needs an encoder of 4 blocks; {parsed.checkpoint} has {config.model.depth}")
     config = replace(config, evaluation=replace(config.evaluation, layers=parsed.layers))
     sources = open_sources(parsed.data or config.data, None if parsed.data else config.evaluation.data)
     if sources.test is None:
@@ -303,7 +349,9 @@ def _import(argv: list[str]) -> int:
     from ijepa_fast.config import as_dict
     from ijepa_fast.data.datasets import open_sources
     from ijepa_fast.interop.importing import import_weights
+    from ijepa_fast.run_folder import holds_run
 
+    holds_run(parsed.out)
     sources = open_sources(config.data, config.evaluation.data) if config.data is not None else None
     fingerprint = None if sources is None else sources.train.fingerprint
     config, said = import_weights(parsed.source, parsed.out, config, parsed.num_heads, fingerprint)

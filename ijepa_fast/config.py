@@ -54,6 +54,15 @@ class ModelConfig:
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
 
+    def __post_init__(self) -> None:
+        for name, network in (("embed_dim", "encoder"), ("predictor_embed_dim", "predictor")):
+            width = getattr(self, name)
+            if self.num_heads < 1 or width % self.num_heads:
+                raise ValueError(
+                    f"model.{name} {width}, the width of the {network}, cannot be split into {self.num_heads} heads "
+                    "(model.num_heads)"
+                )
+
     def build(self, objective: Objective) -> IJEPA:
         """The networks, with fresh weights from torch's global generator."""
         shared = {
@@ -152,9 +161,15 @@ class OptimConfig:
     def schedules(self, total_steps: int, steps_per_epoch: int) -> Schedules:
         if not self.schedule_stretch >= 1:
             raise ValueError(f"optim.schedule_stretch must be at least 1, got {self.schedule_stretch}")
+        warmup_steps = round(self.warmup_epochs * steps_per_epoch)
+        if warmup_steps >= int(total_steps * self.schedule_stretch):
+            raise ValueError(
+                f"optim.warmup_epochs {self.warmup_epochs} ({warmup_steps} steps, with {steps_per_epoch} in an epoch) "
+                f"does not fit into the {total_steps} steps of the run: lower it, or raise train.steps or train.epochs"
+            )
         return Schedules(
             total_steps=int(total_steps * self.schedule_stretch),
-            warmup_steps=round(self.warmup_epochs * steps_per_epoch),
+            warmup_steps=warmup_steps,
             start_lr=self.start_lr,
             lr=self.lr,
             final_lr=self.final_lr,
@@ -288,7 +303,7 @@ class RunConfig:
         seed: of weights, data order, crops and masks.
         resume: auto continues the run in the output folder if there is one; never refuses a folder that holds one;
             require refuses one that does not.
-        overwrite: with resume never: delete the run that is in the output folder.
+        overwrite: with resume never: remove the run that is in the output folder; files that no run writes stay.
         model: encoder and predictor.
         masks: context and target blocks.
         objective: the loss.
@@ -310,6 +325,12 @@ class RunConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+    def __post_init__(self) -> None:
+        if self.evaluation.layers == "last4" and self.model.depth < 4:
+            raise ValueError(
+                f"evaluation.layers last4 needs an encoder of 4 blocks, got model.depth {self.model.depth}"
+            )
 
 
 CHANGEABLE = {

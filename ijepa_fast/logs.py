@@ -14,11 +14,15 @@ from tqdm import tqdm
 
 log = logging.getLogger(__name__)
 
+SHOWN = {"loss": "loss {:.4f}", "images_per_second": "{:.0f} img/s", "rank": "rank {:.1f}", "knn": "k-NN {:.1%}"}
+"""What people are shown of the metrics, and how."""
+
 
 class RunLog:
     """Metrics of a run, one dict per log interval.
 
-    On a terminal a progress bar shows loss, images/s and feature rank; elsewhere each interval is a log line.
+    On a terminal a progress bar shows loss, images/s, feature rank and damaged files; elsewhere each interval is a log
+    line.
 
     Args:
         folder: of the run; gets ``metrics.jsonl`` and ``tensorboard/``.
@@ -52,8 +56,9 @@ class RunLog:
         for name, value in metrics.items():
             if name != "step":
                 self._events.add_scalar(name, value, metrics["step"])
-        short = {"loss": "{:.4f}", "images_per_second": "{:.0f} img/s", "rank": "rank {:.1f}", "knn": "k-NN {:.1%}"}
-        shown = [text.format(metrics[name]) for name, text in short.items() if name in metrics]
+        shown = [text.format(metrics[name]) for name, text in SHOWN.items() if name in metrics]
+        if bad := metrics.get("bad_files"):
+            shown.append(f"{bad} damaged file{'s' if bad > 1 else ''} skipped")
         self._bar.set_postfix_str(", ".join(shown))
         if self._bar.disable:
             log.info("step %d/%d: %s", metrics["step"], self._bar.total, ", ".join(shown))

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
-import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -16,9 +16,10 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from ijepa_fast import checkpoint as checkpoints
+from ijepa_fast import run_folder
 from ijepa_fast.assemble import make_optimizer, make_scaler, make_step, prepare
 from ijepa_fast.checkpoint import Checkpoint, CheckpointError
-from ijepa_fast.config import RunConfig, as_dict, changes, flatten, from_dict
+from ijepa_fast.config import RunConfig, as_dict, flatten, from_dict
 from ijepa_fast.data import DevicePrefetcher
 from ijepa_fast.data.datasets import Sources, open_sources, train_loader
 from ijepa_fast.distributed import Ranks, ranks
@@ -36,7 +37,7 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class Stopped(Exception):
-    """SIGTERM or SIGUSR1 ended the run early; a checkpoint was written and the run can be continued."""
+    """SIGTERM, SIGUSR1 or Ctrl-C ended the run early; a checkpoint was written and the run can be continued."""
 
 
 class NotFinite(RuntimeError):
@@ -57,7 +58,8 @@ def pretrain(config: RunConfig, to_yaml: Callable[[RunConfig], str] | None = Non
     Raises:
         ValueError: settings that contradict each other or the data, before anything is written.
         CheckpointError: the output folder holds another run, or a damaged checkpoint.
-        Stopped: by a signal, after saving.
+        Stopped: by a signal (or Ctrl-C), after saving.
+        KeyboardInterrupt: by a second Ctrl-C, or by one before the first step or after the last.
         NotFinite: the loss was not finite; the checkpoints on disk are from before.
     """
     with ranks(config.train.device) as me:
@@ -110,22 +112,27 @@ def _run(config: RunConfig, me: Ranks, sources: Sources, to_yaml: Callable[[RunC
 
     per_rank = train.batch_size // me.world_size
     prepare(model, config, per_rank // train.accumulate, me.device)
-    found = me.from_main(_claim_folder(config, sources) if me.is_main else None)
+    found = me.from_main(run_folder.claim(config, sources.train.fingerprint) if me.is_main else None)
     if me.is_main:
         write_text(folder / "config.yaml", to_yaml(config))
         write_json(folder / "environment.json", describe())
         if config.evaluation.before_and_after and sources.test is not None and not (folder / "before.json").exists():
+            log.info("judging the untrained encoder %s, before the first step", _judged_on(sources, config))
             write_json(folder / "before.json", judge(model.target_encoder, sources, config, baselines=True))
     optimizer = make_optimizer(model, config)
     scaler = make_scaler(config, me.device)
     health = HealthBuffer(config.model.embed_dim, device=me.device)
     start_step, bad_files, earlier_seconds = 0, {}, 0.0
     if found is not None:
-        restored = checkpoints.load(Path(found))
+        restored = checkpoints.load(found)
         start_step, bad_files = restored.step, restored.extra["bad_files"]
         earlier_seconds = restored.extra.get("seconds", 0.0)
         _restore(restored, model, optimizer, scaler, health)
-        log.info("continuing %s at step %d of %d", folder, start_step, total_steps)
+        if start_step < total_steps:
+            log.info("continuing %s at step %d of %d", folder, start_step, total_steps)
+        elif me.is_main:
+            again = run_folder.start_afresh(folder)
+            log.info("%s is trained: all %d steps are done. To train anew, %s", folder, total_steps, again)
     wrapped = None
     if me.world_size > 1:
         devices = [me.device] if me.device.type == "cuda" else None
@@ -147,7 +154,7 @@ def _run(config: RunConfig, me: Ranks, sources: Sources, to_yaml: Callable[[RunC
     loader = train_loader(sources.train, **loader_settings, start_step=start_step, num_steps=total_steps - start_step)
     run_log = RunLog(folder, total_steps, start_step, folder.name) if me.is_main else None
     meter = _Meter(me, train.batch_size)
-    stop = _StopFlag()
+    stop = _StopFlag(speak=me.is_main)
     try:
         batches = iter(DevicePrefetcher(loader, me.device))
         for step in range(start_step, total_steps):
@@ -216,37 +223,6 @@ def _check_batches(config: RunConfig, me: Ranks) -> None:
         log.warning("the variance-covariance term is taken over each of the %d micro-batches", train.accumulate)
 
 
-def _claim_folder(config: RunConfig, sources: Sources) -> str | None:
-    """Make sure the output folder is ours to write; the checkpoint to continue from, if there is one."""
-    folder = Path(config.output)
-    steps = checkpoints.list_steps(folder / "checkpoints")
-    if config.resume == "never" and (folder / "config.yaml").exists():
-        if not config.overwrite:
-            raise CheckpointError(
-                f"{folder} already holds a run; continue it (resume auto), give another output, or set overwrite true"
-            )
-        shutil.rmtree(folder)
-        steps = []
-    if not steps:
-        if config.resume == "require":
-            raise CheckpointError(f"resume is 'require', but {folder} holds no checkpoint")
-        folder.mkdir(parents=True, exist_ok=True)
-        return None
-    newest = checkpoints.path_of(folder / "checkpoints", steps[-1])
-    extra = checkpoints.load(newest).extra
-    # Settings that came into being since the run began had their defaults then.
-    allowed, refused = changes(flatten(RunConfig()) | extra["settings"], flatten(config))
-    if refused:
-        listed = ", ".join(f"{name} ({old!r} -> {new!r})" for name, (old, new) in refused.items())
-        raise CheckpointError(f"{folder} holds a run with other settings: {listed}; give another output folder")
-    if extra["data"] != sources.train.fingerprint:
-        raise CheckpointError(f"{folder} holds a run on other images than {config.data} has now")
-    for name, (old, new) in allowed.items():
-        if name not in ("resume", "overwrite"):
-            log.info("continuing with %s changed from %r to %r", name, old, new)
-    return str(newest)
-
-
 def _names(model: IJEPA) -> dict[Tensor, str]:
     return {parameter: name for name, parameter in model.named_parameters()}
 
@@ -294,6 +270,7 @@ def _finish(config: RunConfig, model: IJEPA, sources: Sources, steps: int, secon
     summary = {"steps": steps, "bad_files": bad}
     if (folder / "before.json").exists():
         before = json.loads((folder / "before.json").read_text())
+        log.info("judging the trained encoder %s", _judged_on(sources, config))
         after = judge(model.target_encoder, sources, config)
         baselines = {name: before.pop(name) for name in ("pixels", "colours")}
         summary |= {"before": before, "after": after, **baselines}
@@ -302,6 +279,12 @@ def _finish(config: RunConfig, model: IJEPA, sources: Sources, steps: int, secon
         draw_pictures(config, model.target_encoder, sources, folder)
     write_json(path, summary)
     return summary
+
+
+def _judged_on(sources: Sources, config: RunConfig) -> str:
+    fitted = min(len(sources.train), config.evaluation.train_images)
+    tested = min(len(sources.test), config.evaluation.test_images)
+    return f"by k-NN and linear probe ({fitted} training images, {tested} test images)"
 
 
 class _Meter:
@@ -355,20 +338,42 @@ class _Meter:
 
 
 class _StopFlag:
-    """Set by SIGTERM or SIGUSR1."""
+    """Set by SIGTERM, SIGUSR1 or the first Ctrl-C; the second Ctrl-C raises KeyboardInterrupt.
 
-    def __init__(self):
+    Args:
+        speak: whether this process says what a Ctrl-C does.
+    """
+
+    def __init__(self, speak: bool):
         self.is_set = False
+        self._speak, self._process, self._interrupts = speak, os.getpid(), 0
         self._previous = {}
-        for number in STOP_SIGNALS:
+        handlers = dict.fromkeys(STOP_SIGNALS, self._set)
+        # Who is started in the background by a shell ignores Ctrl-C, which is meant for others.
+        if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+            handlers[signal.SIGINT] = self._interrupt
+        for number, handler in handlers.items():
             try:
-                self._previous[number] = signal.signal(number, self._set)
+                self._previous[number] = signal.signal(number, handler)
             except ValueError:
                 # Only the main thread may handle signals; in another one the caller decides.
                 break
 
     def _set(self, *_) -> None:
         self.is_set = True
+
+    def _interrupt(self, *_) -> None:
+        if os.getpid() != self._process:
+            # A loader worker that was forked just now and does not ignore the signal yet: it works on.
+            return
+        self.is_set = True
+        self._interrupts += 1
+        if self._interrupts > 1:
+            raise KeyboardInterrupt
+        if self._speak:
+            # Not print: the signal may have come in the middle of one.
+            with contextlib.suppress(OSError):
+                os.write(2, b"\nstopping after this step, which is saved first; Ctrl-C again stops at once\n")
 
     def restore(self) -> None:
         for number, handler in self._previous.items():

@@ -362,6 +362,59 @@ def test_a_backend_that_cannot_be_imported_raises_when_the_model_is_built(monkey
     VisionTransformer(img_size=8, patch_size=4, embed_dim=8, depth=1, num_heads=1, attention="sdpa")
 
 
+Q, BOUNDS = torch.zeros(5, 2, 8), prefix_sums([2, 3])
+WRONG_CALLS = {
+    r"q must be \[Tq, H, Dh\], k and v \[Tk, H, Dh\], got \(5, 16\)": (torch.zeros(5, 16), Q, BOUNDS, BOUNDS, 3, 3),
+    r"got \(5, 2, 8\), \(5, 4, 8\)": (Q, torch.zeros(5, 4, 8), BOUNDS, BOUNDS, 3, 3),
+    "one dtype, got torch.float32, torch.float16": (Q, Q.half(), BOUNDS, BOUNDS, 3, 3),
+    r"cu_q has \(3,\) entries, but cu_k \(2,\)": (Q, Q, BOUNDS, prefix_sums([5]), 3, 5),
+    r"cu_q must be int32 \[S \+ 1\], got torch.int64 \(3,\)": (Q, Q, BOUNDS.long(), BOUNDS, 3, 3),
+    "cu_k must go from 0 to at most the 5 rows, got from 0 to 6": (Q, Q, BOUNDS, prefix_sums([2, 4]), 3, 4),
+    "cu_q must go from 0 .* got from 1 to 5": (Q, Q, BOUNDS.clamp(min=1), BOUNDS, 3, 3),
+    "cu_k must not fall, but one of its lengths is -1": (Q, Q, BOUNDS, prefix_sums([4, -1]), 3, 4),
+    "longest sequence of cu_k has 3 rows, more than the 2 given": (Q, Q, BOUNDS, BOUNDS, 3, 2),
+}
+
+
+@pytest.mark.parametrize("message", WRONG_CALLS)
+@pytest.mark.parametrize("backend", ["auto", "sdpa"])
+def test_arguments_that_do_not_fit_are_named(message, backend):
+    q, k, *bounds = WRONG_CALLS[message]
+    with pytest.raises(ValueError, match=message):
+        varlen_attention(q, k, k, *bounds, backend=backend)
+
+
+@pytest.mark.parametrize(
+    ("qkv", "bounds", "longest", "message"),
+    [
+        (Q, BOUNDS, 3, r"qkv must be \[T, 3, H, Dh\], got \(5, 2, 8\)"),
+        (torch.zeros(5, 2, 3, 8), BOUNDS, 3, r"qkv must be .* got \(5, 2, 3, 8\)"),
+        (torch.zeros(4, 3, 2, 8), BOUNDS, 3, "cu_seqlens must go from 0 to at most the 4 rows, got from 0 to 5"),
+        (torch.zeros(5, 3, 2, 8), BOUNDS, 2, "longest sequence of cu_seqlens has 3 rows, more than the 2 given"),
+        (torch.zeros(5, 3, 2, 8, device="meta"), BOUNDS, 3, "cu_seqlens must be on meta, .* got cpu"),
+    ],
+)
+@pytest.mark.parametrize("backend", ["auto", "sdpa"])
+def test_packed_arguments_that_do_not_fit_are_named(qkv, bounds, longest, message, backend):
+    with pytest.raises(ValueError, match=message):
+        varlen_self_attention(qkv, bounds, longest, backend=backend)
+
+
+def test_arguments_are_not_checked_in_compiled_code():
+    """Their values are not known to the compiler: to ask for them would cut the graph."""
+
+    @torch.compile(fullgraph=True, backend="eager")
+    def attend(q, qkv, bounds):
+        out = varlen_attention(q, q, q, bounds, bounds, 3, 3, backend="sdpa")
+        return out + varlen_self_attention(qkv, bounds, 3)
+
+    assert attend(Q, torch.zeros(5, 3, 2, 8), BOUNDS).shape == Q.shape
+
+
+def test_no_sequences_are_fine():
+    assert varlen_attention(Q, Q, Q, *[torch.zeros(1, dtype=torch.int32)] * 2, 0, 0).count_nonzero() == 0
+
+
 def test_a_backend_is_loaded_once(monkeypatch, nothing_loaded):
     loads = []
     monkeypatch.setattr(BACKENDS["sdpa"], "load", lambda: loads.append(1) or ATTEND["sdpa"])
@@ -377,7 +430,10 @@ def test_auto_takes_the_first_that_can_run_and_logs_what_it_passed_over(monkeypa
         assert resolve("auto", request) == "reference"
         assert resolve("auto", request) == "reference"
     (record,) = caplog.records
-    assert "reference" in record.message and "flash_attn" in record.message and "not on cpu" in record.message
+    assert record.message.startswith(
+        "attention with heads of width 64 runs on the backend 'reference' (cpu, float32); "
+    )
+    assert "flash_attn" in record.message and "not on cpu" in record.message
 
 
 def test_auto_uses_the_first_row_that_holds(monkeypatch):

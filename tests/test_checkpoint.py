@@ -26,10 +26,15 @@ def test_round_trip(tmp_path):
 
 def test_newest_are_kept_and_leftovers_removed(tmp_path):
     (tmp_path / "step_000000001.partial").write_bytes(b"a save that was killed")
+    (tmp_path / "download.partial").write_bytes(b"of somebody else")
     for step in (5, 10, 15, 20):
         checkpoint.save(tmp_path, example(step), keep=2)
     assert checkpoint.list_steps(tmp_path) == [15, 20]
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["step_000000015.safetensors", "step_000000020.safetensors"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "download.partial",
+        "step_000000015.safetensors",
+        "step_000000020.safetensors",
+    ]
     assert checkpoint.find(tmp_path).name == "step_000000020.safetensors"
 
 
@@ -58,6 +63,18 @@ def test_truncated(tmp_path, kept):
     path.write_bytes(path.read_bytes()[:kept])
     with pytest.raises(CheckpointError, match="damaged or not a safetensors file"):
         checkpoint.load(path)
+
+
+def test_the_newest_older_one_that_is_whole_is_named(tmp_path):
+    paths = [checkpoint.save(tmp_path, example(step), keep=4) for step in (5, 10, 15, 20)]
+    for path in (paths[1], paths[2]):
+        path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match="damaged.*; step_000000005.safetensors beside it is whole: remove or"):
+        checkpoint.load(paths[2])
+    paths[0].write_bytes(b"")
+    with pytest.raises(CheckpointError) as refusal:
+        checkpoint.load(paths[2])
+    assert "beside it" not in str(refusal.value)  # step 20, which is whole, is newer
 
 
 def test_foreign_files(tmp_path):

@@ -1,14 +1,19 @@
 """The command line as it is typed."""
 
+import ast
 import json
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
 
 from ijepa_fast import cli
 from tests.image_files import write_folder
+
+ROOT = Path(__file__).resolve().parents[1]
 
 TINY = {
     "model": {
@@ -88,10 +93,17 @@ def test_doctor_names_what_is_missing(capsys):
         (["pretrain", "--config", "vith14_in1"], 1, "did you mean vith14_in1k"),
         (["pretrain"], 1, "no images are given"),
         (["pretrain", "--data", "/nowhere"], 1, "/nowhere"),
-        (["pretrain", "--optim.learning_rate", "1"], 1, "learning_rate"),
-        (["pretrain", "--model.embed_dims", "1"], 1, "did you mean model.embed_dim?"),
-        (["pretrain", "--masks.strategy", "blocks"], 1, "blocks"),
+        (["pretrain", "--optim.learning_rate", "1"], 2, "learning_rate"),
+        (["pretrain", "--model.embed_dims", "1"], 2, "did you mean model.embed_dim?"),
+        (["pretrain", "--lr", "3"], 2, "did you mean optim.lr?"),
+        (["pretrain", "--epoch", "3"], 2, "did you mean train.epochs?"),
+        (["pretrain", "--zzz", "3"], 2, "unrecognized arguments: --zzz 3\n"),
+        (["pretrain", "--masks.strategy", "blocks"], 2, "blocks"),
+        (["pretrain", "--model.num_heads", "5"], 1, "model.embed_dim 768, the width of the encoder, cannot be split"),
         (["probe", "/nowhere"], 1, "no checkpoint at /nowhere"),
+        (["probe", "/nowhere", "--layers", "last5"], 2, "invalid choice: 'last5'"),
+        (["probe"], 2, "arguments are required: checkpoint"),
+        (["import", "/nowhere.pth.tar", "--out", "/nowhere"], 1, "there is no file or folder /nowhere.pth.tar"),
     ],
 )
 def test_mistakes_end_with_a_clear_message(arguments, status, message, capsys):
@@ -101,11 +113,95 @@ def test_mistakes_end_with_a_clear_message(arguments, status, message, capsys):
     assert "Traceback" not in error
 
 
-def test_unknown_keys_of_a_file_are_refused(tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("optim:\n  lrr: 0.1\n", "did you mean optim.lr?"),
+        ("optm:\n  lr: 0.1\n", "did you mean optim.lr?"),
+        ("lr: 0.1\n", "did you mean optim.lr?"),
+        ("optim: 0.1\n", "optim in {path} must hold settings (name: value), got 0.1"),
+        ("train:\n", "train in {path} must hold settings (name: value), got None"),
+    ],
+)
+def test_unknown_keys_of_a_file_are_refused(tmp_path, capsys, text, message):
     path = tmp_path / "wrong.yaml"
-    path.write_text("optim:\n  lrr: 0.1\n")
-    assert cli.main(["pretrain", "--config", str(path)]) == 1
-    assert "did you mean optim.lr?" in capsys.readouterr().err
+    path.write_text(text)
+    assert cli.main(["pretrain", "--config", str(path)]) == 2
+    assert message.format(path=path) in capsys.readouterr().err
+
+
+def test_files_that_cannot_be_opened_are_named_in_words(run, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    out = tmp_path / "file" / "encoder.safetensors"
+    assert cli.main(["export", str(run), "--to", "safetensors", "--out", str(out)]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"ijepa-fast export: error: {tmp_path / 'file'}: ") and "[Errno" not in error
+
+
+def test_the_last_four_of_fewer_blocks_are_refused(data, tmp_path, capsys):
+    shallow = tmp_path / "shallow.yaml"
+    shallow.write_text(yaml.safe_dump(TINY | {"model": TINY["model"] | {"depth": 2}}))
+    output = tmp_path / "run"
+    flags = ["--config", str(shallow), "--data", str(data), "--output", str(output)]
+    assert cli.main(["pretrain", *flags, "--evaluation.layers", "last4"]) == 1
+    assert "evaluation.layers last4 needs an encoder of 4 blocks, got model.depth 2" in capsys.readouterr().err
+    quick = ["--evaluation.before_and_after", "false", "--evaluation.pictures", "false"]
+    assert cli.main(["pretrain", *flags, *quick]) == 0
+    assert cli.main(["probe", str(output), "--layers", "last4"]) == 1
+    assert f"--layers last4 needs an encoder of 4 blocks; {output} has 2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("module", "extra"),
+    [("transformers", "huggingface"), ("webdataset", "shards"), ("matplotlib", "train"), ("safetensors", "train")],
+)
+def test_a_missing_package_is_an_error_with_its_extra(run, data, tmp_path, module, extra):
+    """In a process of its own, where nothing is imported yet and the package cannot be."""
+    flags = {
+        "transformers": ["export", str(run), "--to", "huggingface", "--out", str(tmp_path / "out")],
+        "webdataset": [
+            "masks",
+            "--config",
+            "demo",
+            "--data",
+            str(tmp_path / "{0..1}.tar"),
+            "--out",
+            str(tmp_path / "m"),
+        ],
+        "matplotlib": ["masks", "--config", "demo", "--data", str(data), "--out", str(tmp_path / "masks.png")],
+        "safetensors": ["probe", str(run)],
+    }[module]
+    code = f"import sys; sys.modules[{module!r}] = None; from ijepa_fast.cli import main; sys.exit(main({flags!r}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 1
+    line = done.stderr.strip().splitlines()[-1]
+    assert line.startswith(f"ijepa-fast {flags[0]}: error: ") and f"pip install 'ijepa_fast[{extra}]'" in line
+    assert "Traceback" not in done.stderr
+
+
+def test_extras_are_those_of_the_package():
+    text = (ROOT / "setup.py").read_text()
+    (extras,) = (
+        ast.literal_eval(node.value)
+        for node in ast.parse(text).body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "EXTRAS"
+    )
+    # transformers needs safetensors too; whoever lacks it alone lacks it for training.
+    imported_as = {"pillow": "PIL", "pyyaml": "yaml"}
+    for extra, packages in cli.EXTRAS.items():
+        names = {re.match(r"[\w-]+", requirement)[0] for requirement in extras[extra]}
+        assert {imported_as.get(name, name) for name in names} - {"safetensors"} <= set(packages.split()), extra
+
+
+def test_ctrl_c_is_one_line(monkeypatch, capsys, data):
+    from ijepa_fast import train
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "pretrain", interrupted)
+    assert cli.main(["pretrain", "--data", str(data)]) == 130
+    assert capsys.readouterr().err == "\nijepa-fast pretrain: interrupted\n"
 
 
 @pytest.mark.parametrize("command", ["pretrain", "probe", "knn", "masks", "doctor"])

@@ -112,9 +112,22 @@ def test_changes_are_told_apart():
         ({"train": {"capture": True, "accumulate": 2}}, "train.capture needs .* accumulate 2"),
         ({"train": {"capture": True, "precision": "fp16"}}, "train.capture needs .* precision fp16"),
         ({"train": {"overlap_target": True, "device": "cpu"}}, "train.overlap_target needs a GPU, got device cpu"),
+        ({"model": {"num_heads": 0}}, "cannot be split into 0 heads"),
+        ({"model": {"predictor_embed_dim": 388}}, "model.predictor_embed_dim 388, the width of the predictor, .* 12"),
+        ({"model": {"depth": 3}, "evaluation": {"layers": "last4"}}, "last4 needs .* got model.depth 3"),
         ({"evaluation": {"monitor_every": 0}}, "evaluation.monitor_every must be at least 1, got 0"),
     ],
 )
 def test_bad_values_are_refused_at_construction(section, message):
     with pytest.raises(ValueError, match=message):
         from_dict(section)
+
+
+def test_a_warm_up_longer_than_the_run_is_named():
+    optim = from_dict({"optim": {"warmup_epochs": 1.5}}).optim
+    assert optim.schedules(total_steps=76, steps_per_epoch=50).warmup_steps == 75
+    with pytest.raises(
+        ValueError, match=r"optim.warmup_epochs 1.5 \(75 steps, with 50 in an epoch\).* 75 steps of the"
+    ):
+        optim.schedules(total_steps=75, steps_per_epoch=50)
+    assert replace(optim, schedule_stretch=1.1).schedules(total_steps=75, steps_per_epoch=50).total_steps == 82

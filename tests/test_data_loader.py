@@ -1,3 +1,4 @@
+import dataclasses
 import multiprocessing
 import os
 import pickle
@@ -169,8 +170,9 @@ def test_bad_images_are_replaced_in_their_slots_by_counter(mixed):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_bad_images_are_named_once_with_their_reason(mixed, workers, caplog):
+    source = ImageFolder(mixed.root)  # nothing was said of it yet
     loader = TrainLoader(
-        mixed,
+        source,
         image_size=SIDE,
         global_batch=GLOBAL_BATCH,
         seed=SEED,
@@ -191,6 +193,31 @@ def test_bad_images_are_named_once_with_their_reason(mixed, workers, caplog):
     assert len(messages) == len(bad_files())
     for path, reason in loader.bad.items():
         assert f"skipped {path}: {reason}" in messages
+    with caplog.at_level("WARNING", logger="ijepa_fast.data"):
+        list(EvalLoader(source, SIDE, 8, workers=workers))
+        list(loader)
+        assert len(caplog.records) == len(messages)
+        list(EvalLoader(ImageFolder(mixed.root), SIDE, 8))
+    assert len(caplog.records) == 2 * len(messages)
+
+
+def test_a_source_that_cannot_be_a_key_is_loaded_too(mixed):
+    @dataclasses.dataclass
+    class Own:
+        images: ImageFolder
+        labels = classes = None
+
+        def __len__(self):
+            return len(self.images)
+
+        def open(self, index):
+            return self.images.open(index)
+
+        def describe(self, index):
+            return self.images.describe(index)
+
+    loader = EvalLoader(Own(mixed), SIDE, 8)
+    assert sum(len(batch.indices) for batch in loader) == 27 and len(loader.bad) == len(bad_files())
 
 
 def test_vanished_files_and_bombs_are_bad_files(tmp_path, monkeypatch):

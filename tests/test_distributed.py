@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -106,3 +107,23 @@ def test_a_missing_gpu_is_named():
     assert pick_device("auto", 0).type == "cpu"
     with pytest.raises(ValueError, match="this torch sees no GPU"):
         pick_device("cuda", 0)
+
+
+@pytest.mark.slow
+def test_an_interrupt_of_torchrun_saves(data, tmp_path):
+    """It hands the signal on to its ranks and waits for them."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", free_port()]
+    settings = ["train.steps=1000", "train.save_every=1000", "loader.workers=1"]
+    process = subprocess.Popen(
+        [*command, str(RUN_TINY), str(data), str(tmp_path / "run"), *settings],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        start_new_session=True,
+    )
+    for _ in range(4):
+        process.stdout.readline()
+    os.killpg(process.pid, signal.SIGINT)
+    process.communicate(timeout=120)
+    (step,) = checkpoint.list_steps(tmp_path / "run" / "checkpoints")
+    assert 1 <= step < 1000

@@ -52,8 +52,9 @@ STANDS_ON = {
     "checkpoint": "",
     "logs": "",
     "environment": "",
+    "run_folder": "config checkpoint",
     "judge": "plots evaluate config data",
-    "train": "judge logs checkpoint distributed assemble environment",
+    "train": "judge logs run_folder distributed assemble environment",
     "report": "judge logs checkpoint distributed environment",
     "interop": "config checkpoint evaluate",
     "bench": "assemble",
@@ -80,6 +81,7 @@ INSIDE_FUNCTIONS = {
     "data": "webdataset",
     "doctor": "triton",
     "recipe_files": "yaml",
+    "run_folder": "yaml",
 }
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -82,9 +83,16 @@ def test_a_run_leaves_what_it_should(straight):
     assert torch.equal(model.target_encoder.norm.weight, final(straight).tensors["model.target_encoder.norm.weight"])
 
 
-def test_before_and_after_and_pictures(data, tmp_path):
+def test_before_and_after_and_pictures(data, tmp_path, caplog):
     config = tiny_run(data, tmp_path / "run", steps=4)
-    summary = pretrain(replace(config, evaluation=replace(config.evaluation, before_and_after=True, pictures=True)))
+    with caplog.at_level("INFO", logger="ijepa_fast.train"):
+        evaluation = replace(config.evaluation, before_and_after=True, pictures=True, train_images=16)
+        summary = pretrain(replace(config, evaluation=evaluation))
+    assert [message for message in caplog.messages if "judging" in message] == [
+        "judging the untrained encoder by k-NN and linear probe (16 training images, 10 test images), "
+        "before the first step",
+        "judging the trained encoder by k-NN and linear probe (16 training images, 10 test images)",
+    ]
     assert summary["before"].keys() == summary["after"].keys() == {"knn", "probe", "rank"}
     assert summary["pixels"].keys() == {"knn", "probe"}
     assert summary == json.loads((tmp_path / "run" / "summary.json").read_text())
@@ -100,12 +108,14 @@ def test_images_without_classes_are_enough(tmp_path):
     assert summary["steps"] == 3 and "after" not in summary
 
 
-def test_bad_files_are_reported_in_the_summary(tmp_path):
+def test_bad_files_are_reported_in_the_log_and_in_the_summary(tmp_path, caplog):
     write_folder(tmp_path / "train", 20)
     (tmp_path / "train" / "ant" / "broken.png").write_bytes(bad_files()["truncated.png"])
     config = tiny_run(tmp_path, tmp_path / "run")
     config = replace(config, loader=replace(config.loader, max_bad_share=0.5))
-    summary = pretrain(config)
+    with caplog.at_level("INFO", logger="ijepa_fast.logs"):
+        summary = pretrain(config)
+    assert re.search(r"step 12/12: loss \d+\.\d{4}, \d+ img/s, .*, 1 damaged file skipped", caplog.text)
     assert list(summary["bad_files"]) == [str(tmp_path / "train" / "ant" / "broken.png")]
 
 
@@ -168,7 +178,7 @@ def test_resume_after_a_crash_is_exact(data, straight, tmp_path, monkeypatch, cr
     assert steps[-1] == 12 and steps == sorted(set(steps))
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_signals_save_and_stop_and_the_run_continues_exactly(data, straight, tmp_path, monkeypatch, number):
     run = TrainStep.__call__
 
@@ -185,6 +195,42 @@ def test_signals_save_and_stop_and_the_run_continues_exactly(data, straight, tmp
     assert checkpoint.list_steps(tmp_path / "run" / "checkpoints")[-1] == 7
     pretrain(tiny_run(data, tmp_path / "run"))
     assert_same_end(tmp_path / "run", straight)
+
+
+def test_a_second_interrupt_ends_the_run_at_once(data, straight, tmp_path, monkeypatch, capfd):
+    run = TrainStep.__call__
+
+    def interrupted(self, images, step, first_image=0):
+        if step == 6:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert "saved first; Ctrl-C again stops at once" in capfd.readouterr().err
+            os.kill(os.getpid(), signal.SIGINT)
+        return run(self, images, step, first_image)
+
+    before = signal.getsignal(signal.SIGINT)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(TrainStep, "__call__", interrupted)
+        pretrain(tiny_run(data, tmp_path / "run"))
+    assert signal.getsignal(signal.SIGINT) is before
+    assert checkpoint.list_steps(tmp_path / "run" / "checkpoints") == [5]
+    pretrain(tiny_run(data, tmp_path / "run"))
+    assert_same_end(tmp_path / "run", straight)
+
+
+def test_an_ignored_interrupt_stays_ignored(data, tmp_path, monkeypatch):
+    """As in a job that a shell has put into the background."""
+    run = TrainStep.__call__
+
+    def interrupted(self, images, step, first_image=0):
+        os.kill(os.getpid(), signal.SIGINT)
+        return run(self, images, step, first_image)
+
+    monkeypatch.setattr(TrainStep, "__call__", interrupted)
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        assert pretrain(tiny_run(data, tmp_path / "run", steps=2))["steps"] == 2
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.parametrize(("ranks", "device"), [(1, "cpu"), (2, "cuda")])
@@ -253,10 +299,14 @@ def test_widths_that_fp8_cannot_have_are_refused_before_anything_is_written(data
     assert not (tmp_path / "run").exists()
 
 
-def test_a_finished_run_is_not_trained_again(straight, data, monkeypatch):
+def test_a_finished_run_is_not_trained_again_and_says_so(straight, data, monkeypatch, caplog):
     monkeypatch.setattr(TrainStep, "__call__", lambda *_: pytest.fail("trained again"))
-    summary = pretrain(tiny_run(data, straight))
+    with caplog.at_level("INFO"):
+        summary = pretrain(tiny_run(data, straight))
     assert summary["steps"] == 12
+    assert f"all 12 steps are done. To train anew, give another output folder, or remove the run in {straight}" in (
+        caplog.text
+    )
 
 
 def test_changed_settings_on_resume(data, tmp_path, caplog):
@@ -280,14 +330,6 @@ def test_settings_that_are_newer_than_a_run_had_their_defaults(data, tmp_path):
         pretrain(replace(config, train=replace(config.train, fp8_targets="row")))
 
 
-def test_other_images_on_resume_are_refused(tmp_path):
-    write_folder(tmp_path / "train", 20)
-    pretrain(tiny_run(tmp_path, tmp_path / "run", steps=4))
-    write_folder(tmp_path / "train", 22)
-    with pytest.raises(CheckpointError, match="other images"):
-        pretrain(tiny_run(tmp_path, tmp_path / "run", steps=4))
-
-
 def test_a_damaged_checkpoint_is_an_error_not_a_restart(data, tmp_path):
     config = tiny_run(data, tmp_path / "run")
     pretrain(config)
@@ -296,18 +338,6 @@ def test_a_damaged_checkpoint_is_an_error_not_a_restart(data, tmp_path):
     with pytest.raises(CheckpointError, match="damaged"):
         pretrain(config)
     assert newest.read_bytes()[:200] and len(newest.read_bytes()) == 200
-
-
-def test_resume_modes(data, tmp_path):
-    config = tiny_run(data, tmp_path / "run", steps=4)
-    with pytest.raises(CheckpointError, match="resume is 'require', but"):
-        pretrain(replace(config, resume="require"))
-    assert not (tmp_path / "run").exists()
-    pretrain(config)
-    with pytest.raises(CheckpointError, match="already holds a run"):
-        pretrain(replace(config, resume="never"))
-    pretrain(replace(config, resume="never", overwrite=True))
-    assert final(tmp_path / "run").step == 4
 
 
 def test_a_non_finite_loss_ends_the_run_with_its_step(data, tmp_path, monkeypatch):
@@ -340,7 +370,7 @@ def test_impossible_batches_are_refused_before_anything_is_written(data, tmp_pat
 
 def start(data, output, *settings):
     command = [sys.executable, str(RUN_TINY), str(data), str(output), *settings]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
 
 
 @pytest.mark.slow
@@ -374,4 +404,16 @@ def test_a_terminated_process_exits_with_its_own_code(data, straight, tmp_path):
     assert process.returncode == 75
     assert 1 <= checkpoint.list_steps(tmp_path / "run" / "checkpoints")[-1] < 12
     assert start(data, tmp_path / "run").wait(timeout=120) == 0
+    assert_same_end(tmp_path / "run", straight)
+
+
+def test_an_interrupt_of_the_whole_group_stops_the_process_and_not_its_workers_first(data, straight, tmp_path):
+    """A terminal sends Ctrl-C to the run and to its loader workers at once."""
+    process = start(data, tmp_path / "run", "loader.workers=2")
+    process.stdout.readline()
+    os.killpg(process.pid, signal.SIGINT)
+    process.communicate(timeout=120)
+    assert process.returncode == 75
+    assert 1 <= checkpoint.list_steps(tmp_path / "run" / "checkpoints")[-1] < 12
+    pretrain(tiny_run(data, tmp_path / "run"))
     assert_same_end(tmp_path / "run", straight)

@@ -4,7 +4,6 @@ A training batch depends on (seed, step) alone. The main process decides which i
 batches to the workers; a worker keeps no state and draws nothing that is not a function of its request.
 """
 
-import logging
 import os
 import signal
 import threading
@@ -26,10 +25,8 @@ from ijepa_fast.data.crops import (
     random_resized_crop,
 )
 from ijepa_fast.data.order import sample_indices, steps_per_epoch
-from ijepa_fast.data.source import Source
+from ijepa_fast.data.source import Source, warn_once
 from ijepa_fast.philox import Stream, below, random_words
-
-log = logging.getLogger(__name__)
 
 REFILL_ATTEMPTS = 32
 _UNFILLED = -1
@@ -287,7 +284,7 @@ class _BadFiles:
         self._seen = np.zeros(len(source), dtype=bool)
 
     def note(self, batch: Batch) -> None:
-        """Count a batch and log its new bad files; BadFilesError where there are too many."""
+        """Count a batch and log its bad files that were not logged before; BadFilesError where there are too many."""
         indices = batch.indices.numpy()
         self._seen[indices[indices != _UNFILLED]] = True
         for index, reason in batch.failures:
@@ -295,7 +292,7 @@ class _BadFiles:
             name = self._source.describe(index)
             if name not in self.reasons:
                 self.reasons[name] = reason
-                log.warning("skipped %s: %s", name, reason)
+                warn_once(self._source, name, reason)
         bad, total = len(self.reasons), len(self._seen)
         if not bad:
             return

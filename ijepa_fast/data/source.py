@@ -1,9 +1,13 @@
 """What a set of images must offer to be trained on or evaluated."""
 
+import logging
 from typing import Protocol, runtime_checkable
+from weakref import WeakKeyDictionary
 
 import numpy as np
 from PIL import Image
+
+log = logging.getLogger(__name__)
 
 
 @runtime_checkable
@@ -29,3 +33,15 @@ class Source(Protocol):
     def describe(self, index: int) -> str:
         """Path or name of image `index`, for logs."""
         ...
+
+
+_told: WeakKeyDictionary[Source, set[str]] = WeakKeyDictionary()
+
+
+def warn_once(source: Source, name: str, reason: str) -> None:
+    """Log that an image is left out, unless that was said of this source before: a run loads it several times."""
+    # A source of the user may be a dataclass, which cannot be a key.
+    told = _told.setdefault(source, set()) if source.__hash__ else set()
+    if name not in told:
+        told.add(name)
+        log.warning("skipped %s: %s", name, reason)

@@ -105,6 +105,8 @@ def read_any(source: Path | str) -> Found:
         OSError: cannot be opened.
     """
     source = Path(source)
+    if not source.exists():
+        raise FileNotFoundError(f"there is no file or folder {source}")
     if source.is_dir():
         if not (source / "config.json").is_file():
             raise WeightsError(f"{source} is a folder without config.json: not one of transformers' save_pretrained")
