@@ -197,12 +197,13 @@ def step(run: Run, entry: dict[str, Any]) -> None:
     """Whole steps. Where a process dies before it has measured anything, the first implementation is run alone and the
     others without it: after an illegal access nothing more can be run in one process.
 
-    With --steps, those that an earlier run of this commit has measured are kept.
+    With --steps, those that an earlier run of this commit has measured are kept, and not measured again.
     """
     machines = run.earlier.get("machine", {}), entry["machine"]
     same = all(machines[0].get(name) == machines[1].get(name) for name in ("commit", "gpu", "torch", "triton"))
     earlier = run.earlier if run.steps and same else {}
     entry["reports"], entry["commands"] = earlier.get("reports", []), earlier.get("commands", {})
+    run.save()
     draw_with_the_extension(run, entry)
     steps = TINY_STEPS if run.tiny else [step for step in STEPS if run.steps in " ".join(map(str, step))]
     for number, (model, batch, masks_of, names) in enumerate(steps):
@@ -213,14 +214,14 @@ def step(run: Run, entry: dict[str, Any]) -> None:
         while attempts:
             attempt = attempts.pop(0)
             name = f"step {model} {masks_of} {attempt}"
+            if entry["commands"].get(name, {}).get("exit_status") == 0:
+                continue
             command = [sys.executable, "-m", "benchmarks.step", "--model", model, "--batch", str(batch)]
             command += ["--masks", masks_of, "--impl", attempt, "--device", run.device]
             command += ["--rounds", "2", "--warm-up", "1"] if run.tiny else []
             status, found = measured(run, entry, name, command, limit)
-            measured_some = bool(found and found["implementations"])
-            if (
-                attempt == names and not measured_some and status not in (0, None)
-            ):  # None: stopped, as it would be again
+            died = status not in (0, None)  # None: stopped, as it would be again
+            if attempt == names and died and not (found and found["implementations"]):
                 attempts = names.split(",", 1)
 
 

@@ -52,6 +52,17 @@ def poisoned_memory():
         yield
 
 
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A folder of labelled images: 20 in train/, 10 in test/."""
+    from tests.image_files import write_folder  # Pillow may be missing where only tests of a GPU run
+
+    root = tmp_path_factory.mktemp("images")
+    write_folder(root / "train", 20)
+    write_folder(root / "test", 10)
+    return root
+
+
 @pytest.fixture(scope="session", autouse=True)
 def torch_draws_masks():
     """Whatever `make ext` built: test_extension.py tests the library, of the sources at hand, and loads no other."""

@@ -5,6 +5,7 @@ Legend: Tq, Tk packed rows of queries and keys, H heads, Dh head dim.
 
 import logging
 import math
+import re
 import sys
 from dataclasses import astuple
 from types import SimpleNamespace
@@ -494,6 +495,10 @@ def test_backends_on_a_gpu_keep_the_contract(name, head_dim):
     reason = BACKENDS[name].reason(Request(cuda, dtype, head_dim, max(lengths)))
     if reason is not None:
         assert name not in ("torch_varlen", "sdpa", "reference"), reason
+        rows = torch.zeros(sum(lengths), 1, head_dim, dtype=dtype, device=cuda)
+        bounds = prefix_sums(lengths).cuda()
+        with pytest.raises(BackendUnavailable, match=re.escape(reason)):
+            varlen_attention(rows, rows, rows, bounds, bounds, max(lengths), max(lengths), backend=name)
         return
     generator = torch.Generator().manual_seed(0)
     exact = torch.randn(4, used + padding, 3, head_dim, generator=generator).to(dtype).double().cuda()

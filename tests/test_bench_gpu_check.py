@@ -157,6 +157,8 @@ def test_steps_that_are_named_join_those_measured_before(run, monkeypatch):
     gpu_check.step(run, entry := run.begin("step", 1000))
     assert len(asked) == len(entry["reports"]) == len(entry["commands"]) == 2
     assert asked[0] == "step vit_l16 exact ours,compiled" and asked[1].startswith("step vit_b16 exact ours,eager")
+    gpu_check.step(run, entry := run.begin("step", 1000))
+    assert len(asked) == len(entry["reports"]) == 2  # measured before, and so not again
     run.steps = ""
     monkeypatch.setattr(gpu_check, "STEPS", gpu_check.STEPS[:1])
     gpu_check.step(run, entry := run.begin("step", 1000))

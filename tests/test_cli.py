@@ -11,7 +11,6 @@ import pytest
 import yaml
 
 from ijepa_fast import cli
-from tests.image_files import write_folder
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -29,14 +28,6 @@ TINY = {
     "optim": {"warmup_epochs": 0.5},
     "train": {"batch_size": 8, "steps": 3, "log_every": 1, "precision": "fp32", "device": "cpu"},
 }
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    root = tmp_path_factory.mktemp("images")
-    write_folder(root / "train", 20)
-    write_folder(root / "test", 10)
-    return root
 
 
 @pytest.fixture(scope="module")

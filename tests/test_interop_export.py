@@ -20,7 +20,6 @@ from ijepa_fast.interop.weights import WeightsError, read_safetensors
 from ijepa_fast.recipe_files import read_recipe
 from ijepa_fast.train import load_trained
 from ijepa_fast.vit import VisionTransformer
-from tests.image_files import write_folder
 
 SIZES = {"img_size": 24, "patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2}
 TINY = {
@@ -31,14 +30,6 @@ TINY = {
     "train": {"batch_size": 8, "steps": 4, "log_every": 1, "save_every": 2, "keep": 5, "device": "cpu"},
 }
 HEADS = ["--num_heads", "2"]
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    root = tmp_path_factory.mktemp("images")
-    write_folder(root / "train", 20)
-    write_folder(root / "test", 10)
-    return root
 
 
 @pytest.fixture(scope="module", params=["fp32", "bf16"])

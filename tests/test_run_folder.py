@@ -16,14 +16,6 @@ from tests.image_files import write_folder
 from tests.tiny import tiny_run
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    root = tmp_path_factory.mktemp("images")
-    write_folder(root / "train", 20)
-    write_folder(root / "test", 10)
-    return root
-
-
 def contents(folder) -> dict:
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 

@@ -38,14 +38,6 @@ def one_thread():
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    root = tmp_path_factory.mktemp("images")
-    write_folder(root / "train", 20)
-    write_folder(root / "test", 10)
-    return root
-
-
-@pytest.fixture(scope="module")
 def straight(data, tmp_path_factory):
     """A run that nothing disturbs."""
     folder = tmp_path_factory.mktemp("straight") / "run"
