@@ -18,6 +18,14 @@ from torch import Tensor, nn
 from benchmarks.baselines import Eager, load_weights, mask_lists
 from benchmarks.compiled import Compiled, Packed
 from ijepa_fast.assemble import assemble
+from ijepa_fast.bench.agreement import (
+    GRADIENT_TOLERANCE,
+    LOSS_TOLERANCE,
+    NOTHING,
+    REHEARSED_TOLERANCE,
+    gradient_difference,
+    relative,
+)
 from ijepa_fast.config import ModelConfig, RunConfig, TrainConfig
 from ijepa_fast.flops import StepFlops, TokenCounts, step_flops
 from ijepa_fast.jepa import Objective
@@ -200,13 +208,6 @@ class Case:
         return mask_lists(masks.context, 1, patches), mask_lists(masks.targets, masks.num_targets, patches)
 
 
-LOSS_TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2}
-GRADIENT_TOLERANCE = {"fp32": 1e-3, "bf16": 0.2}
-NOTHING = {"fp32": 1e-4, "bf16": 1e-2}
-"""Share of the whole gradient below which that of a single parameter is rounding."""
-REHEARSED_TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2}
-"""Of losses after updates. Adam's first ones move a weight by the learning rate whatever its gradient, so where that is
-all but zero, rounding decides on the direction."""
 APPROXIMATE_LOSS, LEAST_COSINE = 5e-2, 0.98
 """For targets computed in 8 bits, whose 3 bits of mantissa are off by 2 to 3 % in every product."""
 
@@ -266,12 +267,12 @@ def check_agreement(case: Case, candidates: Sequence[Candidate]) -> tuple[dict[s
             if candidate is reference or candidate.name in wrong:
                 continue
             loss, gradients = loss_and_gradients(case, candidate, masks)
-            differences = {"loss": abs(loss - want_loss) / abs(want_loss)}
+            differences = {"loss": relative(loss, want_loss)}
             limits = {"loss": APPROXIMATE_LOSS if candidate.approximate else LOSS_TOLERANCE[case.precision]}
             if not candidate.approximate:
                 if gradients.keys() != want.keys():
                     raise ValueError(f"{candidate.name} and {reference.name} train different parameters")
-                differences["gradient"] = _difference(gradients, want, NOTHING[case.precision])
+                differences["gradient"] = gradient_difference(gradients, want, NOTHING[case.precision])
                 limits["gradient"] = GRADIENT_TOLERANCE[case.precision]
             agree = all(differences[key] <= limit for key, limit in limits.items())  # NaN does not
             if candidate.approximate and plain is not None:
@@ -281,14 +282,6 @@ def check_agreement(case: Case, candidates: Sequence[Candidate]) -> tuple[dict[s
                 wrong[candidate.name] = f"does not train what {reference.name} trains: differences {differences}"
             found[f"{candidate.name}/{reference.name}"] = differences
     return found, wrong
-
-
-def _difference(gradients: dict[str, Tensor], want: dict[str, Tensor], nothing: float) -> float:
-    whole = sum(float(value.square().sum()) for value in want.values()) ** 0.5
-    return max(
-        float((gradients[name] - value).norm()) / (float(value.norm()) + nothing * whole)
-        for name, value in want.items()
-    )
 
 
 def _equal_lengths(masks: Masks) -> bool:
@@ -314,7 +307,7 @@ def rehearse(case: Case, candidates: Sequence[Candidate]) -> tuple[dict[str, flo
     found, wrong = {}, {}
     for candidate in others:
         pairs = zip(losses[candidate.name], losses[first.name], strict=True)
-        found[candidate.name] = difference = max(abs(a - b) / abs(b) for a, b in pairs)
+        found[candidate.name] = difference = max(relative(*pair) for pair in pairs)
         approximate = candidate.approximate or first.approximate
         if not difference <= (APPROXIMATE_LOSS if approximate else REHEARSED_TOLERANCE[case.precision]):
             wrong[candidate.name] = f"its losses go another way than those of {first.name}: {difference:.2g} apart"

@@ -38,6 +38,7 @@ commands:
              run an unmodified checkout of the official code with the parts of this package
   report     gather a run into one HTML page
   bench      how fast training and every op is on this machine
+  fastest    which options of the training step are fastest on this machine
   doctor     what is installed, and what is missing why
 
 `ijepa-fast COMMAND --help` describes the options of a command."""
@@ -56,6 +57,7 @@ def main(argv: list[str] | None = None) -> int:
         "accelerate-official": _accelerate_official,
         "report": _report,
         "bench": _bench,
+        "fastest": _fastest,
         "doctor": _doctor,
     }
     if not argv or argv[0] in ("-h", "--help"):
@@ -296,29 +298,67 @@ def _report(argv: list[str]) -> int:
     return 0
 
 
-def _bench(argv: list[str]) -> int:
-    from ijepa_fast.bench.command import RECIPES, bench
+def _config_of_a_benchmark(parser, argv: list[str]):
+    """(RunConfig, its name, namespace as parsed); of a recipe that stands for the device if none is named."""
+    from ijepa_fast.bench.command import RECIPES
     from ijepa_fast.distributed import pick_device
 
-    parser = _run_parser("bench", "Images per second of a recipe's training step, and a table of all ops.")
-    parser.add_argument("--images", type=int | None, default=None, help="Images per step, by default 128 (CPU: 16).")
-    parser.add_argument("--seconds", type=float, default=90.0, help="Time for everything.")
-    parser.add_argument("--compile", type=bool, default=False, help="Time torch.compile beside the ops.")
-    parser.add_argument("--json", type=Path | None, default=None, help="File to write.")
     named = [argument for argument in argv if argument.startswith("--config")]
     if not named:
         argv = ["--config", RECIPES[pick_device("auto", 0).type], *argv]
     config, parsed = _run_config(parser, argv)
     name = argv[argv.index("--config") + 1] if "--config" in argv else named[0].partition("=")[2]
+    return config, Path(name).stem, parsed
+
+
+def _bench(argv: list[str]) -> int:
+    parser = _run_parser("bench", "Images per second of a recipe's training step, and a table of all ops.")
+    parser.add_argument("--images", type=int | None, default=None, help="Images per step, by default 128 (CPU: 16).")
+    parser.add_argument("--seconds", type=float, default=90.0, help="Time for everything.")
+    parser.add_argument("--compile", type=bool, default=False, help="Time torch.compile beside the ops.")
+    parser.add_argument("--json", type=Path | None, default=None, help="File to write.")
+    config, name, parsed = _config_of_a_benchmark(parser, argv)
+    from ijepa_fast.bench.command import bench
+    from ijepa_fast.distributed import pick_device
+
     bench(
         config,
-        Path(name).stem,
+        name,
         pick_device(config.train.device, 0),
         images=parsed.images,
         seconds=parsed.seconds,
         compiled=parsed.compile,
         path=parsed.json,
     )
+    return 0
+
+
+def _fastest(argv: list[str]) -> int:
+    parser = _run_parser("fastest", "Try the options of a recipe's training step here, and name the fastest.")
+    images_help = "Images per step of one GPU; by default the batch size, at most 128 (CPU: 16)."
+    parser.add_argument("--images", type=int | None, default=None, help=images_help)
+    parser.add_argument("--seconds", type=float, default=10.0, help="Of steps that are timed, for each way.")
+    parser.add_argument("--out", type=Path | None, default=None, help="YAML file to write the fastest settings to.")
+    parser.add_argument("--json", type=Path | None, default=None, help="File to write everything to.")
+    config, name, parsed = _config_of_a_benchmark(parser, argv)
+    import yaml
+
+    from ijepa_fast.bench.command import IMAGES
+    from ijepa_fast.bench.fastest import fastest, flags, nested
+    from ijepa_fast.bench.measure import write_json
+    from ijepa_fast.distributed import pick_device
+
+    device = pick_device(config.train.device, 0)
+    images = min(config.train.batch_size, IMAGES[device.type]) if parsed.images is None else parsed.images
+    found = fastest(config, name, device, images=images, seconds=parsed.seconds)
+    if parsed.json is not None:
+        write_json(parsed.json, found)
+    if parsed.out is not None:
+        parsed.out.write_text(yaml.safe_dump(nested(found["settings"])))
+    if not found["settings"]:
+        print(f"\nnothing here is faster than {name} as configured")
+    else:
+        print(f"\n{found['gain']:.2f}x as fast as configured: ijepa-fast pretrain ... {flags(found['settings'])}")
     return 0
 
 

@@ -114,6 +114,7 @@ def _run(config: RunConfig, me: Ranks, sources: Sources, to_yaml: Callable[[RunC
     prepare(model, config, per_rank // train.accumulate, me.device)
     found = me.from_main(run_folder.claim(config, sources.train.fingerprint) if me.is_main else None)
     if me.is_main:
+        _hint_at_options(config, me.device)
         write_text(folder / "config.yaml", to_yaml(config))
         write_json(folder / "environment.json", describe())
         if config.evaluation.before_and_after and sources.test is not None and not (folder / "before.json").exists():
@@ -200,6 +201,13 @@ def _run(config: RunConfig, me: Ranks, sources: Sources, to_yaml: Callable[[RunC
         summary = _finish(config, model, sources, total_steps, seconds, bad_files)
     me.barrier()
     return summary
+
+
+def _hint_at_options(config: RunConfig, device: torch.device) -> None:
+    train = config.train
+    chosen = train.compile or train.fused or train.capture or train.overlap_target or config.model.attention != "auto"
+    if device.type == "cuda" and not chosen:
+        log.info("no option that may make steps faster is on; `ijepa-fast fastest` tells which do so on this GPU")
 
 
 def _check_batches(config: RunConfig, me: Ranks) -> None:

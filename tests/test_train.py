@@ -22,7 +22,7 @@ from ijepa_fast.data import TrainLoader
 from ijepa_fast.data.datasets import open_sources
 from ijepa_fast.judge import draw_pictures
 from ijepa_fast.step import TrainStep
-from ijepa_fast.train import NotFinite, Stopped, _check_batches, load_trained, pretrain
+from ijepa_fast.train import NotFinite, Stopped, _check_batches, _hint_at_options, load_trained, pretrain
 from tests.image_files import bad_files, write_folder
 from tests.tiny import tiny_run
 
@@ -409,3 +409,13 @@ def test_an_interrupt_of_the_whole_group_stops_the_process_and_not_its_workers_f
     assert 1 <= checkpoint.list_steps(tmp_path / "run" / "checkpoints")[-1] < 12
     pretrain(tiny_run(data, tmp_path / "run"))
     assert_same_end(tmp_path / "run", straight)
+
+
+@pytest.mark.parametrize(
+    ("device", "train", "said"),
+    [("cuda", {}, True), ("cuda", {"fused": True, "precision": "bf16"}, False), ("cpu", {}, False)],
+)
+def test_a_run_on_a_gpu_is_told_of_options_if_none_is_on(device, train, said, caplog):
+    with caplog.at_level("INFO"):
+        _hint_at_options(tiny_run("none", "none", **train), torch.device(device))
+    assert ("ijepa-fast fastest" in caplog.text) == said

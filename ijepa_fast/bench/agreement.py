@@ -1,0 +1,33 @@
+"""Whether two ways to compute a training step train the same, but for rounding."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+LOSS_TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2, "fp16": 2e-2}
+GRADIENT_TOLERANCE = {"fp32": 1e-3, "bf16": 0.2, "fp16": 0.2}
+NOTHING = {"fp32": 1e-4, "bf16": 1e-2, "fp16": 1e-2}
+"""Share of the whole gradient below which that of a single parameter is rounding."""
+REHEARSED_TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2, "fp16": 5e-2}
+"""Of losses after updates. Adam's first ones move a weight by the learning rate whatever its gradient, so where that is
+all but zero, rounding decides on the direction."""
+
+
+def relative(found: float, want: float) -> float:
+    return abs(found - want) / abs(want)
+
+
+def gradient_difference(gradients: Mapping[str, Tensor], want: Mapping[str, Tensor], nothing: float) -> float:
+    """The largest relative difference of a parameter's gradient, over parameters.
+
+    Args:
+        gradients, want: by name of the parameter, the same names.
+        nothing: share of the whole gradient that is added to what a parameter's difference is relative to.
+    """
+    whole = sum(float(value.float().square().sum()) for value in want.values()) ** 0.5
+    return max(
+        float((gradients[name].float() - value.float()).norm()) / (float(value.float().norm()) + nothing * whole)
+        for name, value in want.items()
+    )
