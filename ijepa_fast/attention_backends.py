@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ijepa_fast import ops, reference
+from ijepa_fast.attention_padding import PackRows, PadRows, covered, guarded
 
 HALF = (torch.float16, torch.bfloat16)
 KERNEL_HEAD_DIMS = (24, 32, 64, 80, 88, 96, 128)
@@ -84,74 +85,6 @@ def _why_missing(name: str) -> str | None:
     return backend.missing
 
 
-class _PadRows(torch.autograd.Function):
-    """Packed [T, ...] -> [S, max, ...]. Both directions are gathers, because each row has exactly one slot."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
-        ctx.save_for_backward(cu_seqlens)
-        ctx.num_rows = x.shape[0]
-        return reference.pad_sequences(x, cu_seqlens, max_seqlen)[0]
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        return _take_rows(grad, ctx.saved_tensors[0], ctx.num_rows), None, None
-
-
-class _PackRows(torch.autograd.Function):
-    """[S, max, ...] -> packed [T, ...] with zeros on padding rows."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, cu_seqlens: Tensor, num_rows: int) -> Tensor:
-        ctx.save_for_backward(cu_seqlens)
-        ctx.max_seqlen = x.shape[1]
-        return _take_rows(x, cu_seqlens, num_rows)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        return reference.pad_sequences(grad, ctx.saved_tensors[0], ctx.max_seqlen)[0], None, None
-
-
-def _take_rows(x: Tensor, cu_seqlens: Tensor, num_rows: int) -> Tensor:
-    row = torch.arange(num_rows, device=x.device, dtype=torch.int32)
-    sequence = torch.searchsorted(cu_seqlens[1:].contiguous(), row, right=True)
-    padding = sequence == cu_seqlens.shape[0] - 1
-    sequence = sequence.clamp(max=max(x.shape[0] - 1, 0))
-    slot = sequence * x.shape[1] + (row - cu_seqlens[sequence])
-    out = x.flatten(0, 1).index_select(0, slot.masked_fill(padding, 0))
-    return out.masked_fill_(padding.view(-1, *[1] * (out.dim() - 1)), 0)
-
-
-class _ZeroPadding(torch.autograd.Function):
-    """Zeros on padding rows, forward and backward: other libraries leave whatever was in memory."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, cu_seqlens: Tensor) -> Tensor:
-        ctx.save_for_backward(cu_seqlens)
-        return _ZeroPadding._masked(x, cu_seqlens)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        return _ZeroPadding._masked(grad, ctx.saved_tensors[0]), None
-
-    @staticmethod
-    def _masked(x: Tensor, cu_seqlens: Tensor) -> Tensor:
-        padding = torch.arange(x.shape[0], device=x.device) >= cu_seqlens[-1]
-        return x.masked_fill(padding.view(-1, *[1] * (x.dim() - 1)), 0)
-
-
-def _guarded(attend: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """``attend`` of another library with padding rows kept zero in its inputs, its output and all gradients."""
-
-    def guarded(q, k, v, cu_q, cu_k, max_q, max_k, uniform):
-        if uniform:
-            return attend(q, k, v, cu_q, cu_k, max_q, max_k)
-        q, k, v = _ZeroPadding.apply(q, cu_q), _ZeroPadding.apply(k, cu_k), _ZeroPadding.apply(v, cu_k)
-        return _ZeroPadding.apply(attend(q, k, v, cu_q, cu_k, max_q, max_k), cu_q)
-
-    return guarded
-
-
 def _load_op() -> Callable[..., Tensor]:
     def attend(q, k, v, cu_q, cu_k, max_q, max_k, uniform):
         return ops.varlen_attention(q, k, v, cu_q, cu_k, max_q, max_k)[0]
@@ -197,12 +130,12 @@ def _load_sdpa() -> Callable[..., Tensor]:
         if uniform:
             return _dense(q, k, v, sequences)
         num_rows, lengths_k = q.shape[0], cu_k.diff()
-        q = _PadRows.apply(q, cu_q, max_q).transpose(1, 2)
-        k, v = (_PadRows.apply(x, cu_k, max_k).transpose(1, 2) for x in (k, v))
+        q = PadRows.apply(q, cu_q, max_q).transpose(1, 2)
+        k, v = (PadRows.apply(x, cu_k, max_k).transpose(1, 2) for x in (k, v))
         # A sequence without keys keeps one zero key: softmax over nothing is NaN, and NaN * 0 is NaN.
         valid = torch.arange(max_k, device=q.device) < lengths_k.clamp(min=1)[:, None]
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=valid[:, None, None, :])
-        return _PackRows.apply(out.transpose(1, 2), cu_q, num_rows)
+        return PackRows.apply(out.transpose(1, 2), cu_q, num_rows)
 
     return attend
 
@@ -225,9 +158,19 @@ def _load_cudnn() -> Callable[..., Tensor]:
 
 
 def _load_torch_varlen() -> Callable[..., Tensor]:
+    """FlashAttention-2, unless torch was told to take another version in its place."""
+    from torch.nn.attention import current_flash_attention_impl
     from torch.nn.attention.varlen import varlen_attn
 
-    return _guarded(varlen_attn)
+    with_sequences, with_copies = covered(varlen_attn), guarded(varlen_attn)
+    # On AMD GPUs the kernels are others. After torch 2.13 varlen_attn takes cuDNN where it can, by rules that change.
+    if torch.version.hip is not None or tuple(map(int, torch.__version__.split(".")[:2])) > (2, 13):
+        return with_copies
+
+    def attend(*arguments):
+        return (with_sequences if current_flash_attention_impl() is None else with_copies)(*arguments)
+
+    return attend
 
 
 def _load_flash_attn() -> Callable[..., Tensor]:
@@ -242,17 +185,21 @@ def _load_flash_attn() -> Callable[..., Tensor]:
             out = flash4(q, k, v, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, max_seqlen_q=max_q, max_seqlen_k=max_k)
             return out[0] if isinstance(out, tuple) else out
 
-        return _guarded(attend4)
+        return guarded(attend4)
+    around = guarded
     try:
         from flash_attn_interface import flash_attn_varlen_func
     except ImportError:
         from flash_attn import flash_attn_varlen_func
 
+        if torch.version.hip is None:  # on AMD GPUs the kernels are others
+            around = covered
+
     def attend(q, k, v, cu_q, cu_k, max_q, max_k):
         out = flash_attn_varlen_func(q, k, v, cu_q, cu_k, max_q, max_k)
         return out[0] if isinstance(out, tuple) else out
 
-    return _guarded(attend)
+    return around(attend)
 
 
 def _load_xformers() -> Callable[..., Tensor]:
@@ -269,7 +216,7 @@ def _load_xformers() -> Callable[..., Tensor]:
         out = memory_efficient_attention(q[None, :used_q], k[None, :used_k], v[None, :used_k], attn_bias=bias)[0]
         return F.pad(out, (0, 0, 0, 0, 0, q.shape[0] - used_q))
 
-    return _guarded(attend)
+    return guarded(attend)
 
 
 def _refuse_unless(devices: tuple[str, ...], dtypes: tuple[torch.dtype, ...] | None, max_head_dim: int | None = None):
