@@ -88,13 +88,14 @@ def guarded(attend: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def covered(attend: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """``attend`` of FlashAttention-2 with further sequences over the padding rows, which no copy of rows is needed for.
+    """``attend`` of FlashAttention-2 with further sequences over the padding rows, so that no rows are copied.
 
     It reads no row outside the sequence that it works on, writes zeros for queries whose sequence has no keys (output:
     ``compute_attn_1rowblock``; gradient: cleared by ``compute_dot_do_o``, written by ``convert_dQ``) and zero gradients
     for keys whose sequence has no queries (``compute_dq_dk_dv_1colblock``; all in ``csrc/flash_attn/src`` of its
     repository, versions 2.4 to 2.8). So padding queries get sequences without keys, and padding keys get sequences
-    without queries. Sequences without rows cost a few idle blocks of threads.
+    without queries. Most of them are empty: each costs a few idle blocks of threads, and 128 rows of the workspace in
+    which the backward pass sums the gradient of the queries.
     """
 
     def around(q, k, v, cu_q, cu_k, max_q, max_k, uniform):

@@ -41,9 +41,7 @@ def _weights(q: Tensor, k: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("ijepa_fast_tests::flash_attention_2", mutates_args=())
-def flash_attention_2(
-    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int
-) -> Tensor:
+def flash_attention_2(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int) -> Tensor:
     """[Tq, H, Dh], of q [Tq, H, Dh], k and v [Tk, H, Dh]; zeros for queries of sequences without keys."""
     out = _unwritten(q)
     for rows_q, rows_k in _per_sequence(cu_q, cu_k, max_q, max_k):
