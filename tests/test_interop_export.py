@@ -2,21 +2,23 @@
 
 import copy
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
+from safetensors.torch import save_file
 
 from ijepa_fast import checkpoint as checkpoints
 from ijepa_fast import cli
 from ijepa_fast.config import from_dict
 from ijepa_fast.interop import official
-from ijepa_fast.interop.encoder_file import load_encoder, save_encoder
+from ijepa_fast.interop.encoder_file import KEY, load_encoder, save_encoder
 from ijepa_fast.interop.export import export
 from ijepa_fast.interop.official.checkpoint import read, write
 from ijepa_fast.interop.run_state import read_run, save_run
-from ijepa_fast.interop.timm import to_timm
-from ijepa_fast.interop.weights import WeightsError, read_safetensors
+from ijepa_fast.interop.timm import timm_arguments, to_timm
+from ijepa_fast.interop.weights import WeightsError, layer_norm_eps, read_safetensors, set_layer_norm_eps
 from ijepa_fast.recipe_files import read_recipe
 from ijepa_fast.train import load_trained
 from ijepa_fast.vit import VisionTransformer
@@ -90,16 +92,19 @@ def test_a_folder_of_transformers_and_back(run, tmp_path, capsys):
     values = json.loads((folder / "config.json").read_text()) | {"layer_norm_eps": 1e-12}
     (folder / "config.json").write_text(json.dumps(values))
     assert cli.main(["import", str(folder), "--out", str(tmp_path / "eps")]) == 0
-    assert "its config has layer-norm eps 1e-12; runs have 1e-06" in capsys.readouterr().out
+    assert "its layer-norm eps is 1e-12; runs have 1e-06" in capsys.readouterr().out
     assert cli.main(["import", str(folder / "model.safetensors"), "--out", str(tmp_path / "file")]) == 1
     assert "has the names of transformers: give its folder" in capsys.readouterr().err
 
 
 def test_timm_is_told_the_number_of_heads(run, tmp_path, capsys):
     out = exported(run, tmp_path, "--to", "timm")
-    said = capsys.readouterr().out
-    assert "timm.create_model(model_name='vit_base_patch16_gap_224', img_size=24" in said
-    assert "num_heads=2" in said and f"checkpoint_path='{out}'" in said
+    call = capsys.readouterr().out.partition("load it with ")[2]
+    assert call.startswith("timm.create_model(model_name='vit_base_patch16_gap_224', img_size=24")
+    # Whoever pastes it gives timm what timm_arguments says, and the file.
+    given = eval(call, {"timm": SimpleNamespace(create_model=dict)})
+    network = read_run(run)[0].target_encoder
+    assert given == timm_arguments(network) | {"checkpoint_path": str(out)} and given["num_heads"] == 2
     assert all(value.dtype == torch.float32 for value in read_safetensors(out)[0].values())
 
 
@@ -166,6 +171,32 @@ def encoder_files(tmp_path):
     torch.save(to_timm(encoder), tmp_path / "timm.pth")
     torch.save({"state_dict": {f"module.{k}": v for k, v in to_timm(encoder).items()}}, tmp_path / "wrapped.pt")
     return encoder, ["ours.safetensors", "timm.pth", "wrapped.pt"]
+
+
+def test_a_file_keeps_the_layer_norm_eps_of_its_encoder(tmp_path, capsys):
+    encoder, _ = encoder_files(tmp_path)
+    encoder.pos_embed.mul_(1e-3)  # with features of a small variance eps is felt
+    images = torch.randn(2, 3, 24, 24)
+    usual = encoder(images)
+    set_layer_norm_eps(encoder, 1e-2)
+    save_encoder(tmp_path / "eps.safetensors", encoder)
+    loaded, _ = load_encoder(tmp_path / "eps.safetensors")
+    torch.testing.assert_close(loaded(images), encoder(images), rtol=0, atol=0)
+    assert not torch.allclose(loaded(images), usual)
+    assert cli.main(["import", str(tmp_path / "eps.safetensors"), "--out", str(tmp_path / "run")]) == 0
+    assert "its layer-norm eps is 0.01; runs have 1e-06" in capsys.readouterr().out
+    assert layer_norm_eps(load_trained(tmp_path / "run")[0].target_encoder) == 1e-6
+
+    # As earlier versions wrote it: eps was 1e-6, and nothing says so.
+    state, metadata = read_safetensors(tmp_path / "eps.safetensors")
+    described = json.loads(metadata[KEY])
+    del described["layer_norm_eps"]
+    save_file(state, tmp_path / "old.safetensors", {KEY: json.dumps(described)})
+    torch.testing.assert_close(load_encoder(tmp_path / "old.safetensors")[0](images), usual, rtol=0, atol=0)
+
+    encoder.norm.eps = 1e-5
+    with pytest.raises(ValueError, match=r"must have one eps, got \[1e-05, 0.01\]"):
+        save_encoder(tmp_path / "several.safetensors", encoder)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

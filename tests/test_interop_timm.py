@@ -9,7 +9,7 @@ import torch
 
 from ijepa_fast.interop import official
 from ijepa_fast.interop.timm import from_timm, timm_arguments, to_timm
-from ijepa_fast.interop.weights import WeightsError, load_weights
+from ijepa_fast.interop.weights import WeightsError, load_weights, set_layer_norm_eps
 from ijepa_fast.vit import SIZES, VisionTransformer
 from tests import official_case as case
 
@@ -60,6 +60,16 @@ def test_the_number_of_heads_is_always_told():
     with torch.device("meta"):
         arguments = timm_arguments(VisionTransformer(patch_size=16, **SIZES["base"]))
     assert arguments["model_name"] == "vit_base_patch16_gap_224" and arguments["num_heads"] == 12
+
+
+def test_an_eps_that_is_not_that_of_timm_is_told():
+    encoder = encoder_of_the_case()
+    assert "norm_layer" not in timm_arguments(encoder)
+    set_layer_norm_eps(encoder, 1e-12)
+    assert timm_arguments(encoder)["norm_layer"](7).eps == 1e-12
+    encoder.norm.eps = 1e-5
+    with pytest.raises(ValueError, match=r"must have one eps, got \[1e-12, 1e-05\]"):
+        timm_arguments(encoder)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,15 @@ from pathlib import Path
 from safetensors.torch import save_file
 
 from ijepa_fast.interop.timm import to_timm
-from ijepa_fast.interop.weights import description_in, encoder_in, load_weights, read_safetensors
+from ijepa_fast.interop.weights import (
+    LAYER_NORM_EPS,
+    description_in,
+    encoder_in,
+    layer_norm_eps,
+    load_weights,
+    read_safetensors,
+    set_layer_norm_eps,
+)
 from ijepa_fast.vit import VisionTransformer
 
 KEY = "ijepa_fast_encoder"
@@ -23,10 +31,18 @@ def save_encoder(path: Path | str, encoder: VisionTransformer, about: dict | Non
         path: file. timm reads it as well (``interop.timm.timm_arguments`` says for which model).
         encoder: any dtype.
         about: kept in the metadata, for people: which encoder it is, after how many steps.
+
+    Raises:
+        ValueError: the layer norms of the encoder have several eps.
     """
     path = Path(path)
     temporary = path.with_name(path.name + ".partial")
-    metadata = {"format": "pt", KEY: json.dumps({"build": build_arguments(encoder), "about": about or {}})}
+    described = {
+        "build": build_arguments(encoder),
+        "layer_norm_eps": layer_norm_eps(encoder_in(encoder)),
+        "about": about or {},
+    }
+    metadata = {"format": "pt", KEY: json.dumps(described)}
     save_file({name: value.contiguous() for name, value in to_timm(encoder).items()}, temporary, metadata)
     os.replace(temporary, path)
 
@@ -41,6 +57,8 @@ def load_encoder(path: Path | str) -> tuple[VisionTransformer, dict]:
     state, metadata = read_safetensors(path)
     described = description_in(metadata, KEY, ("build", "about"), path)
     encoder = VisionTransformer(**described["build"])
+    # Files of earlier versions do not say it.
+    set_layer_norm_eps(encoder, described.get("layer_norm_eps", LAYER_NORM_EPS))
     load_weights(encoder, state, str(path))
     return encoder.eval(), described["about"]
 

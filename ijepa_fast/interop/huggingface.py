@@ -25,10 +25,12 @@ from ijepa_fast.interop.huggingface_names import from_huggingface_names, style_o
 from ijepa_fast.interop.weights import (
     WeightsError,
     encoder_in,
+    layer_norm_eps,
     load_weights,
     plain_names,
     read_pickle,
     read_safetensors,
+    set_layer_norm_eps,
     unwrapped,
 )
 from ijepa_fast.mask_geometry import pack_mask
@@ -44,7 +46,10 @@ def to_huggingface(encoder: VisionTransformer) -> IJepaModel:
     """The same encoder as an ``IJepaModel``, in eval mode, with weights of its own.
 
     ``to_huggingface(encoder)(pixel_values).last_hidden_state`` is ``encoder(pixel_values)`` for normalised float
-    images; the layer-norm eps of the encoder (1e-6) is in the config. The positions, fixed here, are a parameter there.
+    images; the layer-norm eps of the encoder is in the config. The positions, fixed here, are a parameter there.
+
+    Raises:
+        ValueError: the layer norms of the encoder have several eps.
     """
     encoder = encoder_in(encoder)
     block = encoder.blocks[0]
@@ -55,7 +60,7 @@ def to_huggingface(encoder: VisionTransformer) -> IJepaModel:
         num_attention_heads=encoder.num_heads,
         intermediate_size=block.mlp.fc1.out_features,
         hidden_act="gelu",
-        layer_norm_eps=encoder.norm.eps,
+        layer_norm_eps=layer_norm_eps(encoder),
         image_size=height if height == width else [height, width],
         patch_size=encoder.patch_size,
         num_channels=encoder.in_chans,
@@ -144,9 +149,7 @@ def _encoder_for(config: IJepaConfig, processor: dict, attention: str) -> Vision
         std=processor.get("image_std", IMAGENET_STD if rgb else [0.5] * config.num_channels),
         attention=attention,
     )
-    for module in encoder.modules():
-        if isinstance(module, nn.LayerNorm):
-            module.eps = config.layer_norm_eps
+    set_layer_norm_eps(encoder, config.layer_norm_eps)
     return encoder
 
 

@@ -16,8 +16,10 @@ from ijepa_fast.interop.official.training_state import moments_of
 from ijepa_fast.interop.run_state import save_run
 from ijepa_fast.interop.timm import from_timm
 from ijepa_fast.interop.weights import (
+    LAYER_NORM_EPS,
     WeightsError,
     architecture,
+    layer_norm_eps,
     load_weights,
     plain_names,
     read_pickle,
@@ -25,9 +27,6 @@ from ijepa_fast.interop.weights import (
     square_side,
 )
 from ijepa_fast.vit import VisionTransformer
-
-LAYER_NORM_EPS = 1e-6
-"""Of every network of a run, and of the official code. transformers writes another default into its configs."""
 
 LICENCE = "The weights that Meta published are CC-BY-NC-4.0, and stay so in this form."
 
@@ -112,10 +111,7 @@ def read_any(source: Path | str) -> Found:
             raise WeightsError(f"{source} is a folder without config.json: not one of transformers' save_pretrained")
         from ijepa_fast.interop.huggingface import from_huggingface
 
-        encoder = from_huggingface(source)
-        eps = encoder.norm.eps
-        told = "" if eps == LAYER_NORM_EPS else f" (its config has layer-norm eps {eps}; runs have {LAYER_NORM_EPS})"
-        return _of_encoder(f"an encoder of transformers{told}", encoder)
+        return _of_encoder("an encoder of transformers", from_huggingface(source))
     with open(source, "rb") as file:
         start = file.read(9)
     if start[8:9] == b"{":  # a safetensors file: the header's length in 8 bytes, then JSON
@@ -142,7 +138,9 @@ def read_any(source: Path | str) -> Found:
 
 
 def _of_encoder(kind: str, encoder: VisionTransformer) -> Found:
-    state = encoder.state_dict()
+    state, eps = encoder.state_dict(), layer_norm_eps(encoder)
+    if eps != LAYER_NORM_EPS:
+        kind += f" (its layer-norm eps is {eps}; runs have {LAYER_NORM_EPS})"
     return Found(kind, state, state, build=build_arguments(encoder))
 
 

@@ -8,10 +8,11 @@ I-JEPA's ViT-B/16 has 12; weights of one load into the other without an error an
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 
 from torch import Tensor, nn
 
-from ijepa_fast.interop.weights import WeightsError, encoder_in, plain_names
+from ijepa_fast.interop.weights import LAYER_NORM_EPS, WeightsError, encoder_in, layer_norm_eps, plain_names
 from ijepa_fast.vit import VisionTransformer
 
 BASE_MODEL = "vit_base_patch16_gap_224"
@@ -22,11 +23,17 @@ def timm_arguments(encoder: VisionTransformer) -> dict:
     """Arguments of ``timm.create_model`` for a model of the encoder's shape, which returns features.
 
     ``timm.create_model(**timm_arguments(encoder))``; the model's ``forward_features`` is the encoder's forward, and
-    its forward the average over patches.
+    its forward the average over patches. Numbers and text, but for the ``norm_layer`` of an encoder whose layer-norm
+    eps is not timm's 1e-6.
+
+    Raises:
+        ValueError: the layer norms of the encoder have several eps.
     """
     encoder = encoder_in(encoder)
     height, width = (side * encoder.patch_size for side in encoder.grid)
     block = encoder.blocks[0]
+    eps = layer_norm_eps(encoder)
+    norm = {} if eps == LAYER_NORM_EPS else {"norm_layer": partial(nn.LayerNorm, eps=eps)}
     return {
         "model_name": BASE_MODEL,
         "img_size": height if height == width else (height, width),
@@ -38,6 +45,7 @@ def timm_arguments(encoder: VisionTransformer) -> dict:
         "mlp_ratio": block.mlp.fc1.out_features / encoder.embed_dim,
         "qkv_bias": block.attn.qkv.bias is not None,
         "num_classes": 0,
+        **norm,
     }
 
 

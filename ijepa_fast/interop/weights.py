@@ -24,6 +24,9 @@ LISTED = 8
 
 POSITION_TABLES = ("pos_embed", "predictor_pos_embed")
 """Last part of their names."""
+LAYER_NORM_EPS = 1e-6
+"""Of every network that is not told otherwise, of every network of a run, and of the official code. transformers
+writes another default into its configs."""
 _WRAPPERS = ("module.", "_orig_mod.")
 """What DistributedDataParallel and torch.compile put before the names of a module."""
 
@@ -185,6 +188,21 @@ def encoder_in(module: nn.Module) -> VisionTransformer:
         hint = f": give its {' or its '.join(parts)}" if parts else ""
         raise ValueError(f"an encoder (VisionTransformer) is needed, got {type(encoder).__name__}{hint}")
     return encoder
+
+
+def layer_norm_eps(encoder: VisionTransformer) -> float:
+    """The eps of all its layer norms. Raises ValueError if they have several, for which no format has a place."""
+    found = {module.eps for module in encoder.modules() if isinstance(module, nn.LayerNorm)}
+    if len(found) > 1:
+        raise ValueError(f"the layer norms of an encoder must have one eps, got {sorted(found)}")
+    return found.pop()
+
+
+def set_layer_norm_eps(encoder: VisionTransformer, eps: float) -> None:
+    """Give all its layer norms this eps."""
+    for module in encoder.modules():
+        if isinstance(module, nn.LayerNorm):
+            module.eps = eps
 
 
 def interpolate_positions(state: Mapping[str, Tensor], grid: tuple[int, int]) -> dict[str, Tensor]:
