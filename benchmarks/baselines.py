@@ -204,7 +204,8 @@ class Eager(BaselineStep):
     """The published step. Images are normalised floats; masks are lists of int64 [B, K] of contexts and targets.
 
     Args:
-        context_loss: added to the loss, of the context encoder's output [C * B, K, D]; the published one has none.
+        context_loss: added to the loss, of the context encoder's output [C * B, K, D], outside of autocast; the
+            published algorithm has none.
     """
 
     def __init__(
@@ -225,7 +226,8 @@ class Eager(BaselineStep):
                 wanted = torch.cat([_take(wanted, [mask] * len(contexts)) for mask in targets])
             context = self.context_encoder(images, contexts)
             loss = F.smooth_l1_loss(self.predictor(context, contexts, targets), wanted)
-            return loss if self.context_loss is None else loss + self.context_loss(context)
+        # Outside of autocast, which would round covariances to bf16 where every other contender has fp32.
+        return loss if self.context_loss is None else loss + self.context_loss(context)
 
     def forward(self, images: Tensor, masks: tuple[list[Tensor], list[Tensor]], step: int) -> float:
         self.set_schedules(step)

@@ -56,6 +56,25 @@ def test_the_same_masks_lead_to_the_same_losses(recipe, regularised):
         assert moved > 0 and (other[name] - one[name]).norm() < 0.02 * moved
 
 
+def test_the_regulariser_of_the_published_algorithm_is_computed_in_fp32(recipe):
+    """As ours is: the networks' products alone are in bf16."""
+    config = small_config(recipe, True)
+    covariance = replace(config.objective, variance_weight=0.0)  # the term that has a product
+    config = replace(config, objective=covariance, train=replace(config.train, precision="bf16"))
+    eager = train_to_accuracy.build("eager", config, 10, 250, CPU).eager
+    term, seen = eager.context_loss, []
+
+    def recorded(context):
+        seen.extend((context.detach(), term(context)))
+        return seen[-1]
+
+    eager.context_loss = recorded
+    images, masks = torch.randn(4, 3, 32, 32), torch.arange(8).expand(4, -1)
+    eager.loss(images, [masks], [masks]).backward()
+    context, value = seen
+    torch.testing.assert_close(value.detach(), term(context), rtol=1e-6, atol=0)
+
+
 def test_the_control_learns_from_the_regulariser_alone(recipe):
     config = small_config(recipe, True)
     control = train_to_accuracy.build("no_prediction", config, 10, 250, CPU)
