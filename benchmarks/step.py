@@ -144,7 +144,8 @@ def memory_alone(case: Case, name: str) -> Memory:
 
 
 USABLE = 0.9
-"""Share of the GPU's memory that a group may fill by its members' own figures; fragments take the rest."""
+"""Share of the GPU's memory that a group may fill by its members' own figures and the gradients that are compared;
+fragments take the rest."""
 
 
 def groups(names: Sequence[str], memory: dict[str, Memory], available: float) -> list[list[str]]:
@@ -285,7 +286,7 @@ def plan(case: Case, names: Sequence[str], failed: dict[str, str]) -> tuple[dict
     except Exception as problem:  # after an illegal access, which ``failed`` names, the GPU answers nothing any more
         failed.setdefault(names[0], in_words(problem))
         return {}, []
-    return memory, groups(list(memory), memory, USABLE * free) if memory else []
+    return memory, groups(list(memory), memory, USABLE * free - case.compared_bytes) if memory else []
 
 
 def _tidy(device: torch.device) -> None:

@@ -169,6 +169,24 @@ def test_groups_fit_into_memory_and_begin_with_the_first():
     assert groups(list(memory), memory, 119) == [["ours", "eager"], ["ours", "wide"], ["ours", "pool"]]
 
 
+def test_groups_leave_room_for_the_gradients_that_are_compared(monkeypatch):
+    case = make_case("exact", steps=1)
+    kept = {}  # alive at the same time: the reference's copies and those of whatever is compared with it
+    for name in ("eager", "ours"):
+        _, kept[name] = implementations.loss_and_gradients(case, case.make(name), case.truncated[0])
+    assert case.compared_bytes == sum(value.nbytes for gradients in kept.values() for value in gradients.values())
+    monkeypatch.setattr(case, "device", torch.device("cuda"))
+    monkeypatch.setattr(step, "_tidy", lambda device: None)
+    monkeypatch.setattr(step, "memory_alone", lambda case, name: Memory(100_000, 50_000))
+    for free, expected in (
+        (200_000, [["ours", "eager", "compiled"]]),
+        (199_000, [["ours", "eager"], ["ours", "compiled"]]),
+    ):
+        available = (free + case.compared_bytes) / step.USABLE
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda available=available: (available, None))
+        assert step.plan(case, ["ours", "eager", "compiled"], {})[1] == expected
+
+
 def test_groups_are_timed_one_after_another_and_written_in_between(monkeypatch):
     memory = {"ours": Memory(5, 1), "eager": Memory(7, 1), "compiled": Memory(6, 1), "ours+compile": Memory(5, 1)}
     of = [["ours", "eager"], ["ours", "compiled"], ["ours", "ours+compile"]]
