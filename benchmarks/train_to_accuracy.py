@@ -21,7 +21,9 @@ steps are the same is trained once. Schedules end where the run does.
 All start from the same weights, see the same crops in the same order, and minimise the prediction loss alone, which is
 what the published algorithm has. On sets of some ten thousand images that loss collapses (look at the rank), and what
 is compared then is noise; with --regularised everyone gets the recipe's variance-covariance term on top. Evaluation is
-the package's own for all. Started again with the same settings, the command passes over the runs that FILE has.
+the package's own for all, in fp32 on the weights that the optimizer steps and averages: what an export holds. (In bf16,
+ours trains with rounded copies of them, and eager rounds within its step.) Started again with the same settings, the
+command passes over the runs that FILE has.
 """
 
 from __future__ import annotations
@@ -36,14 +38,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks.baselines import Eager, load_weights, mask_lists
 from ijepa_fast.assemble import assemble
 from ijepa_fast.bench.measure import machine, write_json
-from ijepa_fast.config import RunConfig, from_dict
+from ijepa_fast.checkpoint import optimizer_tensors
+from ijepa_fast.config import ModelConfig, RunConfig, from_dict
 from ijepa_fast.data import TrainLoader
 from ijepa_fast.data.datasets import Sources, open_sources
+from ijepa_fast.interop.run_state import NETWORKS, full_precision
 from ijepa_fast.jepa import IJEPA, Objective, variance_covariance
 from ijepa_fast.judge import judge
 from ijepa_fast.masks import MaskConfig, MaskSampler
@@ -79,18 +83,23 @@ class Contender:
 
     Attributes:
         train: of uint8 images and a step number; one step.
-        model: the networks, once ``collect`` has brought them up to date.
-        eager: the published algorithm's, if it is that.
+        networks: with the parameters of an ``IJEPA``; ``optimizer`` trains them.
     """
 
     train: Callable[[Tensor, int], Any]
-    model: IJEPA
-    eager: Eager | None = None
+    networks: nn.Module
+    optimizer: torch.optim.Optimizer
+    model: ModelConfig
 
     def collect(self) -> IJEPA:
-        if self.eager is not None:
-            self.model.load_state_dict(self.eager.state_dict())
-        return self.model
+        """The networks as they are now, in fp32, whatever precision they are trained in."""
+        names = {parameter: name for name, parameter in self.networks.named_parameters()}
+        tensors = {f"model.{name}": value for name, value in self.networks.state_dict().items()}
+        tensors |= optimizer_tensors(self.optimizer, names)
+        model = self.model.anywhere().build(Objective())
+        for part in NETWORKS:
+            getattr(model, part).load_state_dict(full_precision(tensors, part))
+        return model.to(next(self.networks.parameters()).device)
 
 
 def build(name: str, config: RunConfig, steps: int, per_epoch: int, device: torch.device) -> Contender:
@@ -105,7 +114,8 @@ def build(name: str, config: RunConfig, steps: int, per_epoch: int, device: torc
         if name == CONTROL:
             model.objective = replace(config.objective, prediction_weight=0.0)
         sampler = MaskSampler(official if name == "batch_min" else config.masks, grid)
-        return Contender(assemble(model, config, sampler, schedules, batch, device), model)
+        step = assemble(model, config, sampler, schedules, batch, device)
+        return Contender(step, model, step.optimizer, config.model)
     model.to(device)
     context_loss = _regulariser(config.objective) if config.objective.regularised else None
     eager = Eager(config.model, schedules, config.train.precision, context_loss).to(device)
@@ -121,7 +131,7 @@ def build(name: str, config: RunConfig, steps: int, per_epoch: int, device: torc
         )
         return eager((images / 255 - mean) / std, lists, number)
 
-    return Contender(train, model, eager)
+    return Contender(train, eager, eager.optimizer, config.model)
 
 
 def _regulariser(objective: Objective) -> Callable[[Tensor], Tensor]:

@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -131,7 +132,7 @@ def _older_intact(path: Path) -> Path | None:
     return None
 
 
-def select(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+def select(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """Entries whose name starts with ``prefix.``, without it."""
     return {name[len(prefix) + 1 :]: t for name, t in tensors.items() if name.startswith(prefix + ".")}
 

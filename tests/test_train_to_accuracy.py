@@ -50,10 +50,27 @@ def test_the_same_masks_lead_to_the_same_losses(recipe, regularised):
         assert eager.train(images, number) == pytest.approx(float(losses.total), rel=1e-4)
     assert (float(losses.total) > 1.05 * float(losses.prediction)) == regularised
     one, other = (contender.collect().state_dict() for contender in (ours, eager))
-    start = train_to_accuracy.build("batch_min", config, 10, 250, CPU).model.state_dict()
+    start = train_to_accuracy.build("batch_min", config, 10, 250, CPU).networks.state_dict()
     for name in ("context_encoder.blocks.0.mlp.fc1.weight", "target_encoder.blocks.0.mlp.fc1.weight"):
         moved = (one[name] - start[name]).norm()
         assert moved > 0 and (other[name] - one[name]).norm() < 0.02 * moved
+
+
+@pytest.mark.parametrize("name", ["batch_min", "eager"])
+def test_all_are_judged_by_the_weights_in_fp32_that_the_optimizer_has(recipe, name):
+    config = small_config(recipe, False)
+    config = replace(config, train=replace(config.train, precision="bf16"))
+    contender = train_to_accuracy.build(name, config, 10, 250, CPU)
+    for number in range(2):
+        contender.train(torch.randint(256, (16, 3, 32, 32), dtype=torch.uint8), number)
+    trained, judged = contender.networks, contender.collect()
+    assert {value.dtype for value in judged.state_dict().values()} == {torch.float32}
+    for part, kept in (("context_encoder", "master"), ("target_encoder", "ema")):
+        weight = getattr(trained, part).blocks[0].mlp.fc1.weight
+        found = getattr(judged, part).blocks[0].mlp.fc1.weight
+        state = contender.optimizer.state[trained.context_encoder.blocks[0].mlp.fc1.weight]
+        assert torch.equal(found, state.get(kept, weight)) and torch.equal(found.to(weight.dtype), weight)
+        assert not torch.equal(found, found.bfloat16().float())
 
 
 def test_the_regulariser_of_the_published_algorithm_is_computed_in_fp32(recipe):
@@ -61,7 +78,7 @@ def test_the_regulariser_of_the_published_algorithm_is_computed_in_fp32(recipe):
     config = small_config(recipe, True)
     covariance = replace(config.objective, variance_weight=0.0)  # the term that has a product
     config = replace(config, objective=covariance, train=replace(config.train, precision="bf16"))
-    eager = train_to_accuracy.build("eager", config, 10, 250, CPU).eager
+    eager = train_to_accuracy.build("eager", config, 10, 250, CPU).networks
     term, seen = eager.context_loss, []
 
     def recorded(context):

@@ -37,14 +37,19 @@ def read_run(path: Path | str) -> tuple[IJEPA, RunConfig, Checkpoint]:
     config = from_dict(state.extra["config"])
     model = config.model.anywhere().build(config.objective)
     for part in NETWORKS:
-        load_weights(getattr(model, part), _full_precision(state, part), f"{part} of {path}")
+        load_weights(getattr(model, part), full_precision(state.tensors, part), f"{part} of {path}")
     return model, config, state
 
 
-def _full_precision(state: Checkpoint, part: str) -> dict[str, Tensor]:
+def full_precision(tensors: Mapping[str, Tensor], part: str) -> dict[str, Tensor]:
+    """Weights of one of ``NETWORKS``, from the optimizer's masters and averages where it has them.
+
+    Args:
+        tensors: networks and optimizer, named as in a checkpoint.
+    """
     kept, source = ("ema", "context_encoder") if part == "target_encoder" else ("master", part)
-    weights = checkpoints.select(state.tensors, f"model.{part}")
-    return {name: state.tensors.get(f"optimizer.{source}.{name}.{kept}", value) for name, value in weights.items()}
+    weights = checkpoints.select(tensors, f"model.{part}")
+    return {name: tensors.get(f"optimizer.{source}.{name}.{kept}", value) for name, value in weights.items()}
 
 
 def save_run(
