@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from ijepa_fast import ops
 from ijepa_fast.optim import EMA, FusedAdamW, parameter_groups
 from tests.tiny import tiny_model
 
@@ -46,6 +47,30 @@ def test_equals_torch_adamw_and_an_ema_afterwards():
                 average.mul_(0.9).add_(parameter, alpha=0.1)
     same(ours, theirs, rtol=1e-12, atol=1e-14)
     same(ours_average, theirs_average, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_a_step_on_the_cpu_is_what_the_ops_do_without_dispatching_them(dtype, monkeypatch):
+    straight, dispatched = (network(dtype), network(dtype)), (network(dtype), network(dtype))
+    optimizers = []
+    for module, average in (straight, dispatched):
+        optimizers.append(FusedAdamW(module.parameters(), ema=average.parameters(), lr=0.01, max_grad_norm=0.5))
+        give_gradients(module, 0)
+        optimizers[-1].step()
+    monkeypatch.setattr(optimizers[1]._plan, "_ops", ops)
+    for step in range(1, STEPS):
+        calls = []
+        for (module, _), optimizer in zip((straight, dispatched), optimizers, strict=True):
+            give_gradients(module, step)
+            # Also for autograd: a graph that saved a parameter must learn that it has changed.
+            versions = [parameter._version for parameter in module.parameters()]
+            with torch.profiler.profile() as profile:
+                optimizer.step()
+            calls.append({event.key for event in profile.key_averages() if event.key.startswith("ijepa_fast::")})
+            assert all(p._version > v for p, v in zip(module.parameters(), versions, strict=True))
+        assert calls == [set(), {"ijepa_fast::grad_norm", "ijepa_fast::adamw_ema_"}]
+    for one, other in zip(straight, dispatched, strict=True):
+        same(one, other, rtol=0, atol=0)
 
 
 def test_clipping_equals_torch():

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ijepa_fast import ops
+from ijepa_fast import ops, reference
 
 LOW_PRECISION = (torch.bfloat16, torch.float16)
 
@@ -103,6 +103,8 @@ class Plan:
             average_copies,
         )
         self._indices = (copy_index, ema_index, ema_copy_index, [member.group for member in members])
+        # On the CPU what the ops do there, straight: to dispatch one with hundreds of small tensors takes longer.
+        self._ops = reference if masters[0].device.type == "cpu" else ops
         gradients = self.gradients()
         self._norm_parts = self._divide(gradients)
         self._tables = ops.pointer_tables("adamw_ema_", *self._lists(gradients))
@@ -117,7 +119,7 @@ class Plan:
 
     def norm(self, gradients: Sequence[Tensor]) -> Tensor:
         """Their L2 norm over all ranks, a scalar."""
-        norms = [ops.grad_norm([gradients[i] for i in part.members], **part.tables) for part in self._norm_parts]
+        norms = [self._ops.grad_norm([gradients[i] for i in part.members], **part.tables) for part in self._norm_parts]
         if len(norms) == 1 and not self._norm_parts[0].groups:
             return norms[0]
         total = torch.zeros((), dtype=torch.float64, device=norms[0].device)
@@ -133,7 +135,7 @@ class Plan:
     ) -> None:
         """``ops.adamw_ema_`` on the plan's tensors."""
         lists = self._lists(gradients)
-        ops.adamw_ema_(*lists, settings, self.steps, momentum, grad_scale, apply, **self._tables)
+        self._ops.adamw_ema_(*lists, settings, self.steps, momentum, grad_scale, apply, **self._tables)
 
     def _lists(self, gradients: Sequence[Tensor]) -> tuple[list, ...]:
         masters, *rest = self._tensors

@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ijepa_fast.reference.precision import accumulation_dtype
-
 
 def grad_norm(grads: list[Tensor], rows: Tensor | None = None, blocks: Tensor | None = None) -> Tensor:
     """L2 norm over all gradients together: a scalar, fp32 (fp64 if any gradient is).
@@ -14,8 +12,8 @@ def grad_norm(grads: list[Tensor], rows: Tensor | None = None, blocks: Tensor | 
     Args:
         rows, blocks: what ``ops.pointer_tables`` made for the list; only kernels read them, here and below.
     """
-    norms = [torch.linalg.vector_norm(g, dtype=accumulation_dtype(g.dtype)) for g in grads]
-    return torch.linalg.vector_norm(torch.stack(norms))
+    wide = torch.float64 if any(g.dtype == torch.float64 for g in grads) else torch.float32
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads, dtype=wide)))
 
 
 def ema_(
@@ -92,9 +90,10 @@ def adamw_ema_(
     for i, (group, param) in enumerate(zip(group_index, params, strict=True)):
         by_group.setdefault((group, param.dtype), []).append(i)
     for (group, dtype), members in by_group.items():
+        stepped = [params[i] for i in members]
         scaled = [_laid_out_like(params[i], grads[i].to(dtype)) for i in members]
         torch._fused_adamw_(
-            [params[i] for i in members],
+            stepped,
             scaled if scale == 1 else torch._foreach_mul(scaled, scale),
             [exp_avgs[i] for i in members],
             [exp_avg_sqs[i] for i in members],
@@ -104,6 +103,8 @@ def adamw_ema_(
             amsgrad=False,
             maximize=False,
         )
+        # Which it does not do itself: graphs that saved these values must learn that they have changed.
+        torch.autograd.graph.increment_version(stepped)
     copied = [i for i, place in enumerate(copy_index) if place >= 0]
     averaged = [i for i, place in enumerate(ema_index) if place >= 0]
     ema_copied = [i for i, place in enumerate(ema_copy_index) if place >= 0]
