@@ -372,7 +372,7 @@ class _StopFlag:
 
     def _interrupt(self, *_) -> None:
         if os.getpid() != self._process:
-            # A loader worker that was forked just now and does not ignore the signal yet: it works on.
+            # Some library's worker, forked from this process: the signal is not for it.
             return
         self.is_set = True
         self._interrupts += 1

@@ -2,9 +2,11 @@ import dataclasses
 import multiprocessing
 import os
 import pickle
+import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -313,6 +315,37 @@ def start_one_worker(source):
     next(batches)
     (worker,) = set(multiprocessing.active_children()) - before
     return batches, worker
+
+
+INTERRUPTS: list[int] = []
+"""Signals that this process gets while it forks the next one; the hook below cannot be taken away again."""
+os.register_at_fork(before=lambda: INTERRUPTS and os.kill(os.getpid(), INTERRUPTS.pop()))
+
+
+def test_an_interrupt_while_workers_are_forked_is_not_lost(good):
+    before, children = signal.getsignal(signal.SIGINT), set(multiprocessing.active_children())
+    INTERRUPTS.append(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        load(good, workers=2)
+    assert not INTERRUPTS and signal.getsignal(signal.SIGINT) is before
+    for worker in set(multiprocessing.active_children()) - children:
+        worker.join(timeout=10)
+        assert not worker.is_alive()
+
+    # A handler that takes the signal as a request is called once, and the batches come.
+    calls = []
+    signal.signal(signal.SIGINT, lambda *arguments: calls.append(arguments))
+    INTERRUPTS.append(signal.SIGINT)
+    try:
+        assert_same(load(good, workers=2), load(good))
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert [number for number, _ in calls] == [signal.SIGINT]
+
+
+def test_workers_are_started_outside_of_the_main_thread_too(good):
+    with ThreadPoolExecutor(1) as pool:
+        assert_same(pool.submit(load, good, workers=2).result(timeout=60), load(good))
 
 
 def test_workers_outlive_the_signals_of_the_process_group_and_end_with_the_iterator(good):

@@ -119,7 +119,7 @@ class TrainLoader:
         return self._damaged | self._bad.reasons
 
     def __iter__(self) -> Iterator[Batch]:
-        for batch in DataLoader(self._samples, sampler=self._requests, **self._loading):
+        for batch in start_workers(DataLoader(self._samples, sampler=self._requests, **self._loading)):
             self._bad.note(batch)
             yield batch
 
@@ -178,7 +178,7 @@ class EvalLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         decoded = 0
-        for batch in DataLoader(self._samples, sampler=self._requests, **self._loading):
+        for batch in start_workers(DataLoader(self._samples, sampler=self._requests, **self._loading)):
             self._bad.note(batch)
             decoded += len(batch.indices)
             if len(batch.indices):
@@ -324,6 +324,25 @@ def loading_options(workers: int, prefetch: int, pin_memory: bool) -> dict:
         # The DataLoader draws a seed for its workers: from its own generator, not from the global one of the run.
         "generator": torch.Generator(),
     }
+
+
+def start_workers(loader: DataLoader) -> Iterator[Batch]:
+    """``iter(loader)``, with the effect of a Ctrl-C put off until all workers are there.
+
+    Python calls functions of logging, random and others around a fork, and drops what they raise: a KeyboardInterrupt
+    that came just then would be printed and forgotten.
+    """
+    handler = signal.getsignal(signal.SIGINT)
+    if not callable(handler) or threading.current_thread() is not threading.main_thread():
+        return iter(loader)  # a Ctrl-C raises nothing here
+    held = []  # without the frames, which would keep the workers alive
+    signal.signal(signal.SIGINT, lambda number, _frame: held.append(number))
+    try:
+        return iter(loader)
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        for number in held:
+            handler(number, None)
 
 
 def _unchanged(batch: Batch) -> Batch:

@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from ijepa_fast.data.crops import ASPECT_RATIO, OFFICIAL_SCALE, as_height_width, check_crop, random_resized_crop
 from ijepa_fast.data.decode import open_image
-from ijepa_fast.data.loader import BadFilesError, Batch, loading_options
+from ijepa_fast.data.loader import BadFilesError, Batch, loading_options, start_workers
 from ijepa_fast.data.order import epoch_permutation, steps_per_epoch
 from ijepa_fast.data.tar import Damage, Sample, read_samples
 from ijepa_fast.philox import Stream, below, random_words
@@ -174,7 +174,7 @@ class StreamLoader:
         self._bad_images = self._seen = 0
 
     def __iter__(self) -> Iterator[Batch]:
-        for batch in DataLoader(self._batches, **self._loading):
+        for batch in start_workers(DataLoader(self._batches, **self._loading)):
             self._note(batch)
             yield batch
 
