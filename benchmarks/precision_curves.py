@@ -39,7 +39,7 @@ from ijepa_fast.logs import write_json
 from ijepa_fast.train import load_trained
 from ijepa_fast.vit import SIZES, VisionTransformer, cast_weights
 
-RECIPE = "demo"
+RECIPE = "ablations/baseline"
 BATCH, STEPS, LOG_EVERY = 32, 400, 10
 WARMUP = 0.13
 """Of the steps, as in the demo."""
