@@ -24,6 +24,7 @@ from ijepa_fast.bench.agreement import (
     NOTHING,
     REHEARSED_TOLERANCE,
     gradient_difference,
+    largest,
     relative,
 )
 from ijepa_fast.config import ModelConfig, RunConfig, TrainConfig
@@ -313,7 +314,7 @@ def rehearse(case: Case, candidates: Sequence[Candidate]) -> tuple[dict[str, flo
     found, wrong = {}, {}
     for candidate in others:
         pairs = zip(losses[candidate.name], losses[first.name], strict=True)
-        found[candidate.name] = difference = max(relative(*pair) for pair in pairs)
+        found[candidate.name] = difference = largest(relative(*pair) for pair in pairs)
         approximate = candidate.approximate or first.approximate
         if not difference <= (APPROXIMATE_LOSS if approximate else REHEARSED_TOLERANCE[case.precision]):
             wrong[candidate.name] = f"its losses go another way than those of {first.name}: {difference:.2g} apart"

@@ -6,6 +6,8 @@ The training loop and the benchmarks assemble their steps here, so that what is 
 
 from __future__ import annotations
 
+import os
+
 import torch
 from torch import nn
 
@@ -19,6 +21,14 @@ from ijepa_fast.schedules import Schedules
 from ijepa_fast.step import PRECISION_DTYPES, TrainStep
 from ijepa_fast.streams import SideStream
 from ijepa_fast.vit import cast_weights
+
+
+def use_deterministic(config: RunConfig) -> None:
+    """Tell torch if ``config`` wants it; before the first product on a GPU."""
+    if config.train.deterministic:
+        # Without it cuBLAS refuses its first product; torch looks once, at that product.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
 
 
 def prepare(model: IJEPA, config: RunConfig, images: int, device: torch.device) -> None:

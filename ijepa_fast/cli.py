@@ -171,7 +171,8 @@ def _run_config(parser, argv: list[str]):
         elif argument.startswith("--config="):
             argument = f"--config={text(argument.partition('=')[2])}"
         named.append(argument)
-    parsed = _parse(parser, named, list(flatten(RunConfig())))
+    own = [action.dest for action in parser._actions if action.option_strings]
+    parsed = _parse(parser, named, list(dict.fromkeys([*flatten(RunConfig()), *own])))
     values = parser.instantiate(parsed)
     return RunConfig(**{f.name: values[f.name] for f in fields(RunConfig)}), parsed
 
@@ -335,30 +336,43 @@ def _bench(argv: list[str]) -> int:
 
 def _fastest(argv: list[str]) -> int:
     parser = _run_parser("fastest", "Try the options of a recipe's training step here, and name the fastest.")
-    images_help = "Images per step of one GPU; by default the batch size, at most 128 (CPU: 16)."
+    images_help = "Images per step on one GPU; by default its share of the batch, at most 128 at a time (CPU: 16)."
     parser.add_argument("--images", type=int | None, default=None, help=images_help)
+    parser.add_argument("--gpus", type=int, default=1, help="Of the run; one is used here.")
     parser.add_argument("--seconds", type=float, default=10.0, help="Of steps that are timed, for each way.")
     parser.add_argument("--out", type=Path | None, default=None, help="YAML file to write the fastest settings to.")
-    parser.add_argument("--json", type=Path | None, default=None, help="File to write everything to.")
+    parser.add_argument("--json", type=Path | None, default=None, help="File to write everything to, after each way.")
     config, name, parsed = _config_of_a_benchmark(parser, argv)
+    import signal
+    from functools import partial
+
     import yaml
 
-    from ijepa_fast.bench.command import IMAGES
-    from ijepa_fast.bench.fastest import fastest, flags, nested
-    from ijepa_fast.bench.measure import write_json
+    from ijepa_fast.bench.fastest import check, default_images, fastest, flags, nested
     from ijepa_fast.distributed import pick_device
 
     device = pick_device(config.train.device, 0)
-    images = min(config.train.batch_size, IMAGES[device.type]) if parsed.images is None else parsed.images
-    found = fastest(config, name, device, images=images, seconds=parsed.seconds)
-    if parsed.json is not None:
-        write_json(parsed.json, found)
+    images = default_images(config, device, max(parsed.gpus, 1)) if parsed.images is None else parsed.images
+    try:
+        check(config, images, parsed.seconds, parsed.gpus)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    for path in filter(None, (parsed.out, parsed.json)):  # now, not when there are results to lose
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # leaves no files and processes behind
+    say = partial(print, flush=True)
+    if images * parsed.gpus != config.train.batch_size:
+        say(f"{images} of the {config.train.batch_size} images of a step; --images gives another number")
+    found = fastest(
+        config, name, device, images=images, seconds=parsed.seconds, gpus=parsed.gpus, path=parsed.json, say=say
+    )
+    if not found["settings"]:
+        say(f"\nnothing here is faster than {name} as configured")
+    else:
+        say(f"\n{found['gain']:.2f}x as fast as configured: ijepa-fast pretrain ... {flags(found['settings'])}")
     if parsed.out is not None:
         parsed.out.write_text(yaml.safe_dump(nested(found["settings"])))
-    if not found["settings"]:
-        print(f"\nnothing here is faster than {name} as configured")
-    else:
-        print(f"\n{found['gain']:.2f}x as fast as configured: ijepa-fast pretrain ... {flags(found['settings'])}")
     return 0
 
 

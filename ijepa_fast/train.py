@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ijepa_fast import checkpoint as checkpoints
 from ijepa_fast import run_folder
-from ijepa_fast.assemble import make_optimizer, make_scaler, make_step, prepare
+from ijepa_fast.assemble import make_optimizer, make_scaler, make_step, prepare, use_deterministic
 from ijepa_fast.checkpoint import Checkpoint, CheckpointError
 from ijepa_fast.config import RunConfig, as_dict, flatten, from_dict
 from ijepa_fast.data import DevicePrefetcher
@@ -83,10 +83,7 @@ def load_trained(path: Path) -> tuple[IJEPA, RunConfig, int]:
 def _run(config: RunConfig, me: Ranks, sources: Sources, to_yaml: Callable[[RunConfig], str]) -> dict:
     folder, train = Path(config.output), config.train
     started = time.monotonic()
-    if train.deterministic:
-        # Without it cuBLAS refuses its first product; torch looks once, at that product.
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
+    use_deterministic(config)
     torch.manual_seed(config.seed)
     model = config.model.build(config.objective)
     sampler = MaskSampler(config.masks, model.context_encoder.grid)
@@ -114,7 +111,8 @@ def _run(config: RunConfig, me: Ranks, sources: Sources, to_yaml: Callable[[RunC
     prepare(model, config, per_rank // train.accumulate, me.device)
     found = me.from_main(run_folder.claim(config, sources.train.fingerprint) if me.is_main else None)
     if me.is_main:
-        _hint_at_options(config, me.device)
+        if found is None:
+            _hint_at_options(config, me.device)
         write_text(folder / "config.yaml", to_yaml(config))
         write_json(folder / "environment.json", describe())
         if config.evaluation.before_and_after and sources.test is not None and not (folder / "before.json").exists():
@@ -204,9 +202,10 @@ def _run(config: RunConfig, me: Ranks, sources: Sources, to_yaml: Callable[[RunC
 
 
 def _hint_at_options(config: RunConfig, device: torch.device) -> None:
-    train = config.train
-    chosen = train.compile or train.fused or train.capture or train.overlap_target or config.model.attention != "auto"
-    if device.type == "cuda" and not chosen:
+    train, model = config.train, config.model
+    switched_on = train.compile or train.fused or train.capture or train.overlap_target
+    chosen = model.attention != "auto" or model.target_attention is not None
+    if device.type == "cuda" and not (switched_on or chosen):
         log.info("no option that may make steps faster is on; `ijepa-fast fastest` tells which do so on this GPU")
 
 

@@ -2,7 +2,10 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -29,6 +32,14 @@ def leave():
     os._exit(3)
 
 
+def leave_with_a_child():
+    """Which holds the pipe."""
+    if os.fork() == 0:
+        time.sleep(20)
+        os._exit(0)
+    os._exit(3)
+
+
 def unpicklable():
     return lambda: None
 
@@ -46,6 +57,7 @@ def test_a_result_comes_back_from_another_process():
         (divide, (1, 0), "^ZeroDivisionError: division by zero$"),
         (crash, (), "^its process ended with signal SIGSEGV$"),
         (leave, (), "^its process ended with exit status 3$"),
+        (leave_with_a_child, (), "^its process ended with exit status 3$"),
         (unpicklable, (), "pickle"),
     ],
 )
@@ -54,8 +66,33 @@ def test_what_went_wrong_is_said(function, arguments, message):
         call_apart(function, *arguments, seconds=60)
 
 
-def test_a_call_that_takes_too_long_is_ended(tmp_path):
+def test_a_call_that_takes_too_long_is_ended():
     started = time.monotonic()
     with pytest.raises(Failed, match="stopped after 0 s"):
         call_apart(time.sleep, 600, seconds=0.1)
     assert time.monotonic() - started < 30
+
+
+def write_and_wait(path):
+    path.write_text(str(os.getpid()))
+    time.sleep(60)
+
+
+def test_a_process_ends_with_its_parent(tmp_path):
+    path = tmp_path / "pid"
+    code = f"from tests.test_bench_apart import *; call_apart(write_and_wait, Path({str(path)!r}), seconds=60)"
+    parent = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parents[1])
+    try:
+        wait_for(path.exists)
+        child = int(path.read_text() or 0)
+    finally:
+        parent.kill()
+        parent.wait()
+    wait_for(lambda: not Path(f"/proc/{child}").exists())
+
+
+def wait_for(condition, seconds=60):
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.05)

@@ -1,6 +1,7 @@
 """``ijepa-fast fastest``: what is tried, what is believed, and what is chosen."""
 
 import json
+import math
 from dataclasses import replace
 
 import pytest
@@ -9,13 +10,30 @@ import yaml
 
 from ijepa_fast import cli
 from ijepa_fast.bench import fastest as module
+from ijepa_fast.bench.agreement import gradient_difference
 from ijepa_fast.bench.apart import Failed
-from ijepa_fast.bench.fastest import attention_choices, fastest, flags, nested, try_way, with_settings
-from ijepa_fast.config import RunConfig, TrainConfig, from_dict
+from ijepa_fast.bench.fastest import (
+    check,
+    choices_on,
+    default_images,
+    fastest,
+    first_gradients,
+    flags,
+    nested,
+    try_way,
+    with_settings,
+)
+from ijepa_fast.bench.training import random_step
+from ijepa_fast.config import ModelConfig, RunConfig, TrainConfig, from_dict
+from ijepa_fast.masks import MaskConfig
 from tests.tiny import tiny_run
 
 CPU = torch.device("cpu")
-CHOICES = {"attention": ["triton"], "target_attention": ["cudnn"]}
+CHOICES = {"gpu": True, "any": ["triton", "torch_varlen"], "whole": ["triton", "cudnn"], "auto": "torch_varlen"}
+NAMES = (
+    "train.fused", "train.compile", "model.attention", "model.target_attention", "train.overlap_target",
+    "train.capture",
+)  # fmt: skip
 TINY = tiny_run("none", "none")
 
 
@@ -23,35 +41,28 @@ def named(settings) -> str:
     return flags(settings).replace("--", "")
 
 
-def table(rates, machine=None):
+def table(rates, choices=CHOICES):
     """A machine on which ways have these rates by what is on, and 100 images/s if they are not in the table. A value
     may be a message (the way fails), or several rates (one after another)."""
     rates = {name: list(rate) if isinstance(rate, tuple) else [rate] for name, rate in rates.items()}
 
-    def attempt(config, device, images, seconds, reference):
+    def attempt(config, device, images, seconds, gradients_file, base):
         settings = module.differing(RunConfig(), {name: module.flatten(config)[name] for name in NAMES})
         known = rates.get(named(settings), [100.0])
         rate = known.pop(0) if len(known) > 1 else known[0]
         if isinstance(rate, str):
             raise Failed(rate)
-        about = {"cpu": "a CPU", "gpu": "a GPU", "torch": "2", "triton": "3"} if machine is None else machine
-        times = {"p50": images / rate * 1e6}
-        return {"images_per_second": rate, "times": times, "machine": about, "attention": CHOICES}
+        found = {"images_per_second": rate, "times": {"p50": images / rate * 1e6}, "activation_checkpointing": False}
+        about = {"cpu": "a CPU", "gpu": "a GPU", "torch": "2", "triton": "3"}
+        return found if base else found | {"machine": about, "choices": choices}
 
     return attempt
 
 
-NAMES = (
-    "train.fused", "train.compile", "model.attention", "model.target_attention", "train.overlap_target",
-    "train.capture",
-)  # fmt: skip
-
-
-def choose(rates, config=None, machine=None):
+def choose(rates, config=None, choices=CHOICES, **more):
     said = []
-    found = fastest(
-        config or RunConfig(), "some", CPU, images=8, seconds=1, say=said.append, attempt=table(rates, machine)
-    )
+    attempt = table(rates, choices)
+    found = fastest(config or RunConfig(), "some", CPU, images=8, seconds=1, say=said.append, attempt=attempt, **more)
     return found, "\n".join(said)
 
 
@@ -102,8 +113,9 @@ def test_what_was_faster_only_once_is_not_believed():
 
 
 def test_a_winner_that_fails_the_second_time_is_not_chosen():
-    found, _ = choose({"train.fused true": (150.0, "out of memory")})
+    found, said = choose({"train.fused true": (150.0, "out of memory")})
     assert found["settings"] == {} and found["ways"][-1]["failed"] == "out of memory"
+    assert "the second time one of them failed" in said
 
 
 def test_options_that_the_settings_exclude_are_named_with_the_reason():
@@ -113,74 +125,183 @@ def test_options_that_the_settings_exclude_are_named_with_the_reason():
     assert "train.capture needs a GPU, accumulate 1" in excluded[0]["failed"] and excluded[0]["failed"] in said
 
 
-def test_a_cpu_has_no_streams_or_graphs():
-    found, _ = choose({}, machine={"cpu": "a CPU", "torch": "2", "triton": "3"})
-    tried = {name for way in found["ways"] for name in way["settings"]}
-    assert tried == {"train.fused", "train.compile", "model.attention", "model.target_attention"}
+@pytest.mark.parametrize(
+    ("choices", "gpus", "tried"),
+    [
+        (CHOICES, 1, set(NAMES)),
+        (CHOICES, 8, set(NAMES) - {"train.capture"}),  # a graph is of one GPU
+        (CHOICES | {"gpu": False}, 1, set(NAMES) - {"train.capture", "train.overlap_target"}),
+    ],
+)
+def test_what_is_tried_depends_on_the_devices(choices, gpus, tried):
+    found, _ = choose({}, choices=choices, gpus=gpus)
+    assert {name for way in found["ways"] for name in way["settings"]} == tried
+
+
+def test_attention_of_the_targets_is_chosen_beside_that_of_the_others():
+    """What the rest takes is no choice of its own, and one that is set is tried off."""
+    model = ModelConfig(attention="triton", target_attention="cudnn")
+    found, _ = choose({}, replace(RunConfig(), model=model))
+    tried = [way["settings"]["model.target_attention"] for way in found["ways"] if len(way["settings"]) == 1
+             and "model.target_attention" in way["settings"]]  # fmt: skip
+    assert tried == [None]
+    assert flags({"model.target_attention": None}) == "--model.target_attention null"
 
 
 def test_the_step_as_configured_must_run():
-    with pytest.raises(Failed, match="out of memory"):
-        choose({"": "out of memory"})
+    with pytest.raises(Failed, match="as configured does not run: CUDA out of memory; give fewer than 8 images"):
+        choose({"": "CUDA out of memory"})
 
 
-@pytest.mark.parametrize(("settings", "message"), [({"images": 0}, "images .* got 0"), ({"seconds": 0}, "seconds")])
-def test_numbers_must_be_positive(settings, message):
-    with pytest.raises(ValueError, match=message):
-        fastest(TINY, "some", CPU, **{"images": 2, **settings}, attempt=table({}))
+def test_results_are_kept_after_every_way(tmp_path):
+    path, seen = tmp_path / "new" / "report.json", []
+    found, _ = choose({"train.fused true": 150.0}, path=path)
+    assert json.loads(path.read_text()) == found
+    attempt = table({})
 
+    def until_the_third(*arguments):
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+        seen.append(arguments)
+        return attempt(*arguments)
 
-def test_the_first_way_is_what_the_others_are_compared_with(tmp_path):
-    reference = tmp_path / "reference.pt"
-    first = try_way(TINY, CPU, 4, 0.1, reference)
-    assert first["differences"] == {"loss": 0, "gradient": 0}
-    assert first["machine"]["cpu"] and first["attention"] == {"attention": ["sdpa"], "target_attention": ["sdpa"]}
-    other = with_settings(TINY, {"model.attention": "sdpa", "train.fused": True})
-    second = try_way(other, CPU, 4, 0.1, reference)
-    assert 0 < second["differences"]["gradient"] < 1e-4 and second["differences"]["later_losses"] < 1e-5
-    assert second["images_per_second"] > 0 and "machine" not in second
+    with pytest.raises(KeyboardInterrupt):
+        fastest(TINY, "some", CPU, images=2, path=path, attempt=until_the_third, say=str)
+    assert [way["settings"] for way in json.loads(path.read_text())["ways"]] == [{}, {"train.fused": True}]
 
 
 @pytest.mark.parametrize(
-    ("spoil", "message"),
+    ("numbers", "message"),
     [
-        ({"loss": 3.0}, r"does not train the same: loss .* apart \(at most 1e-05\)"),
-        ({"losses": [3.0, 3.0, 3.0]}, "does not train the same: later_losses"),
-        ({"gradients": None}, "does not train the same: gradient 0.5 apart"),
+        ((0, 1, 1), "images must be positive, got 0"),
+        ((2, 0, 1), "seconds must be positive, got 0"),
+        ((2, 1, 0), "gpus must be positive, got 0"),
+        ((3, 1, 1), "images 3 cannot be split into train.accumulate 2 parts"),
+        ((8, 1, 1), "whole groups of masks.group_size 3, got 4"),
     ],
 )
-def test_a_way_that_trains_otherwise_is_no_way(tmp_path, spoil, message):
-    reference = tmp_path / "reference.pt"
-    try_way(TINY, CPU, 4, 0.1, reference)
-    good = torch.load(reference, weights_only=True)
-    if "gradients" in spoil:
-        spoil = {"gradients": {name: 2 * value for name, value in good["gradients"].items()}}
-    torch.save(good | spoil, reference)
+def test_numbers_that_cannot_be(numbers, message):
+    masks = MaskConfig(min_keep=1, context="batch_min", group_size=3)
     with pytest.raises(ValueError, match=message):
-        try_way(TINY, CPU, 4, 0.1, reference)
+        check(replace(with_settings(TINY, {"train.accumulate": 2}), masks=masks), *numbers)
+
+
+@pytest.mark.parametrize(
+    ("batch", "accumulate", "group", "gpus", "images"),
+    [
+        (2048, 1, None, 1, 128),
+        (64, 1, None, 1, 64),
+        (2048, 4, None, 1, 512),
+        (256, 1, None, 8, 32),
+        (64, 2, 128, 1, 256),
+    ],
+)
+def test_images_by_default(batch, accumulate, group, gpus, images):
+    """In micro-batches of 128 at most, as many as training has, but whole groups of masks."""
+    context = "exact" if group is None else "batch_min"
+    config = RunConfig(
+        masks=MaskConfig(context=context, group_size=group),
+        train=TrainConfig(batch_size=batch, accumulate=accumulate),
+    )
+    assert default_images(config, torch.device("cuda"), gpus) == images
+    check(config, images, 1, gpus)
+
+
+@pytest.fixture
+def configured(tmp_path):
+    """Arguments of ``try_way`` of ways to be compared with the step as configured, and what was returned of that."""
+    common = CPU, 4, 0.01, tmp_path / "gradients.pt"
+    return common, try_way(TINY, *common, None)
+
+
+def test_other_ways_are_compared_with_the_step_as_configured(configured):
+    common, base = configured
+    assert base["machine"]["cpu"] and base["choices"]["auto"] == "cpu" and "differences" not in base
+    assert base["times"]["runs"] >= module.LEAST and len(base["losses"]) == module.WARM_UP * module.CYCLE
+    other = try_way(with_settings(TINY, {"model.attention": "sdpa", "train.fused": True}), *common, base)
+    differences = other["differences"]
+    assert 0 < differences["gradient"] < 1e-4 and differences["losses"] < 1e-5 and differences["skipped"] == 0
+    assert other["images_per_second"] > 0 and "machine" not in other
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"first_loss": 3.0}, r"does not train the same: loss .* apart \(at most 1e-05\)"),
+        ({"losses": [3.0] * 12}, "does not train the same: losses"),
+        ({"losses": [math.nan] * 12}, "does not train the same: losses nan"),
+        ({"skipped": -1}, "does not train the same: skipped 1 apart"),
+    ],
+)
+def test_a_way_that_trains_otherwise_is_no_way(configured, changed, message):
+    common, base = configured
+    with pytest.raises(ValueError, match=message):
+        try_way(TINY, *common, base | changed)
+
+
+@pytest.mark.parametrize("factor", [2.0, math.nan])
+@pytest.mark.parametrize("which", [0, 5, -1])
+def test_every_gradient_counts(configured, which, factor):
+    common, base = configured
+    gradients = torch.load(common[-1], weights_only=True)
+    gradients[list(gradients)[which]] *= factor
+    torch.save(gradients, common[-1])
+    with pytest.raises(ValueError, match="does not train the same: gradient"):
+        try_way(TINY, *common, base)
+
+
+def test_gradients_of_other_parameters_are_refused():
+    with pytest.raises(ValueError, match="different parameters are trained: b, c"):
+        gradient_difference({"a": torch.ones(1), "b": torch.ones(1)}, {"a": torch.ones(1), "c": torch.ones(1)}, 0.1)
+
+
+def test_gradients_in_fp16_are_not_lost():
+    """Without scaling most would be zero."""
+    wide = replace(TINY, model=replace(TINY.model, embed_dim=384, predictor_embed_dim=192))
+    half, full = (
+        first_gradients(*random_step(with_settings(wide, {"train.precision": precision}), CPU, 16))[1]
+        for precision in ("fp16", "fp32")
+    )
+    assert gradient_difference(half, full, 1e-2) < 0.1
 
 
 def test_a_micro_batch_stands_for_all(tmp_path):
     """The gradient of the whole batch at once would need the memory that accumulation saves."""
     summing = with_settings(TINY, {"train.accumulate": 2})
-    found = try_way(summing, CPU, 4, 0.1, tmp_path / "reference.pt")
-    assert found["images_per_second"] > 0
+    try_way(summing, CPU, 4, 0.01, tmp_path / "gradients.pt", None)
+    step, pixels = random_step(summing, CPU, 4)
+    _, want = first_gradients(step, pixels[:2])
+    found = torch.load(tmp_path / "gradients.pt", weights_only=True)
+    assert gradient_difference(found, want, 0.0) == 0
 
 
-def test_backends_that_are_taken_already_are_no_choice():
-    named_one = with_settings(TINY, {"model.attention": "sdpa", "model.target_attention": "cpu"})
-    assert attention_choices(named_one, CPU) == {"attention": ["cpu"], "target_attention": ["sdpa"]}
+def test_a_deterministic_run_is_tried_as_one(tmp_path):
+    try:
+        try_way(with_settings(TINY, {"train.deterministic": True}), CPU, 2, 0.01, tmp_path / "gradients.pt", None)
+        assert torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
-def test_settings_go_through_yaml_and_flags(tmp_path, capsys):
-    settings = {"train.fused": True, "model.attention": "sdpa"}
+def test_no_room_for_gradients_is_said(tmp_path):
+    with pytest.raises(OSError, match=r"do not go into .* \(TMPDIR names another folder\)"):
+        try_way(TINY, CPU, 2, 0.01, tmp_path / "missing" / "gradients.pt", None)
+
+
+def test_choices_on_a_cpu():
+    assert choices_on(TINY, CPU) == {"gpu": False, "any": ["cpu", "sdpa"], "whole": ["cpu", "sdpa"], "auto": "cpu"}
+
+
+def test_settings_go_through_yaml_and_flags(tmp_path):
+    settings = {"train.fused": True, "model.attention": "sdpa", "model.target_attention": None}
     recipe, added = tmp_path / "recipe.yaml", tmp_path / "fastest.yaml"
-    recipe.write_text(yaml.safe_dump({"train": {"device": "cpu", "batch_size": 8}}))
+    values = {"train": {"device": "cpu", "batch_size": 8}, "model": {"target_attention": "cpu"}}
+    recipe.write_text(yaml.safe_dump(values))
     added.write_text(yaml.safe_dump(nested(settings)))
     parser = cli._run_parser("pretrain", "")
     by_file, _ = cli._run_config(parser, ["--config", str(recipe), "--config", str(added)])
     by_flags, _ = cli._run_config(parser, ["--config", str(recipe), *flags(settings).split()])
-    plain = from_dict({"train": {"device": "cpu", "batch_size": 8}})
+    plain = from_dict(values)
     assert by_file == by_flags == with_settings(plain, settings) != plain
 
 
@@ -191,15 +312,23 @@ def test_the_command(tmp_path, capsys, monkeypatch):
     values = {"model": vars(TINY.model), "masks": {"min_keep": 1}, "train": {"device": "cpu", "precision": "fp32"}}
     values["model"] = {name: value for name, value in values["model"].items() if not isinstance(value, tuple)}
     small.write_text(yaml.safe_dump(values))
-    report, out = tmp_path / "report.json", tmp_path / "fastest.yaml"
+    report, out = tmp_path / "a" / "report.json", tmp_path / "b" / "fastest.yaml"
     arguments = ["--config", str(small), "--images", "4", "--seconds", "0.2", "--json", str(report), "--out", str(out)]
     assert cli.main(["fastest", *arguments]) == 0
     printed = capsys.readouterr().out
-    assert "small in steps of 4 images, fp32" in printed and "model.attention sdpa" in printed
+    assert "4 of the 2048 images of a step" in printed and "small, 4 images a step, fp32" in printed
     found = json.loads(report.read_text())
     assert not [way for way in found["ways"] if "failed" in way]
     assert yaml.safe_load(out.read_text()) == nested(found["settings"])
-    assert "faster than small as configured" in printed or flags(found["settings"]) in printed
+    assert {"model.attention": "sdpa"} in [way["settings"] for way in found["ways"]]
+    chosen = flags(found["settings"])
+    assert (f"ijepa-fast pretrain ... {chosen}" if chosen else "nothing here is faster than small") in printed
+
+
+@pytest.mark.parametrize("flag", ["--images", "--gpus", "--seconds"])
+def test_wrong_usage_of_the_command(flag, capsys):
+    assert cli.main(["fastest", "--config", "demo", flag, "0"]) == 2
+    assert f"{flag.strip('-')} must be positive, got 0" in capsys.readouterr().err
 
 
 @pytest.mark.gpu
@@ -208,7 +337,14 @@ def test_every_way_of_the_package_runs_and_trains_the_same_on_a_gpu(monkeypatch)
     monkeypatch.setattr(module, "GROUPS", (lambda base: [{"train.fused": True}], *module.GROUPS[1:]))
     config = RunConfig(model=replace(RunConfig().model, embed_dim=192, depth=2, num_heads=3, predictor_depth=2))
     config = with_settings(config, {"model.predictor_embed_dim": 96, "train.device": "cuda"})
-    found = fastest(config, "small", torch.device("cuda"), images=16, seconds=0.2, attempt=try_way)
+
+    def attempt(*arguments):
+        try:
+            return try_way(*arguments)
+        except Exception as error:
+            raise Failed(f"{type(error).__name__}: {error}") from error
+
+    found = fastest(config, "small", torch.device("cuda"), images=16, seconds=0.2, attempt=attempt)
     tried = {name for way in found["ways"] for name in way["settings"]}
     assert {"train.fused", "model.attention", "train.overlap_target", "train.capture"} <= tried
     # Backends of other libraries have tests of their own.

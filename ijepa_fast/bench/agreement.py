@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
+import torch
 from torch import Tensor
 
 LOSS_TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2, "fp16": 2e-2}
@@ -19,15 +20,25 @@ def relative(found: float, want: float) -> float:
     return abs(found - want) / abs(want)
 
 
+def largest(values: Iterable[float]) -> float:
+    """NaN if one of them is, which ``max`` may pass over."""
+    return float(torch.tensor(list(values), dtype=torch.float64).max())
+
+
 def gradient_difference(gradients: Mapping[str, Tensor], want: Mapping[str, Tensor], nothing: float) -> float:
-    """The largest relative difference of a parameter's gradient, over parameters.
+    """The largest relative difference of a parameter's gradient, over parameters; NaN if one of them is not a number.
 
     Args:
-        gradients, want: by name of the parameter, the same names.
+        gradients, want: by name of the parameter.
         nothing: share of the whole gradient that is added to what a parameter's difference is relative to.
+
+    Raises:
+        ValueError: they are of different parameters.
     """
+    if others := gradients.keys() ^ want.keys():
+        raise ValueError(f"different parameters are trained: {', '.join(sorted(others)[:5])}")
     whole = sum(float(value.float().square().sum()) for value in want.values()) ** 0.5
-    return max(
+    return largest(
         float((gradients[name].float() - value.float()).norm()) / (float(value.float().norm()) + nothing * whole)
         for name, value in want.items()
     )

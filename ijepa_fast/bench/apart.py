@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import signal
+import threading
 from collections.abc import Callable
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from typing import Any
 
 MOST_TEXT = 300
 """Characters of an error's message that are kept; those of compilers run to pages."""
+
+AFTER_ANSWER = 5.0
+"""Seconds that a process may take to end by itself once it has answered."""
 
 
 class Failed(RuntimeError):
@@ -31,14 +36,19 @@ def call_apart(function: Callable[..., Any], *arguments: Any, seconds: float) ->
     process = context.Process(target=_answer, args=(sender, function, arguments), daemon=False)
     process.start()
     sender.close()  # of this process, so that the end of the other one is noticed
+    answered = False
     try:
-        if not receiver.poll(seconds):
+        # Not for the answer alone: processes that it has started may hold its end of the pipe when it is gone.
+        if not wait([receiver, process.sentinel], seconds):
             raise Failed(f"stopped after {seconds:.0f} s")
         try:
-            result, error = receiver.recv()
+            answered = receiver.poll()
+            result, error = receiver.recv() if answered else (None, None)
         except EOFError:
-            process.join()
-            raise Failed(f"its process ended with {_exit(process.exitcode)}") from None
+            answered = False
+        process.join(AFTER_ANSWER if answered else None)
+        if not answered:
+            raise Failed(f"its process ended with {_exit(process.exitcode)}")
     finally:
         process.kill()
         process.join()
@@ -50,10 +60,17 @@ def call_apart(function: Callable[..., Any], *arguments: Any, seconds: float) ->
 
 def _answer(sender: Connection, function: Callable[..., Any], arguments: tuple) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent gets Ctrl-C too, and ends this process
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         sender.send((function(*arguments), None))
     except Exception as error:
         sender.send((None, _in_words(error)))
+
+
+def _end_with_parent() -> None:
+    """It may be killed, and ends nothing then."""
+    wait([multiprocessing.parent_process().sentinel])
+    os._exit(1)
 
 
 def _in_words(error: Exception) -> str:

@@ -1,14 +1,15 @@
 """``ijepa-fast fastest``: which options of the training step are fastest on this machine, for one configuration.
 
 An option changes how a step is computed, not what it learns. Each is tried in a process of its own, on the same weights
-and random images, and its gradients and losses are compared with those of the step as configured before its time
-counts: what does not run here, or does not train the same, is named and not chosen. Options are tried one group after
-another, each on top of the fastest found so far; the winner is timed once more beside the step as configured.
+and random images, and held to the step as configured by gradients, losses and skipped updates before its time counts:
+what does not run here, or does not train the same, is named and not chosen. Options are tried one group after another,
+each on top of the fastest found so far; the winner is timed once more beside the step as configured.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ijepa_fast.assemble import use_deterministic
 from ijepa_fast.attention import BACKENDS, Request, resolve
 from ijepa_fast.bench.agreement import (
     GRADIENT_TOLERANCE,
@@ -24,21 +26,51 @@ from ijepa_fast.bench.agreement import (
     NOTHING,
     REHEARSED_TOLERANCE,
     gradient_difference,
+    largest,
     relative,
 )
 from ijepa_fast.bench.apart import Failed, call_apart
-from ijepa_fast.bench.measure import SCHEMA, machine
-from ijepa_fast.bench.training import random_step, rate
+from ijepa_fast.bench.measure import SCHEMA, Times, machine, write_json
+from ijepa_fast.bench.training import random_step
 from ijepa_fast.config import RunConfig, flatten
 from ijepa_fast.step import PRECISION_DTYPES, TrainStep
 
 GAIN = 1.02
 """Times faster than the fastest so far that an option must be: less is noise, and no reason for another option."""
+CYCLE = 4
+"""Steps of a round. Every round of every way has the same masks, so that none has fewer tokens."""
+WARM_UP = 3
+"""Rounds that are not timed. A captured step runs, then captures, then replays; all of it is compared."""
+LEAST = 5
+"""Rounds that are timed."""
 LONGEST = 900.0
-"""Seconds after which one way is given up. torch.compile takes minutes for a large model."""
+"""Seconds after which a way is given up. torch.compile takes minutes for a large model."""
+MOST_IMAGES = {"cuda": 128, "cpu": 16}
+"""Of a micro-batch, where nothing else is asked for."""
 
 Settings = dict[str, Any]
 """Dotted names of settings -> values, as flags have them."""
+
+
+def default_images(config: RunConfig, device: torch.device, gpus: int = 1) -> int:
+    """Images of a step on one of ``gpus``, in micro-batches of at most ``MOST_IMAGES`` but of whole groups of masks."""
+    accumulate = config.train.accumulate
+    micro_batch = min(max(config.train.batch_size // (gpus * accumulate), 1), MOST_IMAGES[device.type])
+    group = config.masks.group_size if config.masks.context == "batch_min" else 1
+    return -(-micro_batch // group) * group * accumulate
+
+
+def check(config: RunConfig, images: int, seconds: float, gpus: int) -> None:
+    """Raise ValueError where numbers are not positive, or ``images`` cannot be divided as ``config`` wants it."""
+    for name, value in (("images", images), ("seconds", seconds), ("gpus", gpus)):
+        if not value > 0:
+            raise ValueError(f"{name} must be positive, got {value}")
+    micro_batch, rest = divmod(images, config.train.accumulate)
+    if rest:
+        raise ValueError(f"images {images} cannot be split into train.accumulate {config.train.accumulate} parts")
+    group = config.masks.group_size
+    if config.masks.context == "batch_min" and micro_batch % group:
+        raise ValueError(f"images must come in whole groups of masks.group_size {group}, got {micro_batch} at a time")
 
 
 def fastest(
@@ -48,6 +80,8 @@ def fastest(
     *,
     images: int,
     seconds: float = 10.0,
+    gpus: int = 1,
+    path: Path | None = None,
     say: Callable[[str], None] = print,
     attempt: Callable[..., dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
@@ -55,8 +89,10 @@ def fastest(
 
     Args:
         name: of the configuration, for the table.
-        images: per step.
+        images: per step on this GPU.
         seconds: of steps that are timed for each way.
+        gpus: of the run. Options that are for one GPU are left out for more.
+        path: JSON file, written anew after every way.
         say: takes each line of the table as soon as it is known.
         attempt: as ``try_way``; by default that, in a process of its own.
 
@@ -65,125 +101,174 @@ def fastest(
         to change for the fastest; empty where nothing is) and "gain" (images/s over those as configured).
 
     Raises:
-        ValueError: images or seconds are not positive.
+        ValueError: of ``check``.
         Failed: the step as configured does not run.
     """
-    if images < 1:
-        raise ValueError(f"images must be positive, got {images}")
-    if not seconds > 0:
-        raise ValueError(f"seconds must be positive, got {seconds}")
+    check(config, images, seconds, gpus)
+    report: dict[str, Any] = {"schema": SCHEMA, "kind": "fastest", "name": name, "images": images, "gpus": gpus}
+    report |= {"precision": config.train.precision, "ways": [], "settings": {}, "gain": 1.0}
     with TemporaryDirectory(prefix="ijepa_fast-") as folder:
-        reference = Path(folder) / "reference.pt"
 
-        def run(settings: Settings) -> dict[str, Any]:
-            arguments = with_settings(config, settings), device, images, seconds, reference
+        def run(settings: Settings, base: dict[str, Any] | None) -> dict[str, Any]:
+            arguments = with_settings(config, settings), device, images, seconds, Path(folder, "gradients.pt"), base
             return attempt(*arguments) if attempt else call_apart(try_way, *arguments, seconds=LONGEST)
 
-        base = run({})
-        found = base["machine"]
+        def rate(settings: Settings) -> float:
+            """Images per second; 0 where a way does not run, or not to the same results."""
+            try:
+                way = run(settings, base)
+            except (Failed, ValueError) as error:
+                way = {"failed": str(error)}
+            note(settings, way)
+            return way.get("images_per_second", 0.0)
+
+        def note(settings: Settings, way: dict[str, Any]) -> None:
+            say(line(settings, way, base))
+            report["ways"].append({"settings": settings, **way})
+            if path is not None:
+                write_json(path, report)
+
+        try:
+            base = run({}, None)
+        except Failed as error:
+            hint = f"; give fewer than {images} images" if "out of memory" in str(error) else ""
+            raise Failed(f"the step as configured does not run: {error}{hint}") from None
+        report["machine"], choices = base.pop("machine"), base.pop("choices")
+        found = report["machine"]
         say(f"{found.get('gpu', found['cpu'])}, torch {found['torch']}, triton {found['triton']}")
-        say(f"{name} in steps of {images} images, {config.train.precision}")
+        say(f"{name}, {images} images a step, {config.train.precision}")
         say(header())
-        say(line({}, base, base))
-        trials = Trials(run, base, say)
+        note({}, base)
         settings, best = {}, base["images_per_second"]
         for group in GROUPS:
             now = with_settings(config, settings)
-            tried = [differing(config, settings | change) for change in group(base) if differing(now, change)]
-            rates = [trials.rate(way) for way in tried]
+            offered = group(choices, now, gpus)
+            tried = [differing(config, settings | change) for change in offered if differing(now, change)]
+            rates = [rate(way) for way in tried]
             if rates and max(rates) >= GAIN * best:
                 best = max(rates)
                 settings = tried[rates.index(best)]
-        gain = 1.0
         if settings:
             say("once more:")
-            before, after = trials.rate({}), trials.rate(settings)
-            gain = round(after / before, 3) if before else 0.0
-            if gain < GAIN:
-                say(f"the second time it was {gain:.2f}x as fast: nothing is to be changed")
-                settings, gain = {}, 1.0
-    return {
-        "schema": SCHEMA,
-        "kind": "fastest",
-        "machine": found,
-        "name": name,
-        "images": images,
-        "precision": config.train.precision,
-        "ways": trials.ways,
-        "settings": settings,
-        "gain": gain,
-    }
+            before, after = rate({}), rate(settings)
+            if before and after >= GAIN * before:
+                report |= {"settings": settings, "gain": round(after / before, 3)}
+            elif before and after:
+                say(f"the second time it was {after / before:.2f}x as fast: nothing is to be changed")
+            else:
+                say("the second time one of them failed: nothing is to be changed")
+    if path is not None:
+        write_json(path, report)
+    return report
 
 
-class Trials:
-    """Ways that were tried, in order.
+def try_way(
+    config: RunConfig,
+    device: torch.device,
+    images: int,
+    seconds: float,
+    gradients_file: Path,
+    base: Mapping[str, Any] | None,
+) -> dict[str, Any]:
+    """Time a step, and compare it with the step as configured.
 
     Args:
-        run: of a way's settings; as ``try_way``.
-        base: what it returned of the step as configured.
-        say: takes a line of the table for each.
-    """
-
-    def __init__(self, run: Callable[[Settings], dict[str, Any]], base: dict[str, Any], say: Callable[[str], None]):
-        self.run, self.base, self.say = run, base, say
-        self.ways: list[dict[str, Any]] = [{"settings": {}, **base}]
-
-    def rate(self, settings: Settings) -> float:
-        """Images per second; 0 where it does not run, or not to the same results."""
-        try:
-            way = self.run(settings)
-        except (Failed, ValueError) as error:
-            way = {"failed": str(error)}
-        self.ways.append({"settings": settings, **way})
-        self.say(line(settings, way, self.base))
-        return way.get("images_per_second", 0.0)
-
-
-def try_way(config: RunConfig, device: torch.device, images: int, seconds: float, reference: Path) -> dict[str, Any]:
-    """Compare a step with the one in ``reference`` (written by whoever comes first), then time it.
+        gradients_file: those of the step as configured: written by it, read by the others.
+        base: what was returned of it; None for that one itself.
 
     Returns:
-        What ``rate`` returns, "differences" (of the first loss, of the gradients and of losses after updates), and of
-        the first one "machine" and "attention" (backends that can run, see ``attention_choices``).
+        What ``train_rounds`` returns, "first_loss", "activation_checkpointing", and "differences" from ``base``; or, of
+        the step as configured, "machine" and "choices" (see ``choices_on``).
 
     Raises:
         ValueError: settings that do not fit together, or a step that does not train the same.
+        OSError: there is no room for the gradients.
     """
+    use_deterministic(config)
+    precision = config.train.precision
     step, pixels = random_step(config, device, images)
     loss, gradients = first_gradients(step, pixels[: images // config.train.accumulate])
-    first = not reference.exists()
-    if first:
-        torch.save({"loss": loss, "gradients": gradients}, reference)
-    want = torch.load(reference, weights_only=True)
-    precision = config.train.precision
-    differences = {
-        "loss": relative(loss, want["loss"]),
-        "gradient": gradient_difference(gradients, want["gradients"], NOTHING[precision]),
-    }
-    del gradients
-    _check(differences, {"loss": LOSS_TOLERANCE[precision], "gradient": GRADIENT_TOLERANCE[precision]})
-    found = rate(step, pixels, seconds)
-    losses = found.pop("first_losses")
-    if first:
-        torch.save(want | {"losses": losses}, reference)
-        found |= {"machine": machine(device), "attention": attention_choices(config, device)}
+    differences = {}
+    if base is None:
+        try:
+            torch.save(gradients, gradients_file)
+        except (OSError, RuntimeError) as error:
+            folder = gradients_file.parent.parent
+            raise OSError(f"the gradients do not go into {folder} (TMPDIR names another folder): {error}") from error
     else:
-        pairs = zip(losses, want["losses"], strict=False)
-        differences["later_losses"] = max(relative(*pair) for pair in pairs)
-        _check(differences, {"later_losses": REHEARSED_TOLERANCE[precision]})
+        want = torch.load(gradients_file, weights_only=True)
+        differences["loss"] = relative(loss, base["first_loss"])
+        differences["gradient"] = gradient_difference(gradients, want, NOTHING[precision])
+        _check(differences, {"loss": LOSS_TOLERANCE[precision], "gradient": GRADIENT_TOLERANCE[precision]})
+    del gradients
+    found = train_rounds(step, pixels, seconds)
+    found |= {"first_loss": loss, "activation_checkpointing": step.model.context_encoder.activation_checkpointing}
+    if base is None:
+        return found | {"machine": machine(device), "choices": choices_on(config, device)}
+    differences["losses"] = largest(map(relative, found["losses"], base["losses"]))
+    differences["skipped"] = found["skipped"] - base["skipped"]
+    _check(differences, {"losses": REHEARSED_TOLERANCE[precision], "skipped": 0})
     return found | {"differences": differences}
 
 
 def first_gradients(step: TrainStep, pixels: Tensor) -> tuple[float, dict[str, Tensor]]:
-    """Loss and gradients (on the CPU) of one batch, without training on it."""
+    """Loss and gradients (on the CPU; fp32 where they are scaled) of one batch, without training on it."""
     count = len(pixels)
     rows = None if step.round_rows == 1 else step.rounded(step.sampler.counts(count, seed=step.seed, step=0))
     masks = step.sampler.sample(count, seed=step.seed, step=0, device=pixels.device, capacity=rows)
     loss = step.model(pixels, masks, all_targets=False)[0].total
-    loss.backward()
+    (loss if step.scaler is None else step.scaler.scale(loss)).backward()
     gradients = {name: p.grad.to("cpu", copy=True) for name, p in step.model.named_parameters() if p.grad is not None}
+    if step.scaler is not None:
+        gradients = {name: value.float() / step.scaler.get_scale() for name, value in gradients.items()}
     step.optimizer.zero_grad()
     return float(loss.detach()), gradients
+
+
+def train_rounds(step: TrainStep, pixels: Tensor, seconds: float) -> dict[str, Any]:
+    """Train on the same images for ``WARM_UP`` rounds, and then for about ``seconds``.
+
+    Drawing the masks, the loss, the update and the EMA are part of a step. As in training, the host waits for the
+    device only after some steps: once per round.
+
+    Returns:
+        "times" (``Times`` of a step, means of rounds; method "rounds"), "images_per_second" (median), "losses" of the
+        first rounds, "skipped" (their updates with gradients that are not finite), and on CUDA "reserved_gib": all
+        memory that was taken, that of graphs included.
+    """
+    on_gpu = pixels.device.type == "cuda"
+
+    def wait() -> None:
+        if on_gpu:
+            torch.cuda.synchronize(pixels.device)
+
+    if on_gpu:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(pixels.device)
+    losses = []
+    for _ in range(WARM_UP):
+        for number in range(CYCLE):
+            losses.append(step(pixels, number).losses.total.clone())  # a replayed step writes to the same place
+    skipped = int(step.optimizer.skipped)
+    samples: list[float] = []
+    wait()
+    began = start = time.perf_counter()
+    while len(samples) < LEAST or start - began < seconds:
+        for number in range(CYCLE):
+            step(pixels, number)
+        wait()
+        samples.append((time.perf_counter() - start) / CYCLE * 1e6)
+        start = time.perf_counter()
+    times = Times.of(samples, "rounds")
+    found = {
+        "times": times.as_dict(),
+        "images_per_second": round(len(pixels) / times.p50 * 1e6, 2),
+        "losses": [float(loss) for loss in losses],
+        "skipped": skipped,
+    }
+    if on_gpu:
+        found["reserved_gib"] = round(torch.cuda.max_memory_reserved(pixels.device) / 2**30, 2)
+    return found
 
 
 def _check(differences: Mapping[str, float], limits: Mapping[str, float]) -> None:
@@ -193,53 +278,59 @@ def _check(differences: Mapping[str, float], limits: Mapping[str, float]) -> Non
         raise ValueError(f"does not train the same: {said}")
 
 
-def attention_choices(config: RunConfig, device: torch.device) -> dict[str, list[str]]:
-    """Backends that run the sets of ``config`` here and are not those that it takes: "attention" for sets of any
-    length, "target_attention" for whole images."""
-    model = config.model
+def choices_on(config: RunConfig, device: torch.device) -> dict[str, Any]:
+    """Whether ``device`` is a "gpu", and attention backends that run the sets of ``config`` on it: "any" for sets of
+    any length, "whole" for whole images, and the one that "auto" takes (None where that depends on the network). The
+    reference is not among them: it is slow."""
+    model, dtype = config.model, PRECISION_DTYPES[config.train.precision]
     patches = (model.img_size // model.patch_size) ** 2
-    dims = {model.embed_dim // model.num_heads, model.predictor_embed_dim // model.num_heads}
-    dtype = PRECISION_DTYPES[config.train.precision]
-    sets = [Request(device, dtype, head_dim, patches) for head_dim in sorted(dims)]
-    images = [Request(device, dtype, model.embed_dim // model.num_heads, patches, uniform=True)]
-    taken = {resolve(model.attention, request) for request in sets}
-    taken_there = {resolve(model.target_attention or model.attention, request) for request in images}
+    encoder, predictor = (width // model.num_heads for width in (model.embed_dim, model.predictor_embed_dim))
+    sets = [Request(device, dtype, head_dim, patches) for head_dim in (encoder, predictor)]
+    whole = [Request(device, dtype, encoder, patches, uniform=True)]
 
-    def others(requests: Sequence[Request], used: set[str]) -> list[str]:
-        # The reference is what the others are tested against, and slow.
-        names = [name for name in BACKENDS if name != "reference" and {name} != used]
+    def able(requests: list[Request]) -> list[str]:
+        names = [name for name in BACKENDS if name != "reference"]
         return [name for name in names if all(BACKENDS[name].reason(request) is None for request in requests)]
 
-    return {"attention": others(sets, taken), "target_attention": others(images, taken_there)}
+    taken = {resolve("auto", request) for request in sets}
+    auto = taken.pop() if len(taken) == 1 else None
+    return {"gpu": device.type == "cuda", "any": able(sets), "whole": able(whole), "auto": auto}
 
 
-def _blocks(base: Mapping[str, Any]) -> Iterator[Settings]:
+def _blocks(choices: Mapping[str, Any], now: RunConfig, gpus: int) -> Iterator[Settings]:
     for fused, compiled in ((False, False), (True, False), (False, True), (True, True)):
         yield {"train.fused": fused, "train.compile": compiled}
 
 
-def _attention(base: Mapping[str, Any]) -> Iterator[Settings]:
-    for name in base["attention"]["attention"]:
-        yield {"model.attention": name}
+def _attention(choices: Mapping[str, Any], now: RunConfig, gpus: int) -> Iterator[Settings]:
+    for name in choices["any"]:
+        if name != _backend(choices, now):
+            yield {"model.attention": name}
 
 
-def _target_attention(base: Mapping[str, Any]) -> Iterator[Settings]:
-    for name in base["attention"]["target_attention"]:
-        yield {"model.target_attention": name}
+def _target_attention(choices: Mapping[str, Any], now: RunConfig, gpus: int) -> Iterator[Settings]:
+    for name in (None, *choices["whole"]):
+        if name != _backend(choices, now):
+            yield {"model.target_attention": name}
 
 
-def _on_a_gpu(setting: str) -> Callable[[Mapping[str, Any]], Iterator[Settings]]:
-    """On and off of a setting that only GPUs have."""
-
-    def group(base: Mapping[str, Any]) -> Iterator[Settings]:
-        if "gpu" in base["machine"]:
-            yield from ({setting: value} for value in (False, True))
-
-    return group
+def _backend(choices: Mapping[str, Any], now: RunConfig) -> str | None:
+    return choices["auto"] if now.model.attention == "auto" else now.model.attention
 
 
-GROUPS = (_blocks, _attention, _target_attention, _on_a_gpu("train.overlap_target"), _on_a_gpu("train.capture"))
-"""Options that exclude one another, group by group in the order in which they are tried."""
+def _overlap(choices: Mapping[str, Any], now: RunConfig, gpus: int) -> Iterator[Settings]:
+    if choices["gpu"]:
+        yield from ({"train.overlap_target": value} for value in (False, True))
+
+
+def _capture(choices: Mapping[str, Any], now: RunConfig, gpus: int) -> Iterator[Settings]:
+    if choices["gpu"] and gpus == 1:
+        yield from ({"train.capture": value} for value in (False, True))
+
+
+GROUPS = (_blocks, _attention, _target_attention, _overlap, _capture)
+"""Options that exclude one another, group by group in the order in which they are tried: of what can run here (see
+``choices_on``), what is set now, and the number of GPUs."""
 
 
 def differing(config: RunConfig, settings: Settings) -> Settings:
@@ -253,11 +344,6 @@ def with_settings(config: RunConfig, settings: Settings) -> RunConfig:
     return replace(config, **{section: replace(getattr(config, section), **values) for section, values in changed})
 
 
-def flags(settings: Settings) -> str:
-    """As they are typed behind ``ijepa-fast pretrain``."""
-    return " ".join(f"--{name} {_value(value)}" for name, value in settings.items())
-
-
 def nested(settings: Settings) -> dict[str, dict[str, Any]]:
     """As a YAML file of settings holds them."""
     sections: dict[str, dict[str, Any]] = {}
@@ -267,21 +353,27 @@ def nested(settings: Settings) -> dict[str, dict[str, Any]]:
     return sections
 
 
+def flags(settings: Settings) -> str:
+    """As they are typed behind ``ijepa-fast pretrain``."""
+    return " ".join(f"--{name} {_value(value)}" for name, value in settings.items())
+
+
 def _value(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
+    return {True: "true", False: "false", None: "null"}.get(value, value)
 
 
 def header() -> str:
-    """Of the table for a person; the last column is the rate over that as configured."""
-    head = f"{'options':<58}{'images/s':>10}{'ms/step':>10}{'GiB':>8}{'gain':>8}"
-    return f"{head}\n{'-' * len(head)}"
+    """Of the table for a person; gain is the rate over that as configured."""
+    head = f"{'images/s':>10}{'ms/step':>10}{'GiB':>8}{'gain':>8}  options"
+    return f"{head}\n{'-' * 78}"
 
 
 def line(settings: Settings, way: Mapping[str, Any], base: Mapping[str, Any]) -> str:
     """Of one way."""
-    start = f"{', '.join(f'{name} {_value(value)}' for name, value in settings.items()) or 'as configured':<58}"
+    options = ", ".join(f"{name} {_value(value)}" for name, value in settings.items()) or "as configured"
     if "failed" in way:
-        return f"{start}  {way['failed']}"
-    memory = f"{way['peak_memory_gib']:>8.1f}" if "peak_memory_gib" in way else " " * 8
+        return f"{'':36}  {options}: {way['failed']}"
+    memory = f"{way['reserved_gib']:>8.1f}" if "reserved_gib" in way else " " * 8
     milliseconds, gain = way["times"]["p50"] / 1e3, way["images_per_second"] / base["images_per_second"]
-    return f"{start}{way['images_per_second']:>10.1f}{milliseconds:>10.1f}{memory}{gain:>7.2f}x"
+    remark = " (activations are computed again)" if way["activation_checkpointing"] else ""
+    return f"{way['images_per_second']:>10.1f}{milliseconds:>10.1f}{memory}{gain:>7.2f}x  {options}{remark}"
