@@ -12,7 +12,8 @@ recipe is what the others are compared with, seed by seed.
 
     python -m benchmarks.ablations --table benchmarks/results/ablations.json --doc docs/ablations.md --png FILE
 
-writes table and picture of a results file anew, the table between the two comments in FILE that mark its place.
+writes table and picture of a results file anew, the table between the comments in FILE that mark the place of that file
+by its name.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ from ijepa_fast.logs import write_json
 from ijepa_fast.recipe_files import read_recipe, recipes
 from ijepa_fast.train import load_trained, pretrain
 
-DOC_START, DOC_END = "<!-- table of benchmarks/ablations.py -->\n", "<!-- end of table -->"
+DOC_END = "<!-- end of table -->"
 
 
 def chosen_recipes(wanted: list[str]) -> list[str]:
@@ -224,7 +225,12 @@ def draw(report: dict, path: Path) -> None:
     figure.savefig(path)
 
 
-def write_into(document: Path, table: str, start: str = DOC_START, end: str = DOC_END) -> None:
+def doc_start(results: str) -> str:
+    """What stands before the table of a results file."""
+    return f"<!-- table of {results} -->\n"
+
+
+def write_into(document: Path, table: str, start: str, end: str = DOC_END) -> None:
     """Replace what stands between the two comments that mark the table's place. ValueError if they are not there."""
     text = document.read_text()
     head, found, rest = text.partition(start)
@@ -255,7 +261,7 @@ def main() -> int:
         (arguments.out / "ablations.json").write_text(json.dumps(report, indent=2) + "\n")
     table = markdown_table(report)
     if arguments.doc:
-        write_into(arguments.doc, table)
+        write_into(arguments.doc, table, doc_start(arguments.table.name if arguments.table else "ablations.json"))
     if not arguments.table:
         (arguments.out / "ablations.md").write_text(table)
     draw(report, arguments.png or arguments.out / "ablations.png")

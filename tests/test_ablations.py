@@ -12,9 +12,11 @@ from tiny import tiny_run
 from benchmarks import ablations, mask_quality
 from ijepa_fast import cli
 from ijepa_fast.config import RunConfig, as_dict, from_dict
+from ijepa_fast.masks import MaskSampler
 from ijepa_fast.recipe_files import read_recipe, recipes
 
 BASELINE = "ablations/baseline"
+START = ablations.doc_start("ablations.json")
 SHIPPED = [name for name in recipes() if name.startswith("ablations/")]
 
 # What the issue asks for: setting -> values beside the baseline's.
@@ -54,6 +56,13 @@ def test_an_ablation_changes_one_thing(name):
     assert read(name).output == f"runs/{name}"
 
 
+@pytest.mark.parametrize(("name", "patches"), [("baseline", 30), ("context_truncated", 14), ("context_smaller", 13)])
+def test_contexts_have_as_many_patches_as_the_documentation_says(name, patches):
+    sampler = MaskSampler(read(f"ablations/{name}").masks, (8, 8))
+    counted = sum(sampler.counts(64, seed=0, step=step)[0] for step in range(20))
+    assert round(counted / (20 * 64)) == patches
+
+
 def test_patterns_name_recipes_with_the_baseline_first(tmp_path):
     assert ablations.chosen_recipes(["ablations/*"])[0] == BASELINE
     assert set(ablations.chosen_recipes(["ablations/*"])) == set(SHIPPED)
@@ -84,7 +93,7 @@ def recipe_files(tmp_path_factory):
 
 def test_the_whole_command_and_its_second_run(recipe_files, tmp_path, monkeypatch, capsys):
     document = tmp_path / "doc.md"
-    document.write_text(f"before\n{ablations.DOC_START}old\n{ablations.DOC_END}\nafter\n")
+    document.write_text(f"before\n{START}old\n{ablations.DOC_END}\nafter\n")
     flags = ["--recipes", *recipe_files, "--seeds", "0", "3", "--out", str(tmp_path / "out"), "--doc", str(document)]
     # In this process, and with the real training; the command itself starts processes.
     monkeypatch.setattr(ablations, "ProcessPoolExecutor", lambda *_: ThreadPoolExecutor(1))
@@ -102,7 +111,7 @@ def test_the_whole_command_and_its_second_run(recipe_files, tmp_path, monkeypatc
     table = (tmp_path / "out" / "ablations.md").read_text()
     mean = sum(run["probe"] for run in second["runs"]) / 2
     assert f"| second | objective.targets pixels | {100 * mean:.1f} ±" in table
-    assert document.read_text() == f"before\n{ablations.DOC_START}{table}{ablations.DOC_END}\nafter\n"
+    assert document.read_text() == f"before\n{START}{table}{ablations.DOC_END}\nafter\n"
     assert (tmp_path / "out" / "ablations.png").read_bytes().startswith(b"\x89PNG")
 
     trained = []
@@ -147,10 +156,10 @@ def test_the_table_by_hand():
 
 def test_a_document_without_a_place_for_the_table_is_left_alone(tmp_path):
     document = tmp_path / "doc.md"
-    document.write_text(f"{ablations.DOC_START}no end\n")
+    document.write_text(f"{START}no end\n")
     with pytest.raises(ValueError, match="lacks the comments"):
-        ablations.write_into(document, "table\n")
-    assert document.read_text() == f"{ablations.DOC_START}no end\n"
+        ablations.write_into(document, "table\n", START)
+    assert document.read_text() == f"{START}no end\n"
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -167,14 +176,20 @@ def test_the_documentation_shows_the_committed_figures_of_mask_quality():
     assert abs(longer) <= seconds["batch_min"] and steps["batch_min"] == steps["exact"]
 
 
-def test_the_documentation_shows_the_committed_results():
-    report = json.loads((ROOT / "benchmarks" / "results" / "ablations.json").read_text())
+@pytest.mark.parametrize("contexts", [False, True])
+def test_the_documentation_shows_the_committed_results(contexts):
+    """Recipes that change the context are compared in a file and a section of their own."""
+    name = "contexts.json" if contexts else "ablations.json"
+    report = json.loads((ROOT / "benchmarks" / "results" / name).read_text())
     text = (ROOT / "docs" / "ablations.md").read_text()
-    assert ablations.DOC_START + ablations.markdown_table(report) + ablations.DOC_END in text
-    assert {entry["recipe"] for entry in report["recipes"]} == set(SHIPPED)
+    assert ablations.doc_start(name) + ablations.markdown_table(report) + ablations.DOC_END in text
+    of_contexts = {recipe for recipe in SHIPPED if recipe.startswith("ablations/context_")}
+    wanted = of_contexts | {BASELINE} if contexts else set(SHIPPED) - of_contexts
+    assert {entry["recipe"] for entry in report["recipes"]} == wanted
     baseline = ablations.run_config(BASELINE, 0, ROOT)
     for entry in report["recipes"]:
-        assert entry["changes"] == ablations.changes(baseline, ablations.run_config(entry["recipe"], 0, ROOT))
+        changes = ablations.changes(baseline, ablations.run_config(entry["recipe"], 0, ROOT))
+        assert entry["changes"] == json.loads(json.dumps(changes))
         assert [run["seed"] for run in entry["runs"]] == [0, 1, 2]
 
 
