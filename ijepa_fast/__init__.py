@@ -24,6 +24,7 @@ _MODULE_OF = {
     "Predictor": "vit",
     "Ragged": "ragged",
     "VisionTransformer": "vit",
+    "cast_weights": "vit",
     "parameter_groups": "optim",
     "varlen_attention": "attention",
 }

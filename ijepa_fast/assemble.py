@@ -44,11 +44,11 @@ def prepare(model: IJEPA, config: RunConfig, images: int, device: torch.device) 
     model.to(device)
     cast_weights(model, PRECISION_DTYPES[config.train.precision])
     set_checkpointing(model, config, images, device)
+    if config.train.fused:
+        # FP8 products are not among the fused kernels: a target encoder that multiplies so keeps its plain blocks.
+        model.fuse_blocks(targets=config.train.fp8_targets == "off")
     for network in (model.context_encoder, model.target_encoder, model.predictor):
         network.wide_residual = config.train.wide_residual
-        # FP8 products are not among the fused kernels: a target encoder that multiplies so keeps its plain blocks.
-        if config.train.fused and not (network is model.target_encoder and config.train.fp8_targets != "off"):
-            network.fuse_blocks()
         if config.train.compile:
             network.compile_blocks()
     if config.train.overlap_target:

@@ -187,6 +187,22 @@ class IJEPA(nn.Module):
             raise ValueError(f"FP8 scaling {scaling} needs plain blocks, but the target encoder's are fused")
         self.fp8_targets = scaling
 
+    def fuse_blocks(self, *, targets: bool = True) -> None:
+        """From now on, run the blocks of all three networks on the package's fused kernels (``fused.py``).
+
+        Call it before anything is compiled, on the device and in the dtype of the run: on a GPU with weights in bf16 or
+        fp16 (``cast_weights``).
+
+        Args:
+            targets: those of the target encoder too; FP8 products need them plain.
+
+        Raises:
+            ValueError: blocks were compiled before, or the kernels cannot run here, with the reason.
+        """
+        networks = [self.context_encoder, self.predictor]
+        for network in (*networks, self.target_encoder) if targets else networks:
+            network.fuse_blocks()
+
     def forward(self, images: Tensor, masks: Masks, *, all_targets: bool = True) -> tuple[Losses, Tensor]:
         """Loss of one batch, and the pooled target features.
 

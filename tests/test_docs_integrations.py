@@ -20,7 +20,7 @@ def page(name: str) -> str:
 @pytest.mark.parametrize(
     ("name", "blocks"),
     [
-        pytest.param("jepa_model", 5, marks=pytest.mark.slow),  # compiles
+        pytest.param("jepa_model", 6, marks=pytest.mark.slow),  # compiles
         ("huggingface", 3),
         ("lightning", 2),
         ("pieces", 1),

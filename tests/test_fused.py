@@ -36,8 +36,7 @@ def networks(model):
 
 
 def fuse(model):
-    for network in networks(model):
-        network.fuse_blocks()
+    model.fuse_blocks()
     return model
 
 

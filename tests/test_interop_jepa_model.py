@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from tiny_jepa import BATCH, PATCHES, TINY, images, same, tiny, train, trained, weights
 from torch import nn
 
-from ijepa_fast import IJEPA, JEPAModel, Ragged
+from ijepa_fast import IJEPA, FusedAdamW, JEPAModel, Ragged, cast_weights, parameter_groups
 from ijepa_fast.interop import jepa_model
 from ijepa_fast.interop.jepa_config import JEPAConfig, nearest_heads
 from ijepa_fast.interop.weights import WeightsError, interpolate_positions
@@ -101,6 +101,47 @@ class TestConfiguration:
         assert model.context_encoder.patch_embed.mean == [0.5]
         loss, _ = model(images()[:, :1])
         assert loss.isfinite()
+
+
+class TestFusedBlocks:
+    @pytest.mark.parametrize("copied", [False, True])
+    def test_they_train_the_same(self, copied):
+        plain, fused = tiny(), tiny()
+        fused.load_state_dict(plain.state_dict())
+        fused.fuse_blocks()
+        if copied:
+            fused = copy.deepcopy(fused)
+        assert all(network.fused for network in (fused.context_encoder, fused.target_encoder, fused.predictor))
+        losses = []
+        for model in (plain, fused):
+            optimizer = FusedAdamW(parameter_groups(model), lr=1e-3)
+            losses.append([])
+            for number in range(3):
+                loss, _ = model(images(number))
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                losses[-1].append(float(loss.detach()))
+        assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+        assert fused.state_dict().keys() == plain.state_dict().keys()
+
+    def test_with_cast_weights_the_optimizer_keeps_masters(self):
+        model = tiny()
+        cast_weights(model, torch.bfloat16)
+        model.fuse_blocks()
+        optimizer = FusedAdamW(parameter_groups(model), lr=1e-3)
+        loss, _ = model(images(0))
+        loss.backward()
+        optimizer.step()
+        weight = model.context_encoder.blocks[0].mlp.fc1.weight
+        master = optimizer.state[weight]["master"]
+        assert weight.dtype == torch.bfloat16 and master.dtype == torch.float32
+        assert torch.equal(master.bfloat16(), weight) and not torch.equal(master, weight.float())
+
+    def test_targets_can_stay_plain(self):
+        model = tiny()
+        model.fuse_blocks(targets=False)
+        assert model.context_encoder.fused and model.predictor.fused and not model.target_encoder.fused
 
 
 class TestLoss:
