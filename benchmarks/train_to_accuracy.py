@@ -33,7 +33,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -286,6 +286,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     settings = {name: getattr(options, name) for name in described}
     settings |= {"data": options.name or options.data, "batch": train.batch_size, "precision": precision}
     settings |= {"contenders": names, "device": device.type, "model": _sizes(config)}
+    settings["masks"] = json.loads(json.dumps(asdict(config.masks)))
     report = started(options.json, settings)
     if not report:
         per_epoch = TrainLoader(sources.train, **loading(config)).steps_per_epoch

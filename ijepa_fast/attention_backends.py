@@ -157,6 +157,11 @@ def _load_cudnn() -> Callable[..., Tensor]:
     return attend
 
 
+def _version(text: str) -> tuple[int, ...]:
+    """Major and minor."""
+    return tuple(map(int, text.split(".")[:2]))
+
+
 def _load_torch_varlen() -> Callable[..., Tensor]:
     """FlashAttention-2, unless torch was told to take another version in its place."""
     from torch.nn.attention import current_flash_attention_impl
@@ -164,7 +169,7 @@ def _load_torch_varlen() -> Callable[..., Tensor]:
 
     with_sequences, with_copies = covered(varlen_attn), guarded(varlen_attn)
     # On AMD GPUs the kernels are others. After torch 2.13 varlen_attn takes cuDNN where it can, by rules that change.
-    if torch.version.hip is not None or tuple(map(int, torch.__version__.split(".")[:2])) > (2, 13):
+    if torch.version.hip is not None or _version(torch.__version__) > (2, 13):
         return with_copies
 
     def attend(*arguments):
@@ -190,9 +195,10 @@ def _load_flash_attn() -> Callable[..., Tensor]:
     try:
         from flash_attn_interface import flash_attn_varlen_func
     except ImportError:
-        from flash_attn import flash_attn_varlen_func
+        from flash_attn import __version__, flash_attn_varlen_func
 
-        if torch.version.hip is None:  # on AMD GPUs the kernels are others
+        # On AMD GPUs the kernels are others; those of other versions have not been read.
+        if torch.version.hip is None and (2, 4) <= _version(__version__) <= (2, 8):
             around = covered
 
     def attend(q, k, v, cu_q, cu_k, max_q, max_k):

@@ -95,7 +95,7 @@ def covered(attend: Callable[..., Tensor]) -> Callable[..., Tensor]:
     for keys whose sequence has no queries (``compute_dq_dk_dv_1colblock``; all in ``csrc/flash_attn/src`` of its
     repository, versions 2.4 to 2.8). So padding queries get sequences without keys, and padding keys get sequences
     without queries. Most of them are empty: each costs a few idle blocks of threads, and 128 rows of the workspace in
-    which the backward pass sums the gradient of the queries.
+    which the backward pass sums the gradient of the queries, together at most twice as many as there are.
     """
 
     def around(q, k, v, cu_q, cu_k, max_q, max_k, uniform):

@@ -186,14 +186,18 @@ class BlockStack(nn.Module):
         Raises:
             ValueError: blocks were compiled before, or the kernels cannot run here, with the reason.
         """
-        if "_call" in vars(self):
-            raise ValueError("fuse_blocks must come before compile_blocks, and once")
-        weight = next(module.weight for module in self.modules() if isinstance(module, Linear))
-        fused.check_device(weight.device, weight.dtype)
+        self.check_fuse_blocks()
         for module in self.modules():
             if isinstance(module, (BlockStack, Linear, LayerNorm)):
                 module.fused = True
         self._call = fused.block_forward
+
+    def check_fuse_blocks(self) -> None:
+        """Raise ValueError, as ``fuse_blocks`` does, if it cannot be called."""
+        if "_call" in vars(self):
+            raise ValueError("fuse_blocks must come before compile_blocks, and once")
+        weight = next(module.weight for module in self.modules() if isinstance(module, Linear))
+        fused.check_device(weight.device, weight.dtype)
 
     def _stream(self, x: Tensor) -> Tensor:
         """What enters the blocks, in the dtype that the sums between them are kept in."""

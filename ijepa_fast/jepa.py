@@ -197,10 +197,15 @@ class IJEPA(nn.Module):
             targets: those of the target encoder too; FP8 products need them plain.
 
         Raises:
-            ValueError: blocks were compiled before, or the kernels cannot run here, with the reason.
+            ValueError: blocks were fused or compiled before, the kernels cannot run here, with the reason, or FP8
+                products are wanted of the target encoder. Nothing is fused then.
         """
-        networks = [self.context_encoder, self.predictor]
-        for network in (*networks, self.target_encoder) if targets else networks:
+        if targets and self.fp8_targets != "off":
+            raise ValueError(f"FP8 scaling {self.fp8_targets} needs plain blocks: give fuse_blocks(targets=False)")
+        networks = [self.context_encoder, self.predictor, *([self.target_encoder] if targets else [])]
+        for network in networks:
+            network.check_fuse_blocks()
+        for network in networks:
             network.fuse_blocks()
 
     def forward(self, images: Tensor, masks: Masks, *, all_targets: bool = True) -> tuple[Losses, Tensor]:

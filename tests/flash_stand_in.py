@@ -90,13 +90,15 @@ def _backward(ctx, grad):
 flash_attention_2.register_autograd(_backward, setup_context=_setup_context)
 
 
-def loaded(name: str, attend: Callable[..., Tensor] = flash_attention_2, module: str = "flash_attn") -> Callable:
+def loaded(
+    name: str, attend: Callable[..., Tensor] = flash_attention_2, module: str = "flash_attn", version: str = "2.8.3"
+) -> Callable:
     """What the loader of a backend puts around ``attend``, which stands for the library's function.
 
-    Of flash-attn, the versions are told apart by the ``module`` that they are imported from.
+    Of flash-attn, 3 and 4 are told apart by the ``module`` that they are imported from.
     """
     modules = dict.fromkeys(("flash_attn.cute", "flash_attn_interface", "flash_attn"))  # whose import fails
-    modules[module] = SimpleNamespace(flash_attn_varlen_func=attend)
+    modules[module] = SimpleNamespace(flash_attn_varlen_func=attend, __version__=version)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.nn.attention.varlen, "varlen_attn", attend)
         for known, content in modules.items():

@@ -174,6 +174,13 @@ def test_of_flash_attns_versions_the_second_alone_gets_further_sequences(module,
     assert covers("flash_attn", module=module) == expected
 
 
+@pytest.mark.parametrize(
+    ("version", "expected"), [("2.4.0.post1", True), ("2.8.4", True), ("2.3.6", False), ("2.9.0", False)]
+)
+def test_versions_of_the_second_that_were_not_read_get_copies(version, expected):
+    assert covers("flash_attn", version=version) == expected
+
+
 @pytest.mark.parametrize("name", ["torch_varlen", "flash_attn"])
 def test_kernels_of_amd_gpus_get_copies(name, monkeypatch):
     monkeypatch.setattr(torch.version, "hip", "6.4")

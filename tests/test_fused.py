@@ -187,6 +187,26 @@ def test_fusing_comes_before_compiling_and_once(first):
         encoder.fuse_blocks()
 
 
+def test_nothing_is_fused_if_one_network_cannot_be():
+    model = make_model(GRID)
+    model.target_encoder.compile_blocks()
+    with pytest.raises(ValueError, match="must come before compile_blocks"):
+        model.fuse_blocks()
+    assert not any(network.fused for network in networks(model))
+
+
+def test_fp8_products_need_plain_blocks_in_either_order():
+    model = tiny_model()
+    model.use_fp8_targets("tensor", torch.device("cpu"))
+    with pytest.raises(ValueError, match=r"FP8 scaling tensor needs plain blocks: give fuse_blocks\(targets=False\)"):
+        model.fuse_blocks()
+    model.fuse_blocks(targets=False)
+    assert model.predictor.fused and not model.target_encoder.fused
+    other = fuse(tiny_model())
+    with pytest.raises(ValueError, match="needs plain blocks, but the target encoder's are fused"):
+        other.use_fp8_targets("tensor", torch.device("cpu"))
+
+
 def test_what_a_gpu_cannot_run_is_refused(monkeypatch):
     gpu = torch.device("cuda")
     for dtype in (torch.float32, torch.float64):
