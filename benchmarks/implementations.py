@@ -18,15 +18,7 @@ from torch import Tensor, nn
 from benchmarks.baselines import Eager, load_weights, mask_lists
 from benchmarks.compiled import Compiled, Packed
 from ijepa_fast.assemble import assemble
-from ijepa_fast.bench.agreement import (
-    GRADIENT_TOLERANCE,
-    LOSS_TOLERANCE,
-    NOTHING,
-    REHEARSED_TOLERANCE,
-    gradient_difference,
-    largest,
-    relative,
-)
+from ijepa_fast.bench.agreement import NOTHING, gradient_difference, largest, relative
 from ijepa_fast.config import ModelConfig, RunConfig, TrainConfig
 from ijepa_fast.flops import StepFlops, TokenCounts, step_flops
 from ijepa_fast.jepa import Objective
@@ -215,6 +207,11 @@ class Case:
         return mask_lists(masks.context, 1, patches), mask_lists(masks.targets, masks.num_targets, patches)
 
 
+LOSS_TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2}
+GRADIENT_TOLERANCE = {"fp32": 1e-3, "bf16": 0.2}
+REHEARSED_TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2}
+"""Of losses after updates. Adam's first ones move a weight by the learning rate whatever its gradient, so where that is
+all but zero, rounding decides on the direction."""
 APPROXIMATE_LOSS, LEAST_COSINE = 5e-2, 0.98
 """For targets computed in 8 bits, whose 3 bits of mantissa are off by 2 to 3 % in every product."""
 

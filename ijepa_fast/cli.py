@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import json
 import logging
@@ -304,12 +305,12 @@ def _config_of_a_benchmark(parser, argv: list[str]):
     from ijepa_fast.bench.command import RECIPES
     from ijepa_fast.distributed import pick_device
 
-    named = [argument for argument in argv if argument.startswith("--config")]
-    if not named:
+    if not any(argument.partition("=")[0] == "--config" for argument in argv):
         argv = ["--config", RECIPES[pick_device("auto", 0).type], *argv]
     config, parsed = _run_config(parser, argv)
-    name = argv[argv.index("--config") + 1] if "--config" in argv else named[0].partition("=")[2]
-    return config, Path(name).stem, parsed
+    named = [value for flag, value in zip(argv, argv[1:], strict=False) if flag == "--config"]
+    named += [argument.partition("=")[2] for argument in argv if argument.startswith("--config=")]
+    return config, " + ".join(Path(name).stem for name in named), parsed
 
 
 def _bench(argv: list[str]) -> int:
@@ -334,6 +335,26 @@ def _bench(argv: list[str]) -> int:
     return 0
 
 
+@contextlib.contextmanager
+def _ended_by_signals():
+    """Ends as an exception does, which leaves no files and processes behind."""
+    import signal
+    import threading
+
+    def end(number, _frame):
+        sys.exit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():  # which alone gets signals
+        yield
+        return
+    before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def _fastest(argv: list[str]) -> int:
     parser = _run_parser("fastest", "Try the options of a recipe's training step here, and name the fastest.")
     images_help = "Images per step on one GPU; by default its share of the batch, at most 128 at a time (CPU: 16)."
@@ -343,7 +364,6 @@ def _fastest(argv: list[str]) -> int:
     parser.add_argument("--out", type=Path | None, default=None, help="YAML file to write the fastest settings to.")
     parser.add_argument("--json", type=Path | None, default=None, help="File to write everything to, after each way.")
     config, name, parsed = _config_of_a_benchmark(parser, argv)
-    import signal
     from functools import partial
 
     import yaml
@@ -359,14 +379,16 @@ def _fastest(argv: list[str]) -> int:
         raise UsageError(str(error)) from None
     for path in filter(None, (parsed.out, parsed.json)):  # now, not when there are results to lose
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # leaves no files and processes behind
+        with path.open("a") as file:
+            if not path.stat().st_size:
+                file.write("{}\n")
     say = partial(print, flush=True)
     if images * parsed.gpus != config.train.batch_size:
         say(f"{images} of the {config.train.batch_size} images of a step; --images gives another number")
-    found = fastest(
-        config, name, device, images=images, seconds=parsed.seconds, gpus=parsed.gpus, path=parsed.json, say=say
-    )
+    with _ended_by_signals():
+        found = fastest(
+            config, name, device, images=images, seconds=parsed.seconds, gpus=parsed.gpus, path=parsed.json, say=say
+        )
     if not found["settings"]:
         say(f"\nnothing here is faster than {name} as configured")
     else:

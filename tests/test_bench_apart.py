@@ -28,6 +28,10 @@ def crash():
     os.kill(os.getpid(), signal.SIGSEGV)
 
 
+def fail_as_a_compiler():
+    raise RuntimeError("at 12:34:\n  x = tl.load(p)\n  ^\nunsupported thing")
+
+
 def leave():
     os._exit(3)
 
@@ -55,6 +59,7 @@ def test_a_result_comes_back_from_another_process():
         (refuse, ("width 3 is odd\nand more",), "^width 3 is odd$"),
         (refuse, ("x" * 1000,), f"^x{{{MOST_TEXT}}}...$"),
         (divide, (1, 0), "^ZeroDivisionError: division by zero$"),
+        (fail_as_a_compiler, (), r"^RuntimeError: at 12:34: \.\.\. unsupported thing$"),
         (crash, (), "^its process ended with signal SIGSEGV$"),
         (leave, (), "^its process ended with exit status 3$"),
         (leave_with_a_child, (), "^its process ended with exit status 3$"),
@@ -88,7 +93,15 @@ def test_a_process_ends_with_its_parent(tmp_path):
     finally:
         parent.kill()
         parent.wait()
-    wait_for(lambda: not Path(f"/proc/{child}").exists())
+    wait_for(lambda: ended(child))
+
+
+def ended(process):
+    """Where nobody waits for it, it stays as a zombie."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except OSError:
+        return True
 
 
 def wait_for(condition, seconds=60):

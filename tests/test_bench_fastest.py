@@ -26,6 +26,7 @@ from ijepa_fast.bench.fastest import (
 from ijepa_fast.bench.training import random_step
 from ijepa_fast.config import ModelConfig, RunConfig, TrainConfig, from_dict
 from ijepa_fast.masks import MaskConfig
+from ijepa_fast.optim.plan import Plan
 from tests.tiny import tiny_run
 
 CPU = torch.device("cpu")
@@ -230,6 +231,7 @@ def test_other_ways_are_compared_with_the_step_as_configured(configured):
         ({"first_loss": 3.0}, r"does not train the same: loss .* apart \(at most 1e-05\)"),
         ({"losses": [3.0] * 12}, "does not train the same: losses"),
         ({"losses": [math.nan] * 12}, "does not train the same: losses nan"),
+        ({"moved": [0.0, 0.0]}, "does not train the same: moved inf apart"),
         ({"skipped": -1}, "does not train the same: skipped 1 apart"),
     ],
 )
@@ -248,6 +250,30 @@ def test_every_gradient_counts(configured, which, factor):
     torch.save(gradients, common[-1])
     with pytest.raises(ValueError, match="does not train the same: gradient"):
         try_way(TINY, *common, base)
+
+
+@pytest.mark.parametrize("broken", ["context", "average"])
+def test_updates_that_do_not_reach_weights_or_averages_are_seen(configured, monkeypatch, broken):
+    """Their losses hardly tell."""
+    common, base = configured
+    update = Plan.update
+
+    def partly(self, *arguments):
+        kept = self._tensors[0 if broken == "context" else 4]
+        before = [value.clone() for value in kept]
+        update(self, *arguments)
+        for value, old in zip(kept, before, strict=True):
+            value.copy_(old)
+
+    monkeypatch.setattr(Plan, "update", partly)
+    with pytest.raises(ValueError, match="does not train the same: .*moved"):
+        try_way(TINY, *common, base)
+
+
+def test_a_step_as_configured_that_is_not_finite_is_told(tmp_path):
+    wild = replace(TINY, optim=replace(TINY.optim, start_lr=1e30, lr=1e30))
+    with pytest.raises(ValueError, match="as configured, losses after updates is not finite: lower optim.lr"):
+        try_way(wild, CPU, 4, 0.01, tmp_path / "gradients.pt", None)
 
 
 def test_gradients_of_other_parameters_are_refused():
@@ -325,6 +351,11 @@ def test_the_command(tmp_path, capsys, monkeypatch):
     assert (f"ijepa-fast pretrain ... {chosen}" if chosen else "nothing here is faster than small") in printed
 
 
+def test_a_folder_in_place_of_a_file_is_refused_at_once(tmp_path, capsys):
+    assert cli.main(["fastest", "--config", "demo", "--out", str(tmp_path)]) == 1
+    assert "Is a directory" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("flag", ["--images", "--gpus", "--seconds"])
 def test_wrong_usage_of_the_command(flag, capsys):
     assert cli.main(["fastest", "--config", "demo", flag, "0"]) == 2
@@ -334,7 +365,7 @@ def test_wrong_usage_of_the_command(flag, capsys):
 @pytest.mark.gpu
 def test_every_way_of_the_package_runs_and_trains_the_same_on_a_gpu(monkeypatch):
     """In this process, and without torch.compile, which takes a minute."""
-    monkeypatch.setattr(module, "GROUPS", (lambda base: [{"train.fused": True}], *module.GROUPS[1:]))
+    monkeypatch.setattr(module, "GROUPS", (lambda *_: [{"train.fused": True}], *module.GROUPS[1:]))
     config = RunConfig(model=replace(RunConfig().model, embed_dim=192, depth=2, num_heads=3, predictor_depth=2))
     config = with_settings(config, {"model.predictor_embed_dim": 96, "train.device": "cuda"})
 

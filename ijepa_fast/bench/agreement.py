@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
 
-LOSS_TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2, "fp16": 2e-2}
-GRADIENT_TOLERANCE = {"fp32": 1e-3, "bf16": 0.2, "fp16": 0.2}
 NOTHING = {"fp32": 1e-4, "bf16": 1e-2, "fp16": 1e-2}
 """Share of the whole gradient below which that of a single parameter is rounding."""
-REHEARSED_TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2, "fp16": 5e-2}
-"""Of losses after updates. Adam's first ones move a weight by the learning rate whatever its gradient, so where that is
-all but zero, rounding decides on the direction."""
 
 
 def relative(found: float, want: float) -> float:
-    return abs(found - want) / abs(want)
+    """0 for equal numbers, infinite for another one than 0."""
+    if found == want:
+        return 0.0
+    return abs(found - want) / abs(want) if want else math.inf
 
 
 def largest(values: Iterable[float]) -> float:

@@ -25,7 +25,7 @@ def call_apart(function: Callable[..., Any], *arguments: Any, seconds: float) ->
     """``function(*arguments)`` in a fresh Python process.
 
     Args:
-        function: at the top of a module; it, its arguments and its result are pickled.
+        function: at the top of a module; it, its arguments and its result, which should be small, are pickled.
         seconds: the process is ended after this time.
 
     Raises:
@@ -44,10 +44,12 @@ def call_apart(function: Callable[..., Any], *arguments: Any, seconds: float) ->
         try:
             answered = receiver.poll()
             result, error = receiver.recv() if answered else (None, None)
-        except EOFError:
+        except (EOFError, OSError):  # OSError in the middle of an answer
             answered = False
-        process.join(AFTER_ANSWER if answered else None)
+        process.join(AFTER_ANSWER)
         if not answered:
+            process.kill()
+            process.join()
             raise Failed(f"its process ended with {_exit(process.exitcode)}")
     finally:
         process.kill()
@@ -76,12 +78,15 @@ def _end_with_parent() -> None:
 def _in_words(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
     name = type(error).__name__
-    # Messages of our own explain themselves.
-    text = lines[0] if isinstance(error, ValueError) and lines[0] else f"{name}: {lines[0]}"
+    if isinstance(error, ValueError) and lines[0]:  # messages of our own explain themselves
+        text = lines[0]
+    else:  # compilers begin with the place, and end with the reason
+        text = f"{name}: {' ... '.join(dict.fromkeys((lines[0], lines[-1])))}"
     return text if len(text) <= MOST_TEXT else text[:MOST_TEXT] + "..."
 
 
 def _exit(code: int | None) -> str:
     if code is not None and code < 0:
-        return f"signal {signal.Signals(-code).name}"
+        known = -code in set(signal.Signals)
+        return f"signal {signal.Signals(-code).name if known else -code}"
     return f"exit status {code}"
