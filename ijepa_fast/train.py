@@ -206,7 +206,7 @@ def _hint_at_options(config: RunConfig, device: torch.device) -> None:
     switched_on = train.compile or train.fused or train.capture or train.overlap_target
     chosen = model.attention != "auto" or model.target_attention is not None
     if device.type == "cuda" and not (switched_on or chosen):
-        log.info("no option that may make steps faster is on; `ijepa-fast fastest` tells which do so on this GPU")
+        log.info("`ijepa-fast fastest` finds out which options of the step are faster on this GPU")
 
 
 def _check_batches(config: RunConfig, me: Ranks) -> None:

@@ -1,8 +1,8 @@
 """``ijepa-fast fastest``: which options of the training step are fastest on this machine, for one configuration.
 
 An option changes how a step is computed, not what it learns. Each is tried in a process of its own, on the same weights
-and random images, and held to the step as configured by gradients, losses and skipped updates before its time counts:
-what does not run here, or does not train the same, is named and not chosen. Options are tried one group after another,
+and random images, and held to the step as configured by gradients, losses, movement of weights and skipped updates
+before its time counts: what does not run here, or does not train the same, is named and not chosen. Options are tried one group after another,
 each on top of the fastest found so far; the winner is timed once more beside the step as configured.
 """
 
@@ -43,8 +43,8 @@ LIMITS = {
     "bf16": _HALF,
     "fp16": _HALF,
 }
-"""Of the differences of a way from the step as configured, see ``try_way``: some twenty times what rounding makes of
-fused blocks on a CPU at 12 blocks of width 192. Adam's first updates move a weight by the learning rate whatever its
+"""Of the differences of a way from the step as configured, see ``try_way``: twenty times and more of what rounding makes
+of fused blocks on a CPU. Adam's first updates move a weight by the learning rate whatever its
 gradient, so where that is all but zero, rounding decides on the direction."""
 MOST_IMAGES = {"cuda": 128, "cpu": 16}
 """Of a micro-batch, where nothing else is asked for."""
