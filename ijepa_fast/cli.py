@@ -368,7 +368,8 @@ def _fastest(argv: list[str]) -> int:
 
     import yaml
 
-    from ijepa_fast.bench.fastest import check, default_images, fastest, flags, nested
+    from ijepa_fast.bench.fastest import check, default_images, fastest
+    from ijepa_fast.bench.options import flags, nested
     from ijepa_fast.distributed import pick_device
 
     device = pick_device(config.train.device, 0)

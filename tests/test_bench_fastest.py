@@ -10,21 +10,13 @@ import yaml
 
 from ijepa_fast import cli
 from ijepa_fast.bench import fastest as module
+from ijepa_fast.bench import options
 from ijepa_fast.bench.agreement import gradient_difference
 from ijepa_fast.bench.apart import Failed
-from ijepa_fast.bench.fastest import (
-    check,
-    choices_on,
-    default_images,
-    fastest,
-    first_gradients,
-    flags,
-    nested,
-    try_way,
-    with_settings,
-)
+from ijepa_fast.bench.fastest import check, default_images, fastest, first_gradients, try_way
+from ijepa_fast.bench.options import choices_on, differing, flags, nested, with_settings
 from ijepa_fast.bench.training import random_step
-from ijepa_fast.config import ModelConfig, RunConfig, TrainConfig, from_dict
+from ijepa_fast.config import ModelConfig, RunConfig, TrainConfig, flatten, from_dict
 from ijepa_fast.masks import MaskConfig
 from ijepa_fast.optim.plan import Plan
 from tests.tiny import tiny_run
@@ -48,7 +40,7 @@ def table(rates, choices=CHOICES):
     rates = {name: list(rate) if isinstance(rate, tuple) else [rate] for name, rate in rates.items()}
 
     def attempt(config, device, images, seconds, gradients_file, base):
-        settings = module.differing(RunConfig(), {name: module.flatten(config)[name] for name in NAMES})
+        settings = differing(RunConfig(), {name: flatten(config)[name] for name in NAMES})
         known = rates.get(named(settings), [100.0])
         rate = known.pop(0) if len(known) > 1 else known[0]
         if isinstance(rate, str):
@@ -333,7 +325,7 @@ def test_settings_go_through_yaml_and_flags(tmp_path):
 
 def test_the_command(tmp_path, capsys, monkeypatch):
     """In processes of their own, as a user has it; without torch.compile, which takes a minute."""
-    monkeypatch.setattr(module, "GROUPS", (module._attention, module._target_attention))
+    monkeypatch.setattr(module, "GROUPS", (options._attention, options._target_attention))
     small = tmp_path / "small.yaml"
     values = {"model": vars(TINY.model), "masks": {"min_keep": 1}, "train": {"device": "cpu", "precision": "fp32"}}
     values["model"] = {name: value for name, value in values["model"].items() if not isinstance(value, tuple)}

@@ -2,15 +2,15 @@
 
 An option changes how a step is computed, not what it learns. Each is tried in a process of its own, on the same weights
 and random images, and held to the step as configured by gradients, losses, movement of weights and skipped updates
-before its time counts: what does not run here, or does not train the same, is named and not chosen. Options are tried one group after another,
-each on top of the fastest found so far; the winner is timed once more beside the step as configured.
+before its time counts: what does not run here, or does not train the same, is named and not chosen. Options
+(``options.py``) are tried one group after another, each on top of the fastest found so far; the winner is timed once
+more beside the step as configured.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -19,13 +19,13 @@ import torch
 from torch import Tensor
 
 from ijepa_fast.assemble import use_deterministic
-from ijepa_fast.attention import BACKENDS, Request, resolve
 from ijepa_fast.bench.agreement import NOTHING, gradient_difference, largest, relative
 from ijepa_fast.bench.apart import Failed, call_apart
 from ijepa_fast.bench.measure import SCHEMA, Times, machine, write_json
+from ijepa_fast.bench.options import GROUPS, Settings, choices_on, differing, value_text, with_settings
 from ijepa_fast.bench.training import random_step
-from ijepa_fast.config import RunConfig, flatten
-from ijepa_fast.step import PRECISION_DTYPES, TrainStep
+from ijepa_fast.config import RunConfig
+from ijepa_fast.step import TrainStep
 
 GAIN = 1.02
 """Times faster than the fastest so far that an option must be: less is noise, and no reason for another option."""
@@ -43,14 +43,11 @@ LIMITS = {
     "bf16": _HALF,
     "fp16": _HALF,
 }
-"""Of the differences of a way from the step as configured, see ``try_way``: twenty times and more of what rounding makes
-of fused blocks on a CPU. Adam's first updates move a weight by the learning rate whatever its
-gradient, so where that is all but zero, rounding decides on the direction."""
+"""Of the differences of a way from the step as configured, see ``try_way``: twenty times and more of what rounding
+makes of fused blocks on a CPU. Adam's first updates move a weight by the learning rate whatever its gradient, so where
+that is all but zero, rounding decides on the direction."""
 MOST_IMAGES = {"cuda": 128, "cpu": 16}
 """Of a micro-batch, where nothing else is asked for."""
-
-Settings = dict[str, Any]
-"""Dotted names of settings -> values, as flags have them."""
 
 
 def default_images(config: RunConfig, device: torch.device, gpus: int = 1) -> int:
@@ -303,90 +300,6 @@ def _require_agreement(differences: Mapping[str, float], limits: Mapping[str, fl
         raise ValueError(f"does not train the same: {said}")
 
 
-def choices_on(config: RunConfig, device: torch.device) -> dict[str, Any]:
-    """Whether ``device`` is a "gpu", and attention backends that run the sets of ``config`` on it: "any" for sets of
-    any length, "whole" for whole images, and the one that "auto" takes (None where that depends on the network). The
-    reference is not among them: it is slow."""
-    model, dtype = config.model, PRECISION_DTYPES[config.train.precision]
-    patches = (model.img_size // model.patch_size) ** 2
-    encoder, predictor = (width // model.num_heads for width in (model.embed_dim, model.predictor_embed_dim))
-    sets = [Request(device, dtype, head_dim, patches) for head_dim in (encoder, predictor)]
-    whole = [Request(device, dtype, encoder, patches, uniform=True)]
-
-    def able(requests: list[Request]) -> list[str]:
-        names = [name for name in BACKENDS if name != "reference"]
-        return [name for name in names if all(BACKENDS[name].reason(request) is None for request in requests)]
-
-    taken = {resolve("auto", request) for request in sets}
-    auto = taken.pop() if len(taken) == 1 else None
-    return {"gpu": device.type == "cuda", "any": able(sets), "whole": able(whole), "auto": auto}
-
-
-def _blocks(choices: Mapping[str, Any], now: RunConfig, gpus: int) -> Iterator[Settings]:
-    for fused, compiled in ((False, False), (True, False), (False, True), (True, True)):
-        yield {"train.fused": fused, "train.compile": compiled}
-
-
-def _attention(choices: Mapping[str, Any], now: RunConfig, gpus: int) -> Iterator[Settings]:
-    for name in choices["any"]:
-        if name != _backend(choices, now):
-            yield {"model.attention": name}
-
-
-def _target_attention(choices: Mapping[str, Any], now: RunConfig, gpus: int) -> Iterator[Settings]:
-    for name in (None, *choices["whole"]):
-        if name != _backend(choices, now):
-            yield {"model.target_attention": name}
-
-
-def _backend(choices: Mapping[str, Any], now: RunConfig) -> str | None:
-    return choices["auto"] if now.model.attention == "auto" else now.model.attention
-
-
-def _overlap(choices: Mapping[str, Any], now: RunConfig, gpus: int) -> Iterator[Settings]:
-    if choices["gpu"]:
-        yield from ({"train.overlap_target": value} for value in (False, True))
-
-
-def _capture(choices: Mapping[str, Any], now: RunConfig, gpus: int) -> Iterator[Settings]:
-    if choices["gpu"] and gpus == 1:
-        yield from ({"train.capture": value} for value in (False, True))
-
-
-GROUPS = (_blocks, _attention, _target_attention, _overlap, _capture)
-"""Options that exclude one another, group by group in the order in which they are tried: of what can run here (see
-``choices_on``), what is set now, and the number of GPUs."""
-
-
-def differing(config: RunConfig, settings: Settings) -> Settings:
-    """Those of the settings that ``config`` does not have already."""
-    return {name: value for name, value in settings.items() if flatten(config)[name] != value}
-
-
-def with_settings(config: RunConfig, settings: Settings) -> RunConfig:
-    """``config`` with some settings changed. Raises ValueError where they do not fit together."""
-    changed = nested(settings).items()
-    return replace(config, **{section: replace(getattr(config, section), **values) for section, values in changed})
-
-
-def nested(settings: Settings) -> dict[str, dict[str, Any]]:
-    """As a YAML file of settings holds them."""
-    sections: dict[str, dict[str, Any]] = {}
-    for dotted, value in settings.items():
-        section, _, name = dotted.partition(".")
-        sections.setdefault(section, {})[name] = value
-    return sections
-
-
-def flags(settings: Settings) -> str:
-    """As they are typed behind ``ijepa-fast pretrain``."""
-    return " ".join(f"--{name} {_value(value)}" for name, value in settings.items())
-
-
-def _value(value: Any) -> str:
-    return {True: "true", False: "false", None: "null"}.get(value, value)
-
-
 def header() -> str:
     """Of the table that people read; gain is the rate over that as configured."""
     head = f"{'images/s':>10}{'ms/step':>10}{'GiB':>8}{'gain':>8}  options"
@@ -395,7 +308,7 @@ def header() -> str:
 
 def line(settings: Settings, way: Mapping[str, Any], base: Mapping[str, Any]) -> str:
     """A way's line of the table."""
-    options = ", ".join(f"{name} {_value(value)}" for name, value in settings.items()) or "as configured"
+    options = ", ".join(f"{name} {value_text(value)}" for name, value in settings.items()) or "as configured"
     if "failed" in way:
         return f"{'':36}  {options}: {way['failed']}"
     memory = f"{way['reserved_gib']:>8.1f}" if "reserved_gib" in way else " " * 8
