@@ -38,9 +38,9 @@ import ijepa_fast
 from benchmarks.results_files import accuracies
 from ijepa_fast.config import RunConfig, flatten, from_dict
 from ijepa_fast.data.datasets import Sources, open_sources
-from ijepa_fast.judge import judge
-from ijepa_fast.logs import write_json
+from ijepa_fast.evaluate.encoder import judge
 from ijepa_fast.recipe_files import read_recipe, recipes
+from ijepa_fast.run.log import write_json
 from ijepa_fast.train import load_trained, pretrain
 
 DOC_END = "<!-- end of table -->"

@@ -22,10 +22,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ijepa_fast.config import ModelConfig
+from ijepa_fast.model.vit import sincos_positions
 from ijepa_fast.optim import decays
+from ijepa_fast.optim.schedules import Schedules
 from ijepa_fast.ragged import Ragged
-from ijepa_fast.schedules import Schedules
-from ijepa_fast.vit import sincos_positions
 
 
 def mask_lists(ragged: Ragged, blocks: int, num_patches: int) -> list[Tensor]:
@@ -251,5 +251,5 @@ class Eager(BaselineStep):
 
 
 def load_weights(step: BaselineStep, state: dict[str, Tensor]) -> None:
-    """From the state of an ``ijepa_fast.jepa.IJEPA``, whose parameters have the same names."""
+    """From the state of an ``ijepa_fast.model.jepa.IJEPA``, whose parameters have the same names."""
     step.load_state_dict({name: value.float() for name, value in state.items()})

@@ -22,8 +22,8 @@ from benchmarks.masks import (
     check_the_loop,
     per_image_loop,
 )
-from ijepa_fast import extension
-from ijepa_fast.masks import MaskSampler
+from ijepa_fast.masks import extension
+from ijepa_fast.masks.sampler import MaskSampler
 
 
 def checked_sampler(config, grid, implementation, device="cpu"):

@@ -13,9 +13,9 @@ from functools import lru_cache
 import pytest
 import torch
 
-from ijepa_fast.bench import ops_table
-from ijepa_fast.bench.cases import Batch
-from ijepa_fast.bench.floors import MODELS, TINY
+from ijepa_fast.bench import table as ops_table
+from ijepa_fast.bench.cases.floors import MODELS, TINY
+from ijepa_fast.bench.cases.rows import Batch
 from ijepa_fast.bench.measure import side_stream
 from ijepa_fast.bench.rows import best_of
 

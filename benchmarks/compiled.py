@@ -16,11 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.baselines import AttentionWeights, BaselineStep, Block, PatchEmbed
-from ijepa_fast.blocks import COMPILED_VERSIONS
 from ijepa_fast.config import ModelConfig
-from ijepa_fast.masks import Masks
-from ijepa_fast.schedules import Schedules
-from ijepa_fast.vit import sincos_positions
+from ijepa_fast.masks.sampler import Masks
+from ijepa_fast.model.blocks import COMPILED_VERSIONS
+from ijepa_fast.model.vit import sincos_positions
+from ijepa_fast.optim.schedules import Schedules
 
 
 @dataclass

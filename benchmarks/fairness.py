@@ -31,7 +31,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.baselines import Eager
 from benchmarks.implementations import MODELS, model_config
 from ijepa_fast.bench.measure import machine, write_json
-from ijepa_fast.schedules import Schedules
+from ijepa_fast.optim.schedules import Schedules
 
 OFFICIAL_NAMES = {"vit_tiny": "vit_tiny", "vit_small": "vit_small", "vit_b16": "vit_base"}
 

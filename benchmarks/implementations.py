@@ -17,14 +17,14 @@ from torch import Tensor, nn
 
 from benchmarks.baselines import Eager, load_weights, mask_lists
 from benchmarks.compiled import Compiled, Packed
-from ijepa_fast.assemble import assemble
 from ijepa_fast.bench.agreement import NOTHING, gradient_difference, largest, relative
 from ijepa_fast.config import ModelConfig, RunConfig, TrainConfig
-from ijepa_fast.flops import StepFlops, TokenCounts, step_flops
-from ijepa_fast.jepa import Objective
-from ijepa_fast.masks import MaskConfig, Masks, MaskSampler
-from ijepa_fast.schedules import Schedules
-from ijepa_fast.vit import IMAGENET_MEAN, IMAGENET_STD, PREDICTOR_DEPTH, SIZES
+from ijepa_fast.masks.sampler import MaskConfig, Masks, MaskSampler
+from ijepa_fast.model.jepa import Objective
+from ijepa_fast.model.vit import IMAGENET_MEAN, IMAGENET_STD, PREDICTOR_DEPTH, SIZES
+from ijepa_fast.optim.schedules import Schedules
+from ijepa_fast.step.build import assemble
+from ijepa_fast.step.flops import StepFlops, TokenCounts, step_flops
 
 MODELS = {
     "vit_tiny": ("tiny", 16),

@@ -24,9 +24,9 @@ from typing import Any
 
 import torch
 
-from ijepa_fast import extension
 from ijepa_fast.bench.measure import SCHEMA, graph_times, machine, side_stream, write_json
-from ijepa_fast.masks import MaskConfig, Masks, MaskSampler
+from ijepa_fast.masks import extension
+from ijepa_fast.masks.sampler import MaskConfig, Masks, MaskSampler
 
 IMAGES, GROUP_SIZE = 2048, 128
 CONFIGS = {

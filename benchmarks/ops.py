@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from ijepa_fast.bench import ops_table
-from ijepa_fast.bench.floors import MODELS, MODES, TINY
+from ijepa_fast.bench import table as ops_table
+from ijepa_fast.bench.cases.floors import MODELS, MODES, TINY
 from ijepa_fast.bench.measure import SCHEMA, machine, write_json
 from ijepa_fast.bench.rows import header, line, remarks, with_ratios
 

@@ -30,14 +30,14 @@ from torch.overrides import TorchFunctionMode
 
 from benchmarks import ablations
 from ijepa_fast.bench.measure import machine
-from ijepa_fast.blocks import CPU_HIDDEN
 from ijepa_fast.config import ModelConfig, RunConfig, flatten
 from ijepa_fast.data.rendered import NUM_IMAGES, RenderedTextures
-from ijepa_fast.fp8 import fp8_products
-from ijepa_fast.jepa import Objective
-from ijepa_fast.logs import write_json
+from ijepa_fast.model.blocks import CPU_HIDDEN
+from ijepa_fast.model.fp8 import fp8_products
+from ijepa_fast.model.jepa import Objective
+from ijepa_fast.model.vit import SIZES, VisionTransformer, cast_weights
+from ijepa_fast.run.log import write_json
 from ijepa_fast.train import load_trained
-from ijepa_fast.vit import SIZES, VisionTransformer, cast_weights
 
 RECIPE = "ablations/baseline"
 BATCH, STEPS, LOG_EVERY = 32, 400, 10

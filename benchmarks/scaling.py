@@ -26,11 +26,11 @@ import torch
 
 from benchmarks.implementations import MODELS, Candidate, Case, model_config, parse, train_config
 from benchmarks.step import Clock, phases, timed, warm
-from ijepa_fast.attention import varlen_self_attention
+from ijepa_fast.attention.dispatch import varlen_self_attention
 from ijepa_fast.bench.measure import cpu_times, graph_times, machine, side_stream, write_json
-from ijepa_fast.layout import predictor_layout
+from ijepa_fast.model.predictor_layout import predictor_layout
 from ijepa_fast.ragged import Ragged
-from ijepa_fast.step import PRECISION_DTYPES
+from ijepa_fast.step.train_step import PRECISION_DTYPES
 
 BATCHES, SIZES = (32, 64, 128, 256, 512), (224, 448)
 COPIES = 4

@@ -47,7 +47,7 @@ from benchmarks.implementations import (
 )
 from benchmarks.results_files import PHASES
 from ijepa_fast.bench.measure import machine, matmul_rate, write_json
-from ijepa_fast.bench.ops_table import in_words
+from ijepa_fast.bench.table import in_words
 
 
 class Clock:

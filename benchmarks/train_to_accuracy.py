@@ -41,17 +41,17 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.baselines import Eager, load_weights, mask_lists
-from ijepa_fast.assemble import assemble
 from ijepa_fast.bench.measure import machine, write_json
-from ijepa_fast.checkpoint import optimizer_tensors
 from ijepa_fast.config import ModelConfig, RunConfig, from_dict
 from ijepa_fast.data import TrainLoader
 from ijepa_fast.data.datasets import Sources, open_sources
-from ijepa_fast.interop.run_state import NETWORKS, full_precision
-from ijepa_fast.jepa import IJEPA, Objective, variance_covariance
-from ijepa_fast.judge import judge
-from ijepa_fast.masks import MaskConfig, MaskSampler
+from ijepa_fast.evaluate.encoder import judge
+from ijepa_fast.masks.sampler import MaskConfig, MaskSampler
+from ijepa_fast.model.jepa import IJEPA, Objective, variance_covariance
 from ijepa_fast.recipe_files import read_recipe
+from ijepa_fast.run.checkpoint import optimizer_tensors
+from ijepa_fast.step.build import assemble
+from ijepa_fast.weights.runs import NETWORKS, full_precision
 
 CONTENDERS = ("exact", "batch_min", "eager")
 CONTROL = "no_prediction"

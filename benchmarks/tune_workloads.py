@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ijepa_fast import ops
-from ijepa_fast.layout import predictor_layout
+from ijepa_fast.model.predictor_layout import predictor_layout
 from ijepa_fast.ragged import Ragged
 
 Call = Callable[[], object]

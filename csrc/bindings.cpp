@@ -147,7 +147,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> block_masks_cuda(const Tensor& seed, 
 
 }  // namespace
 
-// What it computes: ijepa_fast/mask_sampling.py. plan: ijepa_fast.extension.plan_numbers. Gives context indices, context
+// What it computes: ijepa_fast/masks/sampling.py. plan: ijepa_fast.masks.extension.plan_numbers. Gives context indices, context
 // cu_seqlens, target indices and target cu_seqlens, as in Ragged. Without rows the CPU gives as many as there are tokens.
 STABLE_TORCH_LIBRARY_FRAGMENT(ijepa_fast, library) {
   library.def(

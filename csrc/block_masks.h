@@ -1,4 +1,4 @@
-// Masks of one image, drawn by a team of lanes (team.h), to the bit as ijepa_fast/mask_sampling.py defines them. Choices
+// Masks of one image, drawn by a team of lanes (team.h), to the bit as ijepa_fast/masks/sampling.py defines them. Choices
 // depend on integers only.
 //
 // Legend: B images, H x W patch grid, N = H * W patches, C context and M target blocks per image. A set of patches is

@@ -1,4 +1,4 @@
-// What is drawn on one grid: the numbers of ijepa_fast.mask_sampling.Plan, checked, and the memory that drawing needs.
+// What is drawn on one grid: the numbers of ijepa_fast.masks.sampling.Plan, checked, and the memory that drawing needs.
 #pragma once
 
 #include <cstddef>
@@ -77,7 +77,7 @@ class PlanReader {
   const int64_t* next_;
 };
 
-// The order of ijepa_fast.extension.plan_numbers. Whatever passes here can be drawn without leaving any buffer.
+// The order of ijepa_fast.masks.extension.plan_numbers. Whatever passes here can be drawn without leaving any buffer.
 inline Plan read_plan(const int64_t* numbers, size_t count) {
   PlanReader reader(numbers, count);
   Plan plan{};

@@ -13,7 +13,7 @@ import torch
 
 from ijepa_fast import FusedAdamW, JEPAModel, parameter_groups
 from ijepa_fast.data import ImageFolder, TrainLoader
-from ijepa_fast.schedules import Schedules
+from ijepa_fast.optim.schedules import Schedules
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("images", help="folder of images, nested or not")

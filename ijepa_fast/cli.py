@@ -231,8 +231,8 @@ def _evaluate(parser, argv: list[str], figure: str) -> int:
     from dataclasses import replace
 
     from ijepa_fast.data.datasets import open_sources
-    from ijepa_fast.distributed import pick_device
-    from ijepa_fast.judge import judge
+    from ijepa_fast.evaluate.encoder import judge
+    from ijepa_fast.ranks import pick_device
     from ijepa_fast.train import load_trained
 
     model, config, step = load_trained(parsed.checkpoint)
@@ -263,7 +263,7 @@ def _masks(argv: list[str]) -> int:
     parser.add_argument("--count", type=int, default=8, help="Number of images.")
     config, parsed = _run_config(parser, argv)
     from ijepa_fast.data.datasets import open_sources
-    from ijepa_fast.judge import draw_masks
+    from ijepa_fast.evaluate.encoder import draw_masks
 
     draw_masks(config, open_sources(config.data).train, parsed.out, parsed.count)
     print(parsed.out)
@@ -303,7 +303,7 @@ def _report(argv: list[str]) -> int:
 def _config_of_a_benchmark(parser, argv: list[str]):
     """(RunConfig, its name, namespace as parsed); of a recipe that stands for the device if none is named."""
     from ijepa_fast.bench.command import RECIPES
-    from ijepa_fast.distributed import pick_device
+    from ijepa_fast.ranks import pick_device
 
     if not any(argument.partition("=")[0] == "--config" for argument in argv):
         argv = ["--config", RECIPES[pick_device("auto", 0).type], *argv]
@@ -321,7 +321,7 @@ def _bench(argv: list[str]) -> int:
     parser.add_argument("--json", type=Path | None, default=None, help="File to write.")
     config, name, parsed = _config_of_a_benchmark(parser, argv)
     from ijepa_fast.bench.command import bench
-    from ijepa_fast.distributed import pick_device
+    from ijepa_fast.ranks import pick_device
 
     bench(
         config,
@@ -369,8 +369,8 @@ def _fastest(argv: list[str]) -> int:
     import yaml
 
     from ijepa_fast.bench.fastest import check, default_images, fastest
-    from ijepa_fast.bench.options import flags, nested
-    from ijepa_fast.distributed import pick_device
+    from ijepa_fast.ranks import pick_device
+    from ijepa_fast.step.options import flags, nested
 
     device = pick_device(config.train.device, 0)
     images = default_images(config, device, max(parsed.gpus, 1)) if parsed.images is None else parsed.images
@@ -425,8 +425,8 @@ def _import(argv: list[str]) -> int:
 
     from ijepa_fast.config import as_dict
     from ijepa_fast.data.datasets import open_sources
-    from ijepa_fast.interop.importing import import_weights
-    from ijepa_fast.run_folder import holds_run
+    from ijepa_fast.interop.import_weights import import_weights
+    from ijepa_fast.run.folder import holds_run
 
     holds_run(parsed.out)
     sources = open_sources(config.data, config.evaluation.data) if config.data is not None else None

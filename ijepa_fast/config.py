@@ -6,11 +6,11 @@ import difflib
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from typing import Literal, get_args
 
-from ijepa_fast.fp8 import Scaling
-from ijepa_fast.jepa import IJEPA, Objective
-from ijepa_fast.masks import MaskConfig
-from ijepa_fast.schedules import Schedules
-from ijepa_fast.vit import IMAGENET_MEAN, IMAGENET_STD, Predictor, VisionTransformer
+from ijepa_fast.masks.sampler import MaskConfig
+from ijepa_fast.model.fp8 import Scaling
+from ijepa_fast.model.jepa import IJEPA, Objective
+from ijepa_fast.model.vit import IMAGENET_MEAN, IMAGENET_STD, Predictor, VisionTransformer
+from ijepa_fast.optim.schedules import Schedules
 
 
 @dataclass(frozen=True)

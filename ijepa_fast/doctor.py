@@ -52,7 +52,7 @@ def report() -> dict:
     except (ImportError, OSError) as error:  # OSError: a shared library of torch that cannot be loaded
         versions["torch"] = f"{versions['torch'] or 'not installed'}, cannot be imported: {error}"
         return found
-    from ijepa_fast import extension
+    from ijepa_fast.masks import extension
 
     found["gpus"] = _gpus(torch)
     found["gpu"] = _why_no_gpu(torch)
@@ -161,7 +161,7 @@ def _why_no_triton(gpus: list[dict]) -> str | None:
 def _attention(torch) -> tuple[dict[str, str | None], str]:
     """Each attention backend's reason against sequences of one typical length on this machine, which ask the least of
     it, and the choice of "auto" for any lengths."""
-    from ijepa_fast import attention
+    from ijepa_fast.attention import dispatch as attention
 
     cuda = torch.cuda.is_available()
     typical = attention.Request(

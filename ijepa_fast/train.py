@@ -15,21 +15,21 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from ijepa_fast import checkpoint as checkpoints
-from ijepa_fast import run_folder
-from ijepa_fast.assemble import make_optimizer, make_scaler, make_step, prepare, use_deterministic
-from ijepa_fast.checkpoint import Checkpoint, CheckpointError
 from ijepa_fast.config import RunConfig, as_dict, flatten, from_dict
 from ijepa_fast.data import DevicePrefetcher
 from ijepa_fast.data.datasets import Sources, open_sources, train_loader
-from ijepa_fast.distributed import Ranks, ranks
-from ijepa_fast.environment import describe
 from ijepa_fast.evaluate import HealthBuffer, OnlineKNN
-from ijepa_fast.jepa import IJEPA
-from ijepa_fast.judge import draw_pictures, judge
-from ijepa_fast.logs import RunLog, write_json, write_text
-from ijepa_fast.masks import MaskSampler
-from ijepa_fast.step import TrainStep
+from ijepa_fast.evaluate.encoder import draw_pictures, judge
+from ijepa_fast.masks.sampler import MaskSampler
+from ijepa_fast.model.jepa import IJEPA
+from ijepa_fast.ranks import Ranks, ranks
+from ijepa_fast.run import checkpoint as checkpoints
+from ijepa_fast.run import folder as run_folder
+from ijepa_fast.run.checkpoint import Checkpoint, CheckpointError
+from ijepa_fast.run.environment import describe
+from ijepa_fast.run.log import RunLog, write_json, write_text
+from ijepa_fast.step.build import make_optimizer, make_scaler, make_step, prepare, use_deterministic
+from ijepa_fast.step.train_step import TrainStep
 
 log = logging.getLogger(__name__)
 

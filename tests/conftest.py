@@ -66,7 +66,7 @@ def data(tmp_path_factory):
 @pytest.fixture(scope="session", autouse=True)
 def torch_draws_masks():
     """Whatever `make ext` built: test_extension.py tests the library, of the sources at hand, and loads no other."""
-    from ijepa_fast import extension
+    from ijepa_fast.masks import extension
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(extension, "library_path", lambda: None)

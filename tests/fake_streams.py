@@ -14,7 +14,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from ijepa_fast.streams import SideStream
+from ijepa_fast.side_stream import SideStream
 
 
 class Event:
@@ -52,7 +52,7 @@ class Stream:
 
 
 class FakeGPU:
-    """Stands for what ``ijepa_fast.streams`` uses of ``torch.cuda``."""
+    """Stands for what ``ijepa_fast.side_stream`` uses of ``torch.cuda``."""
 
     def __init__(self, patch: pytest.MonkeyPatch):
         self._streams = [Stream()]

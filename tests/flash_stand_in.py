@@ -13,7 +13,7 @@ import torch
 import torch.nn.attention.varlen
 from torch import Tensor
 
-from ijepa_fast.attention import BACKENDS
+from ijepa_fast.attention.dispatch import BACKENDS
 
 
 def _per_sequence(cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int) -> Iterator[tuple[slice, slice]]:

@@ -5,7 +5,7 @@ from dataclasses import replace
 from hypothesis import assume
 from hypothesis import strategies as st
 
-from ijepa_fast.masks import MaskConfig, MaskSampler
+from ijepa_fast.masks.sampler import MaskConfig, MaskSampler
 
 
 @st.composite

@@ -1,4 +1,4 @@
-"""The mask sampler once more, from the text of ijepa_fast/mask_sampling.py alone: Python ints, one patch at a time.
+"""The mask sampler once more, from the text of ijepa_fast/masks/sampling.py alone: Python ints, one patch at a time.
 
 Slow and obvious. It shares no code with the package, and is what every faster sampler must equal bit for bit.
 """

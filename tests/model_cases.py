@@ -6,9 +6,9 @@ Legend: B images, N patches per image.
 import torch
 from dense_jepa import DenseJEPA, covariance_term, randomize_, variance_term
 
-from ijepa_fast.jepa import IJEPA, Losses
-from ijepa_fast.masks import MaskConfig, Masks, MaskSampler
-from ijepa_fast.vit import Predictor, VisionTransformer
+from ijepa_fast.masks.sampler import MaskConfig, Masks, MaskSampler
+from ijepa_fast.model.jepa import IJEPA, Losses
+from ijepa_fast.model.vit import Predictor, VisionTransformer
 
 WIDTH, PREDICTOR_WIDTH, HEADS = 24, 12, 3
 RTOL = 1e-10

@@ -14,7 +14,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from ijepa_fast.step import TrainStep
+from ijepa_fast.step.train_step import TrainStep
 from ijepa_fast.train import Stopped, pretrain
 from tests.tiny import tiny_run
 

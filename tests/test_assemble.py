@@ -5,12 +5,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ijepa_fast import captured
-from ijepa_fast.assemble import assemble
-from ijepa_fast.captured import CapturedStep
-from ijepa_fast.masks import MaskSampler
-from ijepa_fast.schedules import Schedules
-from ijepa_fast.step import TrainStep
+from ijepa_fast.masks.sampler import MaskSampler
+from ijepa_fast.optim.schedules import Schedules
+from ijepa_fast.step import captured
+from ijepa_fast.step.build import assemble
+from ijepa_fast.step.captured import CapturedStep
+from ijepa_fast.step.train_step import TrainStep
 from tests.test_captured import Recorder
 from tests.tiny import GRID, MASKS, images, tiny_run, tiny_step
 

@@ -17,8 +17,10 @@ from gpu_checks import check_capture_without_host_sync
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ijepa_fast import attention, attention_backends, ops
-from ijepa_fast.attention import (
+from ijepa_fast import ops
+from ijepa_fast.attention import backends as attention_backends
+from ijepa_fast.attention import dispatch as attention
+from ijepa_fast.attention.dispatch import (
     BACKENDS,
     BackendUnavailable,
     Preference,
@@ -30,7 +32,7 @@ from ijepa_fast.attention import (
     varlen_self_attention,
 )
 from ijepa_fast.kernels import varlen_attention_launch
-from ijepa_fast.vit import VisionTransformer
+from ijepa_fast.model.vit import VisionTransformer
 
 EVERYWHERE = ("cpu", "sdpa", "reference")
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")

@@ -6,8 +6,8 @@ from attention_oracle import AttentionCase, plain, prefix_sums
 from flash_stand_in import flash_attention_2, loaded
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from ijepa_fast.attention import BACKENDS, varlen_self_attention
-from ijepa_fast.attention_padding import FLASH_BLOCK, covered, guarded
+from ijepa_fast.attention.dispatch import BACKENDS, varlen_self_attention
+from ijepa_fast.attention.padding import FLASH_BLOCK, covered, guarded
 
 CASES = {
     "sequences of several blocks": AttentionCase([300, 0, 1, 129], [7, 260, 0, 384], padding_q=90, padding_k=500),

@@ -8,12 +8,12 @@ from model_cases import assert_equal, assert_same_gradients, byte_images, make_m
 from benchmarks.baselines import Eager, draw_masks, load_weights, mask_lists
 from benchmarks.compiled import Compiled, Packed
 from ijepa_fast.config import ModelConfig
-from ijepa_fast.jepa import Objective
-from ijepa_fast.masks import MaskConfig, Masks, MaskSampler
+from ijepa_fast.masks.sampler import MaskConfig, Masks, MaskSampler
+from ijepa_fast.model.jepa import Objective
+from ijepa_fast.model.vit import IMAGENET_MEAN, IMAGENET_STD
 from ijepa_fast.optim import FusedAdamW, parameter_groups
-from ijepa_fast.schedules import Schedules
-from ijepa_fast.step import TrainStep
-from ijepa_fast.vit import IMAGENET_MEAN, IMAGENET_STD
+from ijepa_fast.optim.schedules import Schedules
+from ijepa_fast.step.train_step import TrainStep
 
 MODEL = ModelConfig(24, 4, embed_dim=24, depth=2, num_heads=3, predictor_embed_dim=12, predictor_depth=2)
 GRID = (6, 6)

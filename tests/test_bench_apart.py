@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from ijepa_fast.bench.apart import MOST_TEXT, Failed, call_apart
+from ijepa_fast.bench.child_process import MOST_TEXT, Failed, call_apart
 
 
 def add(a, b):

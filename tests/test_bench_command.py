@@ -14,7 +14,7 @@ import yaml
 
 from ijepa_fast import cli
 from ijepa_fast.bench.command import RECIPES, bench
-from ijepa_fast.bench.training import step_rate
+from ijepa_fast.bench.steps import step_rate
 from ijepa_fast.config import TrainConfig
 from ijepa_fast.recipe_files import find_recipe
 from tests.tiny import tiny_run

@@ -11,9 +11,12 @@ from torch.nn.attention.flex_attention import create_block_mask
 
 from benchmarks.report import kernel_key
 from ijepa_fast import reference
-from ijepa_fast.bench import attention_cases, floors, ops_table, rows
-from ijepa_fast.bench.cases import Batch, Provider
-from ijepa_fast.bench.floors import MODELS, TINY, Workload, cost
+from ijepa_fast.bench import rows
+from ijepa_fast.bench import table as ops_table
+from ijepa_fast.bench.cases import attention as attention_cases
+from ijepa_fast.bench.cases import floors
+from ijepa_fast.bench.cases.floors import MODELS, TINY, Workload, cost
+from ijepa_fast.bench.cases.rows import Batch, Provider
 from ijepa_fast.ragged import Ragged
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from benchmarks import scaling
-from ijepa_fast import captured
 from ijepa_fast.config import ModelConfig
-from ijepa_fast.masks import MaskConfig, MaskSampler
+from ijepa_fast.masks.sampler import MaskConfig, MaskSampler
+from ijepa_fast.step import captured
 from tests.test_captured import Recorder
 
 CPU = torch.device("cpu")

@@ -9,9 +9,9 @@ from benchmarks import implementations, step
 from benchmarks.implementations import KINDS, VARIANTS, Case, Variant, check_agreement, model_config, parse, rehearse
 from benchmarks.results_files import PHASES
 from benchmarks.step import Memory, groups, main, measure
-from ijepa_fast import captured
 from ijepa_fast.config import ModelConfig
-from ijepa_fast.flops import TokenCounts, step_flops
+from ijepa_fast.step import captured
+from ijepa_fast.step.flops import TokenCounts, step_flops
 from tests.test_captured import Recorder
 
 MODEL = ModelConfig(56, 4, embed_dim=24, depth=2, num_heads=2, predictor_embed_dim=16, predictor_depth=2)

@@ -9,14 +9,14 @@ import threading
 import pytest
 import torch
 
-from ijepa_fast.captured import CapturedStep, bucket_rows
 from ijepa_fast.data import DevicePrefetcher, TrainLoader
 from ijepa_fast.data.rendered import RenderedTextures
-from ijepa_fast.masks import MaskConfig, MaskSampler
+from ijepa_fast.masks.sampler import MaskConfig, MaskSampler
 from ijepa_fast.optim import FusedAdamW, parameter_groups
-from ijepa_fast.schedules import Schedules
-from ijepa_fast.step import TrainStep
-from ijepa_fast.streams import SideStream
+from ijepa_fast.optim.schedules import Schedules
+from ijepa_fast.side_stream import SideStream
+from ijepa_fast.step.captured import CapturedStep, bucket_rows
+from ijepa_fast.step.train_step import TrainStep
 from tests.test_step_on_gpu import MODEL, make_step
 from tests.test_step_on_gpu import images as gpu_images
 from tests.tiny import GRID, MASKS, images, tiny_model

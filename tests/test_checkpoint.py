@@ -6,8 +6,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from ijepa_fast import checkpoint
-from ijepa_fast.checkpoint import Checkpoint, CheckpointError
+from ijepa_fast.run import checkpoint
+from ijepa_fast.run.checkpoint import Checkpoint, CheckpointError
 
 
 def example(step=7):

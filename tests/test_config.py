@@ -6,7 +6,7 @@ import jsonargparse
 import pytest
 
 from ijepa_fast.config import CHANGEABLE, EvaluationConfig, RunConfig, as_dict, changes, flatten, from_dict
-from ijepa_fast.masks import MaskConfig
+from ijepa_fast.masks.sampler import MaskConfig
 from ijepa_fast.recipe_files import find_recipe, read_recipe, recipes
 
 OFFICIAL = {"vith14_in1k": 128, "vith16_448_in1k": 16, "vith14_in22k": 32, "vitg16_in22k": 16}
@@ -21,7 +21,7 @@ def test_every_recipe_is_a_configuration(name):
     config = read(name)
     assert config.model.img_size % config.model.patch_size == 0
     side = config.model.img_size // config.model.patch_size
-    from ijepa_fast.masks import MaskSampler
+    from ijepa_fast.masks.sampler import MaskSampler
 
     MaskSampler(config.masks, (side, side))
 

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from ijepa_fast import cpu_attention, ops
+from ijepa_fast import ops
+from ijepa_fast.ops import cpu_attention
 
 LENGTHS_Q = [5, 0, 3, 5, 2, 3, 5, 0, 2, 4]
 LENGTHS_K = [7, 4, 3, 7, 0, 3, 6, 4, 0, 3]

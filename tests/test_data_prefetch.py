@@ -6,7 +6,7 @@ from fake_streams import DeferredSide, FakeGPU
 from image_files import bad_files, write_folder
 
 from ijepa_fast.data import BadFilesError, Batch, DevicePrefetcher, ImageFolder, TrainLoader
-from ijepa_fast.streams import SideStream
+from ijepa_fast.side_stream import SideStream
 
 CPU = torch.device("cpu")
 

@@ -14,12 +14,12 @@ from image_files import encoded, smooth_image
 from PIL import Image
 from tiny import tiny_run
 
-from ijepa_fast import checkpoint
 from ijepa_fast.data import BadFilesError, ImageFolder, TrainLoader, shards
 from ijepa_fast.data.crops import eval_crop
 from ijepa_fast.data.datasets import open_sources, train_loader
 from ijepa_fast.data.shards import TarShards, expand_shards, names_shards
 from ijepa_fast.data.stream import StreamedShards, StreamLoader
+from ijepa_fast.run import checkpoint
 from ijepa_fast.train import pretrain
 
 PER_SHARD = 6

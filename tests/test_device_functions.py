@@ -16,8 +16,8 @@ from random import Random
 import pytest
 from mask_cases import CROWDED, HARD_CASES
 
-from ijepa_fast import extension
-from ijepa_fast.masks import MaskConfig, MaskSampler
+from ijepa_fast.masks import extension
+from ijepa_fast.masks.sampler import MaskConfig, MaskSampler
 
 ROOT = Path(__file__).resolve().parents[1]
 SEED, STEP, FIRST_IMAGE = -(2**62) - 77, 2**32 - 1, 2**31

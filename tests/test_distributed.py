@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from ijepa_fast import checkpoint
-from ijepa_fast.distributed import pick_device, ranks
+from ijepa_fast.ranks import pick_device, ranks
+from ijepa_fast.run import checkpoint
 from tests.image_files import write_folder
 
 RUN_TINY = Path(__file__).parent / "run_tiny.py"

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ijepa_fast.interop.jepa_config import JEPAConfig
+from ijepa_fast.jepa_model.config import JEPAConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 

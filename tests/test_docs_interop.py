@@ -9,7 +9,7 @@ import pytest
 from ijepa_fast import cli
 from ijepa_fast.config import from_dict
 from ijepa_fast.interop import official
-from ijepa_fast.interop.run_state import save_run
+from ijepa_fast.weights.runs import save_run
 from tests.image_files import write_folder
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"

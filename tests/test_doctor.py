@@ -9,7 +9,8 @@ import numpy
 import pytest
 import torch
 
-from ijepa_fast import attention, doctor
+from ijepa_fast import doctor
+from ijepa_fast.attention import dispatch as attention
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import numpy
 import torch
 
 from ijepa_fast import __version__
-from ijepa_fast.environment import _commit, describe
+from ijepa_fast.run.environment import _commit, describe
 
 
 def test_versions_are_those_in_use():

@@ -19,7 +19,7 @@ from ijepa_fast.evaluate import (
     pool_features,
 )
 from ijepa_fast.evaluate.probe import ProbeSetting, _train, stratified_split
-from ijepa_fast.vit import VisionTransformer
+from ijepa_fast.model.vit import VisionTransformer
 
 
 class FourBlocks(nn.Module):

@@ -17,7 +17,7 @@ from ijepa_fast.evaluate import (
     linear_probe,
     rank_me,
 )
-from ijepa_fast.evaluate.ring import RingBuffer
+from ijepa_fast.evaluate.ring_buffer import RingBuffer
 
 
 def knn_by_loops(bank, bank_labels, queries, k, temperature):

@@ -14,8 +14,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from mask_cases import CROWDED, HARD_CASES, samplers
 
-from ijepa_fast import extension
-from ijepa_fast.masks import MaskConfig, MaskSampler
+from ijepa_fast.masks import extension
+from ijepa_fast.masks.sampler import MaskConfig, MaskSampler
 
 GRID_14 = (14, 14)
 

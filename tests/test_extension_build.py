@@ -39,7 +39,7 @@ def test_a_wheel_with_the_extension_serves_every_python_and_is_used(checkout, tm
         assert not [name for name in archive.namelist() if name.startswith("csrc")]
     code = """
 from ijepa_fast import doctor
-from ijepa_fast.masks import MaskConfig, MaskSampler
+from ijepa_fast.masks.sampler import MaskConfig, MaskSampler
 print(MaskSampler(MaskConfig(), (14, 14), implementation="extension").counts(8, seed=1, step=2))
 print(MaskSampler(MaskConfig(), (14, 14), implementation="torch").counts(8, seed=1, step=2))
 print(doctor.text(doctor.report()))

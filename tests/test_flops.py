@@ -8,9 +8,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ijepa_fast import ops
 from ijepa_fast.config import ModelConfig, RunConfig
-from ijepa_fast.flops import StepFlops, TokenCounts, flops_per_image, step_flops
-from ijepa_fast.jepa import Objective
-from ijepa_fast.masks import MaskConfig, MaskSampler
+from ijepa_fast.masks.sampler import MaskConfig, MaskSampler
+from ijepa_fast.model.jepa import Objective
+from ijepa_fast.step.flops import StepFlops, TokenCounts, flops_per_image, step_flops
 
 B16 = ModelConfig()
 L16 = ModelConfig(embed_dim=1024, depth=24, num_heads=16, predictor_depth=12)

@@ -7,14 +7,15 @@ from torch._subclasses import FakeTensorMode
 from torch.nn.functional import cosine_similarity
 from torch.utils.flop_counter import FlopCounterMode
 
-import ijepa_fast.flops  # noqa: F401  (registers the formulas of attention)
-from ijepa_fast import fp8, ops
-from ijepa_fast.blocks import Linear
+import ijepa_fast.step.flops  # noqa: F401  (registers the formulas of attention)
+from ijepa_fast import ops
 from ijepa_fast.config import ModelConfig, TrainConfig
-from ijepa_fast.fp8 import CAPABILITY, active_scaling, fp8_linear, fp8_products
-from ijepa_fast.jepa import Objective
-from ijepa_fast.masks import MaskConfig, MaskSampler
-from ijepa_fast.vit import cast_weights
+from ijepa_fast.masks.sampler import MaskConfig, MaskSampler
+from ijepa_fast.model import fp8
+from ijepa_fast.model.blocks import Linear
+from ijepa_fast.model.fp8 import CAPABILITY, active_scaling, fp8_linear, fp8_products
+from ijepa_fast.model.jepa import Objective
+from ijepa_fast.model.vit import cast_weights
 
 SCALINGS = ("tensor", "row")
 CPU = torch.device("cpu")

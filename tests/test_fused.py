@@ -19,13 +19,13 @@ from model_cases import (
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from ijepa_fast import fused
 from ijepa_fast.config import CHANGEABLE, TrainConfig
-from ijepa_fast.flops import TokenCounts, step_flops
-from ijepa_fast.fused import check_device
-from ijepa_fast.masks import MaskConfig, MaskSampler
+from ijepa_fast.masks.sampler import MaskConfig, MaskSampler
+from ijepa_fast.model import fused_blocks as fused
+from ijepa_fast.model.fused_blocks import check_device
+from ijepa_fast.model.vit import cast_weights
 from ijepa_fast.ragged import Ragged
-from ijepa_fast.vit import cast_weights
+from ijepa_fast.step.flops import TokenCounts, step_flops
 from tests.tiny import MODEL, images, tiny_model, tiny_step
 
 GRID = (6, 6)

@@ -9,19 +9,19 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from ijepa_fast import checkpoint as checkpoints
 from ijepa_fast import cli
 from ijepa_fast.config import from_dict
 from ijepa_fast.interop import official
-from ijepa_fast.interop.encoder_file import KEY, load_encoder, save_encoder
 from ijepa_fast.interop.export import export
 from ijepa_fast.interop.official.checkpoint import read, write
-from ijepa_fast.interop.run_state import read_run, save_run
-from ijepa_fast.interop.timm import timm_arguments, to_timm
-from ijepa_fast.interop.weights import WeightsError, layer_norm_eps, read_safetensors, set_layer_norm_eps
+from ijepa_fast.model.vit import VisionTransformer
 from ijepa_fast.recipe_files import read_recipe
+from ijepa_fast.run import checkpoint as checkpoints
 from ijepa_fast.train import load_trained
-from ijepa_fast.vit import VisionTransformer
+from ijepa_fast.weights.encoder_file import KEY, load_encoder, save_encoder
+from ijepa_fast.weights.reading import WeightsError, layer_norm_eps, read_safetensors, set_layer_norm_eps
+from ijepa_fast.weights.runs import read_run, save_run
+from ijepa_fast.weights.timm import timm_arguments, to_timm
 
 SIZES = {"img_size": 24, "patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2}
 TINY = {

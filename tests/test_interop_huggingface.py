@@ -21,8 +21,8 @@ from ijepa_fast.interop.huggingface import (
     save_huggingface,
     to_huggingface,
 )
-from ijepa_fast.interop.huggingface_names import from_huggingface_names, style_of, to_huggingface_names
-from ijepa_fast.interop.weights import WeightsError
+from ijepa_fast.weights.huggingface_names import from_huggingface_names, style_of, to_huggingface_names
+from ijepa_fast.weights.reading import WeightsError
 
 takes_masks = pytest.mark.skipif(transformers.__version__ < "5", reason="IJepaModel of transformers 4 takes no mask")
 

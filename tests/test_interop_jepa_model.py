@@ -15,11 +15,11 @@ from tiny_jepa import BATCH, PATCHES, TINY, images, same, tiny, train, trained, 
 from torch import nn
 
 from ijepa_fast import IJEPA, FusedAdamW, JEPAModel, Ragged, cast_weights, parameter_groups
-from ijepa_fast.interop import jepa_model
-from ijepa_fast.interop.jepa_config import JEPAConfig, nearest_heads
-from ijepa_fast.interop.weights import WeightsError, interpolate_positions
-from ijepa_fast.jepa import Objective
-from ijepa_fast.vit import IMAGENET_MEAN, IMAGENET_STD, PREDICTOR_DEPTH, SIZES, sincos_positions
+from ijepa_fast.jepa_model import model as jepa_model
+from ijepa_fast.jepa_model.config import JEPAConfig, nearest_heads
+from ijepa_fast.model.jepa import Objective
+from ijepa_fast.model.vit import IMAGENET_MEAN, IMAGENET_STD, PREDICTOR_DEPTH, SIZES, sincos_positions
+from ijepa_fast.weights.reading import WeightsError, interpolate_positions
 
 
 class TestConfiguration:

@@ -14,8 +14,9 @@ from tiny_jepa import images, same, tiny, train, trained, weights
 from torch import nn
 
 from ijepa_fast import FusedAdamW, JEPAModel, parameter_groups
-from ijepa_fast.interop import jepa_model, optimizer_steps
-from ijepa_fast.schedules import Schedules
+from ijepa_fast.jepa_model import model as jepa_model
+from ijepa_fast.jepa_model import optimizer_steps
+from ijepa_fast.optim.schedules import Schedules
 
 
 class Half(torch.optim.SGD):

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from ijepa_fast import IJEPA, JEPAModel, MaskConfig, MaskSampler, Predictor, VisionTransformer, parameter_groups
 from ijepa_fast.interop.lightning import IJEPACallback, IJEPAModule, images_of
 from ijepa_fast.optim import FusedAdamW
-from ijepa_fast.schedules import Schedules
+from ijepa_fast.optim.schedules import Schedules
 
 BATCHES = 4
 SETTINGS = {"config": {**TINY, "ema_momentum": 0.9}, "lr": 1e-2, "warmup": 0.25}

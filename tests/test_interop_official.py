@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from ijepa_fast.interop import official
-from ijepa_fast.jepa import IJEPA, Objective
-from ijepa_fast.masks import Masks
+from ijepa_fast.masks.sampler import Masks
+from ijepa_fast.model.jepa import IJEPA, Objective
+from ijepa_fast.model.vit import Predictor, VisionTransformer
 from ijepa_fast.optim import FusedAdamW, parameter_groups
+from ijepa_fast.optim.schedules import Schedules
 from ijepa_fast.ragged import Ragged
-from ijepa_fast.schedules import Schedules
-from ijepa_fast.vit import Predictor, VisionTransformer
 from tests import official_case as case
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "official.json").read_text())

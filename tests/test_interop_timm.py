@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from ijepa_fast.interop import official
-from ijepa_fast.interop.timm import from_timm, timm_arguments, to_timm
-from ijepa_fast.interop.weights import WeightsError, load_weights, set_layer_norm_eps
-from ijepa_fast.vit import SIZES, VisionTransformer
+from ijepa_fast.model.vit import SIZES, VisionTransformer
+from ijepa_fast.weights.reading import WeightsError, load_weights, set_layer_norm_eps
+from ijepa_fast.weights.timm import from_timm, timm_arguments, to_timm
 from tests import official_case as case
 
 GOLDEN = Path(__file__).parent / "golden" / "timm.json"

@@ -4,7 +4,8 @@ import pytest
 import torch
 from tiny_jepa import tiny
 
-from ijepa_fast.interop.weights import (
+from ijepa_fast.model.vit import SIZES, VisionTransformer
+from ijepa_fast.weights.reading import (
     WeightsError,
     architecture,
     check_fit,
@@ -13,7 +14,6 @@ from ijepa_fast.interop.weights import (
     load_weights,
     plain_names,
 )
-from ijepa_fast.vit import SIZES, VisionTransformer
 
 SIZE = {"patch_size": 8, "embed_dim": 12, "depth": 2, "num_heads": 3}
 

@@ -29,13 +29,13 @@ from model_cases import (
     patches_per_image,
 )
 
-from ijepa_fast import vit
-from ijepa_fast.attention import BACKENDS
-from ijepa_fast.jepa import IJEPA, Objective, mean_pool, variance_covariance
-from ijepa_fast.layout import predictor_layout
-from ijepa_fast.masks import Masks
+from ijepa_fast.attention.dispatch import BACKENDS
+from ijepa_fast.masks.sampler import Masks
+from ijepa_fast.model import vit
+from ijepa_fast.model.jepa import IJEPA, Objective, mean_pool, variance_covariance
+from ijepa_fast.model.predictor_layout import predictor_layout
+from ijepa_fast.model.vit import Predictor, VisionTransformer, cast_weights
 from ijepa_fast.ragged import Ragged
-from ijepa_fast.vit import Predictor, VisionTransformer, cast_weights
 
 # Equivalence
 

@@ -4,9 +4,10 @@ import pytest
 import torch
 from model_cases import assert_equal, assert_same_gradients, gradients, make_images, make_masks, make_model, pad
 
-from ijepa_fast import blocks, ops
-from ijepa_fast.jepa import Objective
-from ijepa_fast.masks import MaskConfig, MaskSampler
+from ijepa_fast import ops
+from ijepa_fast.masks.sampler import MaskConfig, MaskSampler
+from ijepa_fast.model import blocks
+from ijepa_fast.model.jepa import Objective
 
 
 class _Poison(torch.autograd.Function):

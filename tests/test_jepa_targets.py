@@ -24,10 +24,10 @@ from model_cases import (
 from test_jepa_padding import poison_ops
 from tiny import MODEL, tiny_step
 
-from ijepa_fast.jepa import IJEPA, Objective
-from ijepa_fast.masks import Masks
+from ijepa_fast.masks.sampler import Masks
+from ijepa_fast.model.jepa import IJEPA, Objective
+from ijepa_fast.model.vit import Predictor, VisionTransformer
 from ijepa_fast.ragged import Ragged
-from ijepa_fast.vit import Predictor, VisionTransformer
 
 GRID, PATCH = (6, 6), 4
 

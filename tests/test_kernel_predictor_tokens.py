@@ -17,7 +17,7 @@ from kernel_testing import (
 
 from ijepa_fast import reference
 from ijepa_fast.kernels import predictor_tokens as kernels
-from ijepa_fast.layout import predictor_layout
+from ijepa_fast.model.predictor_layout import predictor_layout
 from ijepa_fast.ragged import Ragged
 
 pytestmark = pytest.mark.interpreter

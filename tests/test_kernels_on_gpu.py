@@ -14,7 +14,7 @@ from kernel_testing import assert_close_to_reference, cast, largest
 from torch import Tensor
 
 from ijepa_fast import ops, reference
-from ijepa_fast.layout import predictor_layout
+from ijepa_fast.model.predictor_layout import predictor_layout
 from ijepa_fast.ragged import Ragged
 
 

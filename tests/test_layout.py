@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ijepa_fast.layout import predictor_layout
+from ijepa_fast.model.predictor_layout import predictor_layout
 from ijepa_fast.ragged import PADDING, Ragged
 
 

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from ijepa_fast import ops, reference
 from ijepa_fast.config import ModelConfig
-from ijepa_fast.jepa import IJEPA, Objective
-from ijepa_fast.masks import MaskConfig, MaskSampler
-from ijepa_fast.vit import cast_weights
+from ijepa_fast.masks.sampler import MaskConfig, MaskSampler
+from ijepa_fast.model.jepa import IJEPA, Objective
+from ijepa_fast.model.vit import cast_weights
 
 STEEPEST = 1.13
 """Largest slope of GELU."""

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from ijepa_fast.mask_geometry import SizeRule
-from ijepa_fast.masks import MaskConfig, MaskSampler
+from ijepa_fast.masks.geometry import SizeRule
+from ijepa_fast.masks.sampler import MaskConfig, MaskSampler
 
 GRID_14, GRID_16 = (14, 14), (16, 16)
 

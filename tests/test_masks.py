@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from mask_cases import CROWDED, HARD_CASES, samplers
 from mask_oracle import Oracle
 
-from ijepa_fast.masks import MaskConfig, MaskSampler
+from ijepa_fast.masks.sampler import MaskConfig, MaskSampler
 
 GRID_14 = (14, 14)
 DEFAULT = MaskConfig()

@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from ijepa_fast.config import ModelConfig, RunConfig, TrainConfig
-from ijepa_fast.jepa import Objective
-from ijepa_fast.masks import MaskConfig, MaskSampler
-from ijepa_fast.memory import USABLE, activation_bytes, set_checkpointing, state_bytes
+from ijepa_fast.masks.sampler import MaskConfig, MaskSampler
+from ijepa_fast.model.jepa import Objective
+from ijepa_fast.model.vit import cast_weights
 from ijepa_fast.optim import FusedAdamW, parameter_groups
-from ijepa_fast.step import PRECISION_DTYPES
-from ijepa_fast.vit import cast_weights
+from ijepa_fast.step.memory import USABLE, activation_bytes, set_checkpointing, state_bytes
+from ijepa_fast.step.train_step import PRECISION_DTYPES
 
 MODEL = ModelConfig(56, 4, embed_dim=96, depth=4, num_heads=4, predictor_embed_dim=48, predictor_depth=3)
 IMAGES = 16

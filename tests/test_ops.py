@@ -14,7 +14,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
 from ijepa_fast import ops, reference
-from ijepa_fast.layout import predictor_layout
+from ijepa_fast.model.predictor_layout import predictor_layout
 from ijepa_fast.ragged import Ragged
 
 WIDTH = 6

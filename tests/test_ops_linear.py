@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-import ijepa_fast.flops  # noqa: F401  (registers the formulas)
+import ijepa_fast.step.flops  # noqa: F401  (registers the formulas)
 from ijepa_fast import ops
 
 T, K, H, N = 7, 6, 10, 5

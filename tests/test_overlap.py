@@ -7,11 +7,11 @@ import torch
 from fake_streams import FakeGPU
 from torch.nn.parallel import DistributedDataParallel
 
-from ijepa_fast import jepa
-from ijepa_fast.captured import CapturedStep
 from ijepa_fast.data import Batch, DevicePrefetcher
-from ijepa_fast.jepa import Objective
-from ijepa_fast.streams import SideStream
+from ijepa_fast.model import jepa
+from ijepa_fast.model.jepa import Objective
+from ijepa_fast.side_stream import SideStream
+from ijepa_fast.step.captured import CapturedStep
 from tests.test_captured import Recorder, assert_same_weights
 from tests.test_step_on_gpu import MODEL, make_step
 from tests.test_step_on_gpu import images as gpu_images

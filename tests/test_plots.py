@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ijepa_fast.masks import MaskConfig, Masks, MaskSampler
+from ijepa_fast.masks.sampler import MaskConfig, Masks, MaskSampler
 from ijepa_fast.plots import (
     cosine_maps,
     nearest_neighbours,

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks import precision_curves, precision_report, report
-from ijepa_fast.vit import VisionTransformer, cast_weights
+from ijepa_fast.model.vit import VisionTransformer, cast_weights
 
 ROOT = Path(__file__).resolve().parents[1]
 

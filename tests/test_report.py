@@ -12,12 +12,12 @@ import yaml
 from ijepa_fast import cli
 from ijepa_fast.config import EvaluationConfig, as_dict, flatten
 from ijepa_fast.config import RunConfig as Defaults
-from ijepa_fast.environment import describe
 from ijepa_fast.report import parse_patch, write_report
 from ijepa_fast.report.charts import HEIGHT, WIDTH, chart, compact, thinned
 from ijepa_fast.report.findings import findings
 from ijepa_fast.report.pictures import default_patches
 from ijepa_fast.report.record import RunRecord, read_run
+from ijepa_fast.run.environment import describe
 from ijepa_fast.train import pretrain
 from tests.html_page import Page
 from tests.image_files import write_folder

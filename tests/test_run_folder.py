@@ -7,11 +7,12 @@ import pytest
 import torch
 import yaml
 
-from ijepa_fast import checkpoint, cli
-from ijepa_fast.checkpoint import CheckpointError
+from ijepa_fast import cli
 from ijepa_fast.config import RunConfig, as_dict, from_dict
 from ijepa_fast.recipe_files import read_recipe
-from ijepa_fast.run_folder import claim, holds_run, remove_run
+from ijepa_fast.run import checkpoint
+from ijepa_fast.run.checkpoint import CheckpointError
+from ijepa_fast.run.folder import claim, holds_run, remove_run
 from ijepa_fast.train import pretrain
 from tests.image_files import write_folder
 from tests.tiny import tiny_run

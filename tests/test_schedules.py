@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from ijepa_fast.schedules import Schedules
+from ijepa_fast.optim.schedules import Schedules
 
 OFFICIAL = Schedules(total_steps=1000, warmup_steps=100)
 

@@ -5,11 +5,11 @@ import copy
 import pytest
 import torch
 
-from ijepa_fast.jepa import Objective
-from ijepa_fast.masks import MaskSampler
+from ijepa_fast.masks.sampler import MaskSampler
+from ijepa_fast.model.jepa import Objective
 from ijepa_fast.optim import FusedAdamW, parameter_groups
-from ijepa_fast.schedules import Schedules
-from ijepa_fast.step import TrainStep
+from ijepa_fast.optim.schedules import Schedules
+from ijepa_fast.step.train_step import TrainStep
 from tests.tiny import GRID, MASKS, images, tiny_model, tiny_step
 
 

@@ -5,7 +5,7 @@ import torch
 from model_cases import assert_equal, assert_same_gradients, gradients, make_images, make_masks, make_model
 from torch._dynamo.utils import counters
 
-from ijepa_fast.masks import MaskConfig
+from ijepa_fast.masks.sampler import MaskConfig
 from tests.tiny import images, tiny_step
 
 GRID = (6, 6)

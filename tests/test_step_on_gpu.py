@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from ijepa_fast.config import ModelConfig
-from ijepa_fast.jepa import Objective
-from ijepa_fast.masks import MaskConfig, MaskSampler
+from ijepa_fast.masks.sampler import MaskConfig, MaskSampler
+from ijepa_fast.model.jepa import Objective
+from ijepa_fast.model.vit import cast_weights
 from ijepa_fast.optim import FusedAdamW, parameter_groups
-from ijepa_fast.schedules import Schedules
-from ijepa_fast.step import TrainStep
-from ijepa_fast.vit import cast_weights
+from ijepa_fast.optim.schedules import Schedules
+from ijepa_fast.step.train_step import TrainStep
 
 # Head dims 64 and 32, which the attention kernels know; blocks as in ViT-B/16, only fewer.
 MODEL = ModelConfig(

@@ -15,13 +15,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from ijepa_fast import checkpoint
-from ijepa_fast.attention import BACKENDS, BackendUnavailable
-from ijepa_fast.checkpoint import CheckpointError
+from ijepa_fast.attention.dispatch import BACKENDS, BackendUnavailable
 from ijepa_fast.data import TrainLoader
 from ijepa_fast.data.datasets import open_sources
-from ijepa_fast.judge import draw_pictures
-from ijepa_fast.step import TrainStep
+from ijepa_fast.evaluate.encoder import draw_pictures
+from ijepa_fast.run import checkpoint
+from ijepa_fast.run.checkpoint import CheckpointError
+from ijepa_fast.step.train_step import TrainStep
 from ijepa_fast.train import NotFinite, Stopped, _check_batches, _hint_at_options, load_trained, pretrain
 from tests.image_files import bad_files, write_folder
 from tests.tiny import tiny_run
@@ -105,7 +105,7 @@ def test_bad_files_are_reported_in_the_log_and_in_the_summary(tmp_path, caplog):
     (tmp_path / "train" / "ant" / "broken.png").write_bytes(bad_files()["truncated.png"])
     config = tiny_run(tmp_path, tmp_path / "run")
     config = replace(config, loader=replace(config.loader, max_bad_share=0.5))
-    with caplog.at_level("INFO", logger="ijepa_fast.logs"):
+    with caplog.at_level("INFO", logger="ijepa_fast.run.log"):
         summary = pretrain(config)
     assert re.search(r"step 12/12: loss \d+\.\d{4}, \d+ img/s, .*, 1 damaged file skipped", caplog.text)
     assert list(summary["bad_files"]) == [str(tmp_path / "train" / "ant" / "broken.png")]

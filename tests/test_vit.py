@@ -8,10 +8,10 @@ import torch
 from dense_jepa import encode, encode_layers, patch_features, position_table, predict
 from model_cases import HEADS, WIDTH, assert_equal, byte_images, float_images, make_encoder, make_predictor
 
-from ijepa_fast import blocks
-from ijepa_fast.layout import predictor_layout
+from ijepa_fast.model import blocks
+from ijepa_fast.model.predictor_layout import predictor_layout
+from ijepa_fast.model.vit import Predictor, VisionTransformer
 from ijepa_fast.ragged import Ragged
-from ijepa_fast.vit import Predictor, VisionTransformer
 
 # Positions
 

@@ -7,9 +7,9 @@ import torch
 from dense_jepa import encode
 from model_cases import HEADS, byte_images, make_encoder, make_predictor
 
-from ijepa_fast.layout import predictor_layout
+from ijepa_fast.model.predictor_layout import predictor_layout
+from ijepa_fast.model.vit import PREDICTOR_DEPTH, SIZES, Predictor, VisionTransformer, cast_weights
 from ijepa_fast.ragged import Ragged
-from ijepa_fast.vit import PREDICTOR_DEPTH, SIZES, Predictor, VisionTransformer, cast_weights
 
 PUBLISHED_MILLIONS = {("tiny", 16): 5.52, ("small", 16): 21.67, ("base", 16): 85.80, ("large", 16): 303.30}
 """Of supervised ViTs without their head (Dosovitskiy et al. 2021; Touvron et al. 2021), class token included."""

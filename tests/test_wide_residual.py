@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from ijepa_fast.blocks import Block
 from ijepa_fast.config import ModelConfig
-from ijepa_fast.jepa import Objective
-from ijepa_fast.masks import MaskConfig, MaskSampler
-from ijepa_fast.vit import cast_weights
+from ijepa_fast.masks.sampler import MaskConfig, MaskSampler
+from ijepa_fast.model.blocks import Block
+from ijepa_fast.model.jepa import Objective
+from ijepa_fast.model.vit import cast_weights
 
 GRID = (6, 6)
 

@@ -10,12 +10,12 @@ from ijepa_fast.config import (
     RunConfig,
     TrainConfig,
 )
-from ijepa_fast.jepa import IJEPA, Objective
-from ijepa_fast.masks import MaskConfig, MaskSampler
+from ijepa_fast.masks.sampler import MaskConfig, MaskSampler
+from ijepa_fast.model.jepa import IJEPA, Objective
+from ijepa_fast.model.vit import cast_weights
 from ijepa_fast.optim import FusedAdamW, parameter_groups
-from ijepa_fast.schedules import Schedules
-from ijepa_fast.step import PRECISION_DTYPES, TrainStep
-from ijepa_fast.vit import cast_weights
+from ijepa_fast.optim.schedules import Schedules
+from ijepa_fast.step.train_step import PRECISION_DTYPES, TrainStep
 
 MODEL = ModelConfig(
     img_size=24, patch_size=4, embed_dim=16, depth=2, num_heads=2, predictor_embed_dim=8, predictor_depth=2

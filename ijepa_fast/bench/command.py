@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from ijepa_fast.bench import ops_table
+from ijepa_fast.bench import table as ops_table
 from ijepa_fast.bench.measure import SCHEMA, machine, write_json
 from ijepa_fast.bench.rows import header, line, remarks, with_ratios
-from ijepa_fast.bench.training import step_rate
+from ijepa_fast.bench.steps import step_rate
 from ijepa_fast.config import RunConfig
 
 RECIPES = {"cuda": "vitb16_in1k_exact", "cpu": "demo"}

@@ -18,14 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ijepa_fast.assemble import use_deterministic
 from ijepa_fast.bench.agreement import NOTHING, gradient_difference, largest, relative
-from ijepa_fast.bench.apart import Failed, call_apart
+from ijepa_fast.bench.child_process import Failed, call_apart
 from ijepa_fast.bench.measure import SCHEMA, Times, machine, write_json
-from ijepa_fast.bench.options import GROUPS, Settings, choices_on, differing, value_text, with_settings
-from ijepa_fast.bench.training import random_step
+from ijepa_fast.bench.steps import random_step
 from ijepa_fast.config import RunConfig
-from ijepa_fast.step import TrainStep
+from ijepa_fast.step.build import use_deterministic
+from ijepa_fast.step.options import GROUPS, Settings, choices_on, differing, value_text, with_settings
+from ijepa_fast.step.train_step import TrainStep
 
 GAIN = 1.02
 """Times faster than the fastest so far that an option must be: less is noise, and no reason for another option."""

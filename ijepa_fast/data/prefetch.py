@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ijepa_fast.data.loader import Batch
-from ijepa_fast.streams import SideStream
+from ijepa_fast.side_stream import SideStream
 
 
 class DevicePrefetcher:

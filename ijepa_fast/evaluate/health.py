@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ijepa_fast.evaluate.ring import RingBuffer
+from ijepa_fast.evaluate.ring_buffer import RingBuffer
 
 
 def rank_me(features: Tensor, centered: bool = False) -> float:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ijepa_fast.evaluate.features import UNLABELLED, labelled
-from ijepa_fast.evaluate.ring import RingBuffer
+from ijepa_fast.evaluate.ring_buffer import RingBuffer
 
 _SIMILARITIES_AT_ONCE = 1 << 25
 MAX_BANK = 50_000

@@ -5,15 +5,15 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from ijepa_fast.checkpoint import Checkpoint, find
 from ijepa_fast.config import RunConfig
-from ijepa_fast.interop.encoder_file import save_encoder
 from ijepa_fast.interop.official.checkpoint import write
 from ijepa_fast.interop.official.training_state import to_official
-from ijepa_fast.interop.run_state import ENCODERS, read_run
-from ijepa_fast.interop.timm import timm_arguments
-from ijepa_fast.interop.weights import WeightsError
-from ijepa_fast.jepa import IJEPA
+from ijepa_fast.model.jepa import IJEPA
+from ijepa_fast.run.checkpoint import Checkpoint, find
+from ijepa_fast.weights.encoder_file import save_encoder
+from ijepa_fast.weights.reading import WeightsError
+from ijepa_fast.weights.runs import ENCODERS, read_run
+from ijepa_fast.weights.timm import timm_arguments
 
 FORMATS = ("huggingface", "timm", "official", "safetensors")
 
@@ -54,7 +54,7 @@ def export(
         use = f'transformers.AutoModel.from_pretrained("{out}")'
     else:
         save_encoder(out, network, {"encoder": encoder, "step": state.step})
-        use = f'ijepa_fast.interop.encoder_file.load_encoder("{out}")'
+        use = f'ijepa_fast.weights.encoder_file.load_encoder("{out}")'
         if to == "timm":
             arguments = timm_arguments(network) | {"checkpoint_path": str(out)}
             use = f"timm.create_model({', '.join(f'{name}={value!r}' for name, value in arguments.items())})"

@@ -20,9 +20,12 @@ from transformers import AttentionInterface, AttentionMaskInterface, IJepaConfig
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from ijepa_fast import ops
-from ijepa_fast.attention import varlen_attention
-from ijepa_fast.interop.huggingface_names import from_huggingface_names, style_of, to_huggingface_names
-from ijepa_fast.interop.weights import (
+from ijepa_fast.attention.dispatch import varlen_attention
+from ijepa_fast.masks.geometry import pack_mask
+from ijepa_fast.model.vit import IMAGENET_MEAN, IMAGENET_STD, VisionTransformer, resize_positions
+from ijepa_fast.ragged import Ragged
+from ijepa_fast.weights.huggingface_names import from_huggingface_names, style_of, to_huggingface_names
+from ijepa_fast.weights.reading import (
     WeightsError,
     encoder_in,
     layer_norm_eps,
@@ -33,9 +36,6 @@ from ijepa_fast.interop.weights import (
     set_layer_norm_eps,
     unwrapped,
 )
-from ijepa_fast.mask_geometry import pack_mask
-from ijepa_fast.ragged import Ragged
-from ijepa_fast.vit import IMAGENET_MEAN, IMAGENET_STD, VisionTransformer, resize_positions
 
 ATTENTION = "ijepa_fast"
 _BICUBIC = 3
@@ -102,7 +102,7 @@ def from_huggingface(model_or_path: nn.Module | Path | str, attention: str = "au
         model_or_path: a model, a folder written by ``save_pretrained`` (transformers 4 or 5, whichever is installed),
             or a name that ``IJepaModel.from_pretrained`` understands. Mean and std for uint8 images come from a
             folder's preprocessor_config.json, otherwise they are ImageNet's.
-        attention: backend of ``ijepa_fast.attention``.
+        attention: backend of ``ijepa_fast.attention.dispatch``.
 
     Raises:
         WeightsError: the weights are damaged, or those of another architecture.
@@ -245,7 +245,7 @@ class PackedIJepa(nn.Module):
 
     Args:
         model: e.g. from ``IJepaModel.from_pretrained``; of a classifier its ``.ijepa``.
-        attention: backend of ``ijepa_fast.attention``.
+        attention: backend of ``ijepa_fast.attention.dispatch``.
 
     Raises:
         ValueError: another model, or one with dropout, which is not computed here.

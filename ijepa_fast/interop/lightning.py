@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ijepa_fast.interop.jepa_model import JEPAModel, capacity_of
-from ijepa_fast.interop.optimizer_steps import averages_into, changed_weights, parameter_ids, watch
-from ijepa_fast.masks import MaskConfig, MaskSampler
+from ijepa_fast.jepa_model.model import JEPAModel, capacity_of
+from ijepa_fast.jepa_model.optimizer_steps import averages_into, changed_weights, parameter_ids, watch
+from ijepa_fast.masks.sampler import MaskConfig, MaskSampler
 from ijepa_fast.optim import EMA, FusedAdamW, parameter_groups
-from ijepa_fast.schedules import Schedules, interpolate
+from ijepa_fast.optim.schedules import Schedules, interpolate
 
 _IMAGE_KEYS = ("images", "image", "pixel_values")
 

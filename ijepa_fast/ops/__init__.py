@@ -17,13 +17,6 @@ from ijepa_fast.ops.layers import (
     layer_norm,
     layer_norm_backward,
 )
-from ijepa_fast.ops.linear import (
-    hidden_gradient,
-    linear,
-    linear_gelu,
-    mlp,
-    weight_gradient,
-)
 from ijepa_fast.ops.loss import (
     target_loss,
     target_loss_backward,
@@ -33,6 +26,13 @@ from ijepa_fast.ops.optimizer import (
     ema_,
     grad_norm,
     pointer_tables,
+)
+from ijepa_fast.ops.products import (
+    hidden_gradient,
+    linear,
+    linear_gelu,
+    mlp,
+    weight_gradient,
 )
 from ijepa_fast.ops.quantize import quantize_fp8
 from ijepa_fast.ops.tokens import (

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ijepa_fast import cpu_attention, reference
+from ijepa_fast import reference
+from ijepa_fast.ops import cpu_attention
 from ijepa_fast.ops.registration import cuda_kernel
 
 

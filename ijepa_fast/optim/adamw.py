@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from ijepa_fast.optim.plan import LOW_PRECISION, Member, Plan, gradient, local
+from ijepa_fast.optim.step_tensors import LOW_PRECISION, Member, Plan, gradient, local
 from ijepa_fast.reference import SETTINGS, accumulation_dtype
 
 FLAT_ALIGNMENT = 128

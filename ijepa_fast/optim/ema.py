@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ijepa_fast import ops
-from ijepa_fast.optim.plan import LOW_PRECISION, local
+from ijepa_fast.optim.step_tensors import LOW_PRECISION, local
 
 
 class EMA:

@@ -13,7 +13,7 @@ from ijepa_fast.plots.sheet import COLOURS, Sheet, aspect, numbered, pictures_of
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from ijepa_fast.masks import Masks
+    from ijepa_fast.masks.sampler import Masks
     from ijepa_fast.ragged import Ragged
 
 _HIDDEN_RGB = np.float32(0.93)

@@ -7,13 +7,13 @@ from pathlib import Path
 
 from ijepa_fast.config import RunConfig, from_dict
 from ijepa_fast.data.datasets import Sources, open_sources
-from ijepa_fast.distributed import pick_device
-from ijepa_fast.environment import describe
-from ijepa_fast.logs import write_text
+from ijepa_fast.ranks import pick_device
 from ijepa_fast.report.findings import findings
 from ijepa_fast.report.page import page
 from ijepa_fast.report.pictures import Attempt, Trained, attempt, draw_pictures, load_trained
 from ijepa_fast.report.record import RunRecord, flat, read_run
+from ijepa_fast.run.environment import describe
+from ijepa_fast.run.log import write_text
 
 __all__ = ["parse_patch", "write_report"]
 

@@ -15,14 +15,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ijepa_fast import checkpoint as checkpoints
 from ijepa_fast import plots
 from ijepa_fast.config import RunConfig, from_dict
 from ijepa_fast.data import EvalLoader, Source
 from ijepa_fast.evaluate import pool_features
-from ijepa_fast.jepa import IJEPA
-from ijepa_fast.judge import draw_masks, picture_images
+from ijepa_fast.evaluate.encoder import draw_masks, picture_images
+from ijepa_fast.model.jepa import IJEPA
 from ijepa_fast.report.record import RunRecord
+from ijepa_fast.run import checkpoint as checkpoints
 
 log = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import yaml
 
-from ijepa_fast import checkpoint as checkpoints
+from ijepa_fast.run import checkpoint as checkpoints
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from pathlib import Path
 import timm
 import torch
 
-from ijepa_fast.interop.timm import timm_arguments
+from ijepa_fast.weights.timm import timm_arguments
 from tests import official_case as case
 from tests.test_interop_timm import encoder_of_the_case
 

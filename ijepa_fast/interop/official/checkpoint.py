@@ -16,7 +16,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ijepa_fast.interop.weights import (
+from ijepa_fast.optim import decays
+from ijepa_fast.weights.reading import (
     WeightsError,
     check_fit,
     load_weights,
@@ -24,7 +25,6 @@ from ijepa_fast.interop.weights import (
     read_pickle,
     unwrapped,
 )
-from ijepa_fast.optim import decays
 
 NETWORKS = ("encoder", "predictor", "target_encoder")
 MOMENTS = ("exp_avg", "exp_avg_sq")

@@ -12,10 +12,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from ijepa_fast import vit
-from ijepa_fast.interop.weights import square_side
-from ijepa_fast.layout import predictor_layout
+from ijepa_fast.model import vit
+from ijepa_fast.model.predictor_layout import predictor_layout
 from ijepa_fast.ragged import Ragged
+from ijepa_fast.weights.reading import square_side
 
 VIT_EMBED_DIMS = {f"vit_{size}": numbers["embed_dim"] for size, numbers in vit.SIZES.items()}
 
@@ -88,11 +88,11 @@ class _WideStream:
 
 
 class VisionTransformer(_WideStream, vit.VisionTransformer):
-    """The encoder of ``ijepa_fast.vit`` with the official constructor, call and attributes.
+    """The encoder of ``ijepa_fast.model.vit`` with the official constructor, call and attributes.
 
     Args:
         img_size: [side] of the training image in pixels, or the side, or (height, width).
-        others: as in ``ijepa_fast.vit.VisionTransformer``. Dropout rates may be given and must be 0.
+        others: as in ``ijepa_fast.model.vit.VisionTransformer``. Dropout rates may be given and must be 0.
 
     Raises:
         ValueError: sizes that do not fit, or an option without support.
@@ -118,11 +118,11 @@ class VisionTransformer(_WideStream, vit.VisionTransformer):
 
 
 class VisionTransformerPredictor(_WideStream, vit.Predictor):
-    """The predictor of ``ijepa_fast.vit`` with the official constructor and call.
+    """The predictor of ``ijepa_fast.model.vit`` with the official constructor and call.
 
     Args:
         num_patches: of the training image, a square number.
-        others: as in ``ijepa_fast.vit.Predictor``. Dropout rates may be given and must be 0.
+        others: as in ``ijepa_fast.model.vit.Predictor``. Dropout rates may be given and must be 0.
 
     Raises:
         ValueError: the number is no square, sizes do not fit, or an option is without support.
@@ -188,7 +188,9 @@ def _encoder_of(size: str) -> Callable[..., VisionTransformer]:
         return VisionTransformer(patch_size=patch_size, **vit.SIZES[size], **options)
 
     build.__name__ = build.__qualname__ = f"vit_{size}"
-    build.__doc__ = f"ViT encoder of size {size!r} of ``ijepa_fast.vit.SIZES``; options as in ``VisionTransformer``."
+    build.__doc__ = (
+        f"ViT encoder of size {size!r} of ``ijepa_fast.model.vit.SIZES``; options as in ``VisionTransformer``."
+    )
     return build
 
 

@@ -1,7 +1,7 @@
 """Optimizer and schedules with the official constructors and conventions.
 
 The schedule objects count calls: ``step()`` advances first and sets the value of the new index, so the first step of
-a run has index 1 (``ijepa_fast.schedules`` has the same values as functions of the step).
+a run has index 1 (``ijepa_fast.optim.schedules`` has the same values as functions of the step).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ijepa_fast.optim import FusedAdamW, decays
-from ijepa_fast.schedules import interpolate
+from ijepa_fast.optim.schedules import interpolate
 
 
 class WarmupCosineSchedule:

@@ -6,11 +6,11 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from ijepa_fast.checkpoint import Checkpoint
 from ijepa_fast.config import RunConfig
 from ijepa_fast.interop.official.checkpoint import MOMENTS, OfficialCheckpoint, optimizer_names
-from ijepa_fast.interop.weights import POSITION_TABLES, WeightsError
-from ijepa_fast.jepa import IJEPA
+from ijepa_fast.model.jepa import IJEPA
+from ijepa_fast.run.checkpoint import Checkpoint
+from ijepa_fast.weights.reading import POSITION_TABLES, WeightsError
 
 _OURS = {"encoder": "context_encoder", "predictor": "predictor"}
 _SCALER = {"scale": 65536.0, "growth_factor": 2.0, "backoff_factor": 0.5, "growth_interval": 2000, "_growth_tracker": 0}

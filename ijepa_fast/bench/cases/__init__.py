@@ -1,0 +1,1 @@
+"""Inputs of every benchmarked op, the ways to compute it, and its floors."""

@@ -1,0 +1,272 @@
+"""Check every provider of every op, time it, and put it beside its peers and the floors of the same run."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ijepa_fast.bench.cases.attention import attention_cases
+from ijepa_fast.bench.cases.optimizer import optimizer_cases
+from ijepa_fast.bench.cases.products import linear_cases
+from ijepa_fast.bench.cases.rows import Batch, Case, Provider, row_cases
+from ijepa_fast.bench.measure import (
+    Times,
+    cold_sets,
+    copy_times,
+    cpu_times,
+    event_times,
+    graph_times,
+    matmul_rate,
+    side_stream,
+)
+from ijepa_fast.bench.rows import best_of
+from ijepa_fast.config import ModelConfig
+from ijepa_fast.masks.sampler import MaskConfig
+
+GROUPS = {"rows": row_cases, "linear": linear_cases, "attention": attention_cases, "optimizer": optimizer_cases}
+"""Cases by what they work on."""
+BATCH = {"cuda": 128, "cpu": 2}
+SUM_ERROR = 32
+"""Machine epsilons of fp32 by which a sum of some thousand terms may be off, summed in any order."""
+PEER_ERROR = 8
+"""Units (see ``error``) that plain torch and other libraries may be off by: they round after every operation."""
+PLAIN = ("eager", "sdpa", "fused", "foreach")
+"""Providers that are plain torch."""
+
+
+class WrongResult(AssertionError):
+    """A provider does not compute what the reference computes. It is not timed."""
+
+
+def cases(batch: Batch, groups: Sequence[str] = tuple(GROUPS)) -> list[Case]:
+    return [case for group in groups for case in GROUPS[group](batch)]
+
+
+def prepare(case: Case, provider: Provider, mode: str, seed: int, device: torch.device) -> Callable[[], Any]:
+    """A call without arguments, on data drawn from ``seed``, that does what ``mode`` says and returns its results.
+
+    "forward" returns what the provider returns, "backward" and "both" the gradients of the case's leaves.
+    """
+    generator = torch.Generator(device).manual_seed(seed)
+    drawn = case.draw(generator)
+    arguments = [*(leaf.requires_grad_() for leaf in drawn[: case.leaves]), *drawn[case.leaves :]]
+    if provider.prepare is not None:
+        arguments = provider.prepare(*arguments)
+    leaves = arguments[: case.leaves]
+
+    def forward():
+        with torch.no_grad():
+            return provider.function(*arguments)
+
+    if mode == "forward":
+        return forward
+    results = flat(provider.function(*arguments))
+    # Drawn after the inputs and rounded to what every dtype can hold, so equal for all providers and the reference.
+    grads = [torch.randn(r.shape, generator=generator, device=device).bfloat16().to(r.dtype) for r in results]
+    if mode == "backward":
+        return lambda: torch.autograd.grad(results, leaves, grads, retain_graph=True)
+    return lambda: torch.autograd.grad(flat(provider.function(*arguments)), leaves, grads)
+
+
+def flat(result: Any) -> list[Tensor]:
+    return [result] if isinstance(result, Tensor) else list(result)
+
+
+def exact_results(case: Case, mode: str, seed: int, device: torch.device) -> list[Tensor]:
+    """What is right, for the data of ``seed`` as drawn, computed in a wider dtype (fp64 on the CPU, else fp32)."""
+    if case.in_place:
+        return flat(prepare(case, Provider(case.reference), mode, seed, device)())
+    wide = torch.float64 if device.type == "cpu" else torch.float32
+
+    def widened(*arguments):
+        return [x.detach().to(wide).requires_grad_(x.requires_grad) if _floating(x) else x for x in arguments]
+
+    return flat(prepare(case, Provider(case.reference, widened), mode, seed, device)())
+
+
+def _floating(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def error(results: Sequence[Tensor], exact: Sequence[Tensor], independent: bool = False) -> float:
+    """Largest relative L2 distance over the results, in units of what rounding explains; NaN if anything is.
+
+    The unit is one machine epsilon of 8- and 16-bit results, and ``SUM_ERROR`` of wider ones. Wide results that come
+    beside 16-bit ones (gradients of biases) were summed from values rounded to 16 bits, so they share their unit,
+    unless all results are ``independent``.
+    """
+    largest = 0.0
+    coarsest = max((unit(result.dtype) for result in results if result.dtype.itemsize == 2), default=0.0)
+    for result, wanted in zip(results, exact, strict=True):
+        if result.shape != wanted.shape:
+            raise WrongResult(f"a result has shape {list(result.shape)} instead of {list(wanted.shape)}")
+        scale = torch.linalg.vector_norm(wanted, dtype=torch.float64)
+        distance = torch.linalg.vector_norm(result.to(wanted.dtype) - wanted, dtype=torch.float64)
+        relative = float(distance / scale.clamp(min=torch.finfo(torch.float32).tiny))
+        if relative != relative:
+            return relative
+        own = unit(result.dtype)
+        largest = max(largest, relative / (own if independent else max(own, coarsest)))
+    return largest
+
+
+def unit(dtype: torch.dtype) -> float:
+    if dtype.itemsize <= 2:
+        return torch.finfo(dtype).eps
+    return SUM_ERROR * torch.finfo(torch.float32).eps
+
+
+def check(case: Case, name: str, mode: str, device: torch.device, seed: int = 1) -> tuple[float, float]:
+    """(error, allowed error) of a provider in units of ``error``, on data that is not timed.
+
+    "ours" may be off by two units, or by twice what plain torch is off by in the same dtype where that is more.
+
+    Raises:
+        WrongResult: it is off by more.
+    """
+    exact = exact_results(case, mode, seed, device)
+
+    def error_of(provider: str) -> float:
+        results = flat(prepare(case, case.providers[provider], mode, seed, device)())
+        return error(results, exact, independent=case.in_place)
+
+    allowed = float(PEER_ERROR)
+    if name == "ours":
+        allowed = 2.0
+        with contextlib.suppress(Exception):  # where plain torch cannot run, ours must do without its example
+            plain = error_of(next(plain for plain in PLAIN if plain in case.providers))
+            allowed = 2.0 * min(max(1.0, plain), PEER_ERROR)
+    found = error_of(name)
+    if not found <= allowed:  # NaN is not
+        raise WrongResult(f"{case.key}, {mode}: {name} is off by {found:.3g} units, {allowed:.3g} are allowed")
+    return found, allowed
+
+
+def time_provider(case: Case, name: str, mode: str, device: torch.device) -> tuple[dict[str, Times], str | None]:
+    """Times by method, and why a CUDA graph could not be captured. A GPU gives "events" and, if it could, "graph"."""
+    provider = case.providers[name]
+    if device.type == "cpu":
+        return {"cpu": cpu_times(prepare(case, provider, mode, 2, device))}, None
+    sets = cold_sets(case.costs[mode].bytes)
+    calls = [prepare(case, provider, mode, 2 + number, device) for number in range(sets)]
+    times = {"events": event_times(calls[0])}
+    try:
+        return times | {"graph": graph_times(calls)}, None
+    except Exception as problem:
+        return times, in_words(problem)
+
+
+class Floors:
+    """Rates of this machine in this run: a plain copy of a given size, and a large matrix product."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.matmul = matmul_rate(device)
+        self._copies: dict[int, float] = {}
+
+    def of(self, case: Case, mode: str) -> tuple[float, str]:
+        """Microseconds, and which of "copy" and "matmul" is the larger."""
+        cost = case.costs[mode]
+        size = int(cost.bytes)
+        if size not in self._copies:
+            self._copies[size] = copy_times(size, self.device).p50
+        matmul = cost.flops / self.matmul * 1e6
+        return max((self._copies[size], "copy"), (matmul, "matmul"))
+
+
+def row(model: str, case: Case, name: str, mode: str, floors: Floors, device: torch.device) -> dict[str, Any]:
+    """One provider of one case: checked, timed, with its rates. What went wrong, instead of times, under "failed".
+
+    Nothing that a provider raises ends the run: the others' results are worth having.
+    """
+    found: dict[str, Any] = {
+        "model": model,
+        "op": case.op,
+        "case": case.name,
+        "mode": mode,
+        "provider": name,
+        "bytes": int(case.costs[mode].bytes),
+        "flops": int(case.costs[mode].flops),
+    }
+    if reason := case.providers[name].unavailable:
+        return found | {"unavailable": reason}
+    try:
+        found["error"], found["allowed_error"] = (round(x, 4) for x in check(case, name, mode, device))
+        times, uncaptured = time_provider(case, name, mode, device)
+        floor, kind = floors.of(case, mode)
+    except Exception as problem:
+        return found | {"failed": in_words(problem)}
+    if uncaptured:
+        found["not_captured"] = uncaptured
+    best = best_of(times)
+    found["times"] = {method: value.as_dict() for method, value in times.items()}
+    found["gb_per_s"] = round(found["bytes"] / best.p50 / 1e3, 2)
+    if found["flops"]:
+        found["tflop_per_s"] = round(found["flops"] / best.p50 / 1e6, 3)
+    return found | {"floor_us": round(floor, 3), "floor": kind, "of_floor": round(floor / best.p50, 4)}
+
+
+def in_words(problem: Exception) -> str:
+    """Type and first line."""
+    return f"{type(problem).__name__}: {problem}".splitlines()[0]
+
+
+def rows(
+    models: Mapping[str, ModelConfig],
+    device: torch.device,
+    *,
+    images: int | None = None,
+    masks: MaskConfig | None = None,
+    groups: Sequence[str] = tuple(GROUPS),
+    modes: Sequence[str] = ("forward", "backward", "both"),
+    providers: Callable[[str], bool] = lambda name: True,
+    seconds: float = float("inf"),
+) -> Iterator[dict[str, Any]]:
+    """Rows of the table, as they are measured.
+
+    Args:
+        models: by the name that stands in the rows.
+        images: per batch; ``BATCH`` by default.
+        masks: ``MaskConfig()`` by default.
+        groups: names in ``GROUPS``.
+        providers: which of them, by name.
+        seconds: nothing is begun after so long; what is left out comes as rows with "left_out".
+    """
+    until = time.monotonic() + seconds
+    with settings(), side_stream(device):
+        floors = Floors(device)
+        for model, config in models.items():
+            batch = Batch.draw(config, images or BATCH[device.type], device, masks)
+            for group in groups:
+                for case in GROUPS[group](batch):
+                    for mode in (mode for mode in modes if mode in case.costs):
+                        for name in filter(providers, case.providers):
+                            if time.monotonic() < until:
+                                yield row(model, case, name, mode, floors, device)
+                            else:
+                                yield {"model": model, "op": case.op, "case": case.name, "mode": mode,
+                                       "provider": name, "left_out": f"no time after {seconds:.0f} s"}  # fmt: skip
+                            _tidy(device, name)
+
+
+@contextlib.contextmanager
+def settings() -> Iterator[None]:
+    """A compiled function whose backward pass runs more than once must not give its buffers away."""
+    from torch._functorch import config
+
+    with config.patch(donated_buffer=False):
+        yield
+
+
+def _tidy(device: torch.device, provider: str) -> None:
+    if provider == "compile":
+        torch.compiler.reset()  # torch.compile gives up on a piece of code that was specialised too often
+    if device.type == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()

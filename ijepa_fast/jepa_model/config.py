@@ -1,0 +1,152 @@
+"""The settings of ``JEPAModel``, and what follows from those that are not given."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any, Literal
+
+from ijepa_fast.masks.sampler import MaskConfig
+from ijepa_fast.model.vit import IMAGENET_MEAN, IMAGENET_STD, PREDICTOR_DEPTH, SIZES
+
+
+@dataclass(frozen=True)
+class JEPAConfig:
+    """Every key of ``JEPAModel``; all are optional.
+
+    Args:
+        img_size: side of the square images in pixels, or (height, width).
+        patch_size: side of a patch in pixels; divides img_size.
+        in_chans: channels of the images.
+        encoder_dim: width of the two encoders, a multiple of 4.
+        encoder_depth: their blocks. By default those of the paper's encoder with the nearest width (tiny 192, small
+            384, base 768: 12; large 1024: 24; huge 1280: 32; giant 1408: 40).
+        encoder_heads: their attention heads. By default the paper's at its widths, otherwise as many as give a head
+            dim near 64.
+        predictor_dim: width of the predictor, a multiple of 4.
+        predictor_depth: its blocks. By default those that go with the nearest width of the encoder (6, 12 from large
+            on, 16 for giant).
+        predictor_heads: by default the encoder's, or the nearest number that divides predictor_dim.
+        mlp_ratio: hidden width of the encoder's MLPs over its width. By default 4, at the width of giant 6144 / 1408.
+        predictor_mlp_ratio: the same of the predictor. By default mlp_ratio where that is given, otherwise 4.
+        mask_ratio: share of the patches that the context leaves out: it has round((1 - mask_ratio) * N) patches, a
+            uniform random subset of those it can see. None: all that it can see, as in the paper.
+        masks: further settings of ``MaskConfig``, such as num_targets, target_scale or min_keep. min_keep is by
+            default 10, and N / 16 on grids of fewer than 160 patches.
+        loss: l2 (paper), smooth_l1 (official code) or l1, between prediction and layer-normalised target features.
+        variance_weight, covariance_weight: of terms that keep the features of small data sets from collapsing, see
+            ``ijepa_fast.model.jepa.Objective``.
+        ema_momentum: of the target encoder; with total_steps, at the start.
+        final_momentum: at the end of total_steps.
+        total_steps: optimizer steps over which the momentum goes linearly from ema_momentum to final_momentum. None:
+            it stays where it is.
+        auto_ema: update the target encoder by itself after each step of a torch optimizer. False: only when
+            ``update_target`` is called, as is needed with optimizers that hold copies of the parameters.
+        seed: of the masks. Weights come from torch's global generator.
+        mean, std: per channel, of images in [0, 1]; uint8 images are normalised with them. By default ImageNet's for
+            three channels, otherwise 0.5.
+        init: flat (std 0.02 at all depths) or depth_scaled.
+        attention: variable-length attention backend, see ``ijepa-fast doctor``.
+        activation_checkpointing: recompute blocks in the backward pass to save memory.
+
+    Raises:
+        ValueError: a value is out of its range.
+    """
+
+    img_size: int | Sequence[int] = 224
+    patch_size: int = 16
+    in_chans: int = 3
+    encoder_dim: int = 768
+    encoder_depth: int | None = None
+    encoder_heads: int | None = None
+    predictor_dim: int = 384
+    predictor_depth: int | None = None
+    predictor_heads: int | None = None
+    mlp_ratio: float | None = None
+    predictor_mlp_ratio: float | None = None
+    mask_ratio: float | None = 0.75
+    masks: Mapping[str, Any] = field(default_factory=dict)
+    loss: Literal["l2", "smooth_l1", "l1"] = "l2"
+    variance_weight: float = 0.0
+    covariance_weight: float = 0.0
+    ema_momentum: float = 0.996
+    final_momentum: float = 1.0
+    total_steps: int | None = None
+    auto_ema: bool = True
+    seed: int = 0
+    mean: Sequence[float] | None = None
+    std: Sequence[float] | None = None
+    init: Literal["flat", "depth_scaled"] = "flat"
+    attention: str = "auto"
+    activation_checkpointing: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("patch_size", "in_chans", "encoder_dim", "predictor_dim"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("ema_momentum", "final_momentum"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
+        if self.total_steps is not None and self.total_steps < 1:
+            raise ValueError(f"total_steps must be at least 1, got {self.total_steps}")
+
+    @classmethod
+    def from_keys(cls, keys: Mapping[str, Any]) -> JEPAConfig:
+        """From a dict of keys. Raises ValueError for unknown keys, with the nearest known ones."""
+        _refuse_unknown(keys, [f.name for f in fields(cls)], "JEPAModel")
+        return cls(**_tuples(keys))
+
+    def resolved(self) -> JEPAConfig:
+        """The same settings with everything that was left open filled in."""
+        size = min(SIZES, key=lambda name: abs(SIZES[name]["embed_dim"] - self.encoder_dim))
+        exact = SIZES[size] if SIZES[size]["embed_dim"] == self.encoder_dim else {}
+        heads = self.encoder_heads
+        if heads is None:
+            heads = exact.get("num_heads") or nearest_heads(self.encoder_dim, self.encoder_dim / 64)
+        rgb = self.in_chans == 3
+        derived = {
+            "encoder_depth": SIZES[size]["depth"],
+            "encoder_heads": heads,
+            "predictor_depth": PREDICTOR_DEPTH[size],
+            "predictor_heads": nearest_heads(self.predictor_dim, heads),
+            "mlp_ratio": exact.get("mlp_ratio", 4.0),
+            "predictor_mlp_ratio": 4.0 if self.mlp_ratio is None else self.mlp_ratio,
+            "mean": IMAGENET_MEAN if rgb else (0.5,) * self.in_chans,
+            "std": IMAGENET_STD if rgb else (0.5,) * self.in_chans,
+        }
+        return replace(self, **{name: value for name, value in derived.items() if getattr(self, name) is None})
+
+    def mask_config(self, num_patches: int) -> MaskConfig:
+        """The masks for images of this many patches."""
+        _refuse_unknown(self.masks, [f.name for f in fields(MaskConfig)], "masks")
+        settings = {"min_keep": min(10, num_patches // 16)}
+        if self.mask_ratio is not None:
+            settings |= {"context": "fixed", "mask_ratio": self.mask_ratio}
+        return MaskConfig(**settings | _tuples(self.masks))
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, as JSON holds them."""
+        return asdict(self)
+
+
+def nearest_heads(dim: int, wanted: float) -> int:
+    """The number of heads nearest to ``wanted`` that divides ``dim``, into head dims that are multiples of 8 where
+    there are any (attention kernels want them)."""
+    divisors = [heads for heads in range(1, dim + 1) if dim % heads == 0]
+    good = [heads for heads in divisors if dim // heads % 8 == 0]
+    return min(good or divisors, key=lambda heads: abs(heads - wanted))
+
+
+def _refuse_unknown(given: Mapping[str, Any], known: Sequence[str], whose: str) -> None:
+    unknown = []
+    for key in given:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
+            unknown.append(f"{key!r}" + (f" (did you mean {near[0]!r}?)" if near else ""))
+    if unknown:
+        raise ValueError(f"{whose} has no key {', '.join(unknown)}; its keys are {', '.join(known)}")
+
+
+def _tuples(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}

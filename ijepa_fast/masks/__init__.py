@@ -1,0 +1,5 @@
+"""Which patches are context and which are targets: ``MaskSampler(MaskConfig(), grid).sample(...)`` gives ``Masks``."""
+
+from ijepa_fast.masks.sampler import MaskConfig, Masks, MaskSampler
+
+__all__ = ["MaskConfig", "MaskSampler", "Masks"]

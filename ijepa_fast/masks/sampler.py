@@ -1,0 +1,398 @@
+"""Which patches are context and which are targets: the configuration and the sampler.
+
+`MaskSampler(config, grid).sample(batch_size, seed=..., step=...)` gives `Masks`, a pure function of the configuration,
+the seed, the step and the image's number in the global batch. mask_sampling.py defines every draw to the bit.
+
+Legend: B images, H x W patch grid, N = H * W patches, M target blocks and C context blocks per image.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Literal, get_args, get_type_hints
+
+import torch
+from torch import Tensor
+
+from ijepa_fast.masks import extension
+from ijepa_fast.masks.geometry import Blocks, SizeRule, pack_blocks, pack_mask
+from ijepa_fast.masks.sampling import MAX_PATCHES, Counter, Drawn, Plan, draw
+from ijepa_fast.ragged import Ragged
+
+_ASPECT_LIMIT = 64.0
+_INT32_MAX = 2**31 - 1
+
+# The masking ablation of the paper (section 3 for multiblock): number of targets and their scale.
+_STRATEGY_DEFAULTS = {
+    "multiblock": (4, (0.15, 0.2)),
+    "block": (1, (0.6, 0.6)),
+    "random": (1, (0.6, 0.6)),
+    "rasterized": (3, (0.25, 0.25)),
+}
+
+
+@dataclass(frozen=True)
+class MaskConfig:
+    """How context and targets are drawn; the defaults are the paper's recipe (section 3) without truncation.
+
+    Args:
+        strategy: multiblock (target blocks, and a context block without them), block (target blocks, the context is all
+            the rest), random (targets of scattered patches, the context is all the rest), rasterized (one quadrant of
+            the image is the context, the other three are the targets). The last three are ablations of the paper.
+        context: exact (every visible patch), fixed (a uniform random subset of constant size, see mask_ratio) or
+            batch_min (every context cut to the shortest of its group, as the official code does).
+        num_targets: target blocks per image. None: 4 for multiblock, 1 for block and random; always 3 for rasterized.
+        target_scale: smallest and largest share of the image that a target covers. None: 0.15 to 0.2 for multiblock,
+            0.6 for block and random; rasterized has quadrants.
+        target_aspect: smallest and largest height over width of a target block.
+        num_contexts: context blocks per image, drawn independently of one another (multiblock only).
+        context_scale: smallest and largest share of the image that a context block covers, targets included.
+        context_aspect: smallest and largest height over width of a context block.
+        min_keep: a block counts only if it has more patches than this, a context block without its target patches.
+        allow_overlap: the context keeps the patches that are targets (multiblock only).
+        mask_ratio: share of the image that a fixed context leaves out: it has round((1 - mask_ratio) * N) patches.
+        size_per: whether sizes are drawn for every block, once per image for all its targets (and once for all its
+            context blocks), or once per step for the whole global batch.
+        shared_scale_aspect: scale and aspect come from one random number, so that larger blocks are taller.
+        draw_last_row_col: blocks may reach the last row and column of the patch grid.
+        group_size: number of consecutive images of the global batch that batch_min truncates together (the official
+            batch per GPU). Required for batch_min, without effect otherwise.
+
+    Raises:
+        ValueError: a value is outside its range, or options contradict each other.
+    """
+
+    strategy: Literal["multiblock", "block", "random", "rasterized"] = "multiblock"
+    context: Literal["exact", "fixed", "batch_min"] = "exact"
+    num_targets: int | None = None
+    target_scale: tuple[float, float] | None = None
+    target_aspect: tuple[float, float] = (0.75, 1.5)
+    num_contexts: int = 1
+    context_scale: tuple[float, float] = (0.85, 1.0)
+    context_aspect: tuple[float, float] = (1.0, 1.0)
+    min_keep: int = 10
+    allow_overlap: bool = False
+    mask_ratio: float = 0.75
+    size_per: Literal["block", "image", "step"] = "block"
+    shared_scale_aspect: bool = False
+    draw_last_row_col: bool = True
+    group_size: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("strategy", "context", "size_per"):
+            choices = get_args(get_type_hints(MaskConfig)[name])
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
+        for name, least in (("num_targets", 1), ("num_contexts", 1), ("min_keep", 0)):
+            value = getattr(self, name)
+            if value is not None and not least <= value < MAX_PATCHES:
+                raise ValueError(f"{name} must be in [{least}, {MAX_PATCHES}), got {value}")
+        for name in ("target_scale", "context_scale"):
+            low, high = getattr(self, name) or _STRATEGY_DEFAULTS[self.strategy][1]
+            if not 0 < low <= high <= 1:
+                raise ValueError(f"{name} must satisfy 0 < low <= high <= 1, got ({low}, {high})")
+        for name in ("target_aspect", "context_aspect"):
+            low, high = getattr(self, name)
+            if not 1 / _ASPECT_LIMIT <= low <= high <= _ASPECT_LIMIT:
+                raise ValueError(f"{name} must satisfy 1/64 <= low <= high <= 64, got ({low}, {high})")
+        if not 0 < self.mask_ratio < 1:
+            raise ValueError(f"mask_ratio must be between 0 and 1, got {self.mask_ratio}")
+        if self.group_size is not None and self.group_size < 1:
+            raise ValueError(f"group_size must be positive, got {self.group_size}")
+        if self.context == "batch_min" and self.group_size is None:
+            raise ValueError("context batch_min needs group_size, the number of images that are truncated together")
+        if self.strategy != "multiblock" and (self.allow_overlap or self.num_contexts != 1):
+            raise ValueError(
+                f"allow_overlap and num_contexts are for strategy multiblock; {self.strategy} has one context, "
+                f"apart from its targets (got allow_overlap={self.allow_overlap}, num_contexts={self.num_contexts})"
+            )
+        if self.strategy == "rasterized" and self.num_targets not in (None, 3):
+            raise ValueError(f"strategy rasterized has 3 targets, got num_targets={self.num_targets}")
+
+    def resolved(self) -> "MaskConfig":
+        """The same configuration with the strategy's own values in place of None."""
+        num_targets, target_scale = _STRATEGY_DEFAULTS[self.strategy]
+        if self.num_targets is not None:
+            num_targets = self.num_targets
+        return replace(self, num_targets=num_targets, target_scale=self.target_scale or target_scale)
+
+    @classmethod
+    def official(cls, group_size: int, **overrides) -> "MaskConfig":
+        """The masks of the official code: contexts truncated to the shortest of `group_size` images, last row and
+        column never drawn, one random number for scale and aspect, one size per step for all targets."""
+        habits = {
+            "context": "batch_min",
+            "size_per": "step",
+            "shared_scale_aspect": True,
+            "draw_last_row_col": False,
+            "group_size": group_size,
+        }
+        return cls(**(habits | overrides))
+
+
+@dataclass(frozen=True)
+class Masks:
+    """Context and target patches of a batch, as token indices b * N + n into the flattened [B * N] patch grid.
+
+    Attributes:
+        context: sequence b * C + c is context block c of image b.
+        targets: sequence b * M + m is target block m of image b.
+        num_contexts: C.
+    """
+
+    context: Ragged
+    targets: Ragged
+    num_contexts: int = 1
+
+    @property
+    def num_images(self) -> int:
+        return self.context.num_sequences // self.num_contexts
+
+    @property
+    def num_targets(self) -> int:
+        """M."""
+        return self.targets.num_sequences // self.num_images
+
+    @property
+    def device(self) -> torch.device:
+        return self.context.device
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Masks":
+        context = self.context.to(device, non_blocking=non_blocking)
+        return Masks(context, self.targets.to(device, non_blocking=non_blocking), self.num_contexts)
+
+
+class MaskSampler:
+    """Draws masks for one patch grid; everything that can go wrong does so here, not while training.
+
+    Args:
+        config: what to draw.
+        grid: patches per column and per row, (H, W).
+        implementation: torch (vectorised, on every device), extension (the C++/CUDA library of csrc/) or auto (the
+            extension on devices that it is built for). All draw the same masks, to the bit.
+
+    Attributes:
+        config: the configuration, resolved.
+        num_targets, num_contexts: M and C.
+        max_target, max_context: static upper bounds of the sequence lengths.
+        plan: the checked numbers that drawing reads.
+
+    Raises:
+        ValueError: the grid is empty or beyond 65,536 patches, blocks can have min_keep patches or fewer, or a fixed
+            context has a size that no draw can give.
+    """
+
+    def __init__(
+        self,
+        config: MaskConfig,
+        grid: tuple[int, int],
+        implementation: Literal["auto", "torch", "extension"] = "auto",
+    ) -> None:
+        if implementation not in ("auto", "torch", "extension"):
+            raise ValueError(f"implementation must be auto, torch or extension, got {implementation!r}")
+        self.implementation = implementation
+        height, width = grid
+        if height < 1 or width < 1 or height * width > MAX_PATCHES:
+            raise ValueError(f"grid must have 1 to {MAX_PATCHES} patches, got {height} x {width}")
+        margin = 0 if config.draw_last_row_col else 1
+        extent = (height - margin, width - margin)
+        if min(extent) < 1:
+            raise ValueError(f"a {height} x {width} grid has no room for blocks without its last row and column")
+        self.config = config = config.resolved()
+        self.grid = (height, width)
+        self.num_patches = height * width
+        self.num_targets = config.num_targets
+        self.num_contexts = config.num_contexts
+
+        def rule(scale: tuple[float, float], aspect: tuple[float, float]) -> SizeRule:
+            return SizeRule.from_ranges(self.num_patches, extent, scale, aspect, config.shared_scale_aspect)
+
+        target_rule = rule(config.target_scale, config.target_aspect)
+        context_rule = rule(config.context_scale, config.context_aspect)
+        min_target, self.max_target = self._target_range(target_rule)
+        min_context, self.max_context = self._context_range(context_rule, min_target)
+        whole = config.strategy != "multiblock" or config.allow_overlap  # no context loses patches to targets
+        self._constant_target = min_target == self.max_target
+        self._constant_context = config.context == "fixed" or (whole and min_context == self.max_context)
+        visible = self._least_visible(min_context)
+        needed = config.min_keep + 1
+        last_level = next(level for level, least in enumerate(visible) if least >= needed)
+        if self._some_target_counts(last_level):
+            self.max_context = min(self.max_context, self.num_patches - min_target)
+        fixed_count = None
+        if config.context == "fixed":
+            self.max_context = fixed_count = self._fixed_count(min_context)
+            needed, last_level = max(needed, fixed_count), 0
+        self.plan = Plan(
+            strategy=config.strategy,
+            context=config.context,
+            size_per=config.size_per,
+            allow_overlap=config.allow_overlap,
+            num_targets=config.num_targets,
+            num_contexts=config.num_contexts,
+            group_size=config.group_size,
+            grid=self.grid,
+            extent=extent,
+            target_rule=target_rule,
+            context_rule=context_rule,
+            needed=needed,
+            last_level=last_level,
+            first_always_succeeds=visible[0] >= needed,
+            fixed_count=fixed_count,
+        )
+        self._plan_numbers = extension.plan_numbers(self.plan)
+
+    def _target_range(self, rule: SizeRule) -> tuple[int, int]:
+        """Fewest and most patches of a target."""
+        if self.config.strategy == "rasterized":
+            (height, width) = self.grid
+            smallest, largest = (height // 2) * (width // 2), (height - height // 2) * (width - width // 2)
+        elif self.config.strategy == "random":
+            smallest, largest = rule.area_range()
+        else:
+            smallest, largest = rule.block_range()
+        self._require_more_than_min_keep("a target", smallest, "target_scale")
+        return smallest, largest
+
+    def _context_range(self, rule: SizeRule, min_target: int) -> tuple[int, int]:
+        """Fewest and most patches of a context block, target patches included where there is a block to speak of."""
+        if self.config.strategy == "multiblock":
+            smallest, largest = rule.block_range()
+            self._require_more_than_min_keep("a context block", smallest, "context_scale")
+            return smallest, largest
+        if self.config.strategy == "rasterized":
+            return min_target, self.max_target
+        smallest = self.num_patches - self.num_targets * self.max_target
+        what = f"the context beside num_targets={self.num_targets} targets of up to {self.max_target} patches"
+        self._require_more_than_min_keep(what, smallest, "1 - target_scale")
+        return smallest, self.num_patches - min_target
+
+    def _require_more_than_min_keep(self, what: str, patches: int, remedy: str) -> None:
+        if patches <= self.config.min_keep:
+            height, width = self.grid
+            raise ValueError(
+                f"on a {height} x {width} grid {what} can have as few as {max(patches, 0)} patches, "
+                f"but must have more than min_keep={self.config.min_keep}: lower min_keep or raise {remedy}"
+            )
+
+    def _least_visible(self, min_context: int) -> list[int]:
+        """The fewest patches that a context can see at each level, when M, M - 1, ..., 0 targets count."""
+        if self.config.strategy != "multiblock" or self.config.allow_overlap:
+            return [min_context]
+        return [min_context - counting * self.max_target for counting in range(self.num_targets, -1, -1)]
+
+    def _some_target_counts(self, last_level: int) -> bool:
+        """Whether every context block is kept clear of at least one target."""
+        multiblock = self.config.strategy == "multiblock" and not self.config.allow_overlap
+        return multiblock and (self.config.context == "fixed" or last_level < self.num_targets)
+
+    def _fixed_count(self, min_context: int) -> int:
+        """K, checked."""
+        ratio = self.config.mask_ratio
+        count = round((1 - ratio) * self.num_patches)
+        # Elsewhere a short context is filled up with hidden patches; beside quadrants there are none.
+        most = min_context if self.config.strategy == "rasterized" else self.max_context
+        if not 1 <= count <= most:
+            raise ValueError(
+                f"mask_ratio={ratio} asks for a context of {count} of {self.num_patches} patches, but it can have "
+                f"1 to {most} with these settings"
+            )
+        return count
+
+    def sample(
+        self,
+        batch_size: int,
+        *,
+        seed: int | Tensor,
+        step: int | Tensor,
+        first_image: int = 0,
+        device: torch.device | str = "cpu",
+        capacity: tuple[int, int] | None = None,
+    ) -> Masks:
+        """Masks of images first_image to first_image + batch_size - 1 of the global batch.
+
+        Sets whose lengths are sure to be equal promise so (``Ragged.uniform``): a fixed context, contexts of one
+        batch_min group, targets of one size per step. The last two only without ``capacity``.
+
+        Args:
+            batch_size: B.
+            seed: 64-bit seed, an int or a 0-dim int64 tensor on `device`.
+            step: training step in [0, 2^32), likewise.
+            first_image: the first image's number in the global batch.
+            device: where to draw; the masks are the same on every device.
+            capacity: rows of context and of targets, for example `counts` rounded up. With it, shapes are static and a
+                GPU is never waited for. Without it they are exact, and a GPU is waited for unless the extension draws
+                and seed and step are ints: then they are found on the host.
+
+        Raises:
+            ValueError: batch_min and the call does not hold whole groups, a number is out of range, the tokens do not
+                fit the capacity (on CUDA a device-side assertion), or implementation is extension and it cannot run.
+        """
+        self._check_images(batch_size, first_image)
+        device = torch.device(device)
+        all_rows_used = capacity is None
+        if self._takes_extension(device.type):
+            if capacity is None and device.type != "cpu":
+                capacity = self.counts(batch_size, seed=int(seed), step=int(step), first_image=first_image)
+            context, context_cu, targets, target_cu = extension.block_masks(
+                self._plan_numbers, seed, step, first_image, batch_size, device, capacity
+            )
+            context = Ragged(context, context_cu, self.max_context)
+            targets = Ragged(targets, target_cu, self.max_target)
+            return self._with_promises(context, targets, batch_size, all_rows_used)
+        drawn = self._draw(batch_size, seed, step, first_image, device)
+        context_rows, target_rows = (None, None) if capacity is None else capacity
+        context = pack_mask(drawn.context_BCN, drawn.context_lengths_BC, self.max_context, context_rows)
+        if isinstance(drawn.targets, Blocks):
+            targets = pack_blocks(drawn.targets, self.grid, self.max_target, target_rows)
+        else:
+            targets = pack_mask(drawn.targets, drawn.target_lengths_BM, self.max_target, target_rows)
+        return self._with_promises(context, targets, batch_size, all_rows_used)
+
+    def _with_promises(self, context: Ragged, targets: Ragged, batch_size: int, all_rows_used: bool) -> Masks:
+        config = self.config
+        one_group = config.context == "batch_min" and batch_size == config.group_size
+        one_size = config.size_per == "step" and config.strategy != "rasterized"
+        context = _promise(context, self._constant_context, all_rows_used and one_group)
+        targets = _promise(targets, self._constant_target, all_rows_used and one_size)
+        return Masks(context, targets, self.num_contexts)
+
+    def counts(self, batch_size: int, *, seed: int, step: int, first_image: int = 0) -> tuple[int, int]:
+        """Exact numbers of context and target tokens that `sample` gives, found on the host."""
+        self._check_images(batch_size, first_image)
+        if self._takes_extension("cpu"):
+            return extension.block_mask_counts(self._plan_numbers, seed, step, first_image, batch_size)
+        drawn = self._draw(batch_size, seed, step, first_image, "cpu")
+        return int(drawn.context_lengths_BC.sum()), int(drawn.target_lengths_BM.sum())
+
+    def _takes_extension(self, device_type: str) -> bool:
+        """Raises ValueError if the extension is asked for and cannot run."""
+        if self.implementation == "torch":
+            return False
+        refusal = extension.reason(device_type)
+        if refusal is not None and self.implementation == "extension":
+            raise ValueError(f"implementation='extension' cannot draw masks on {device_type}: {refusal}")
+        return refusal is None
+
+    def _check_images(self, batch_size: int, first_image: int) -> None:
+        if batch_size < 1 or first_image < 0:
+            raise ValueError(f"batch_size must be positive and first_image at least 0, got {batch_size}, {first_image}")
+        group_size = self.config.group_size
+        if self.config.context == "batch_min" and (batch_size % group_size or first_image % group_size):
+            raise ValueError(
+                f"context batch_min needs whole groups of group_size={group_size} images, "
+                f"got batch_size={batch_size} from first_image={first_image}"
+            )
+        if batch_size * max(self.num_targets, self.num_contexts) * self.num_patches > _INT32_MAX:
+            raise ValueError(f"{batch_size} images of {self.num_patches} patches are too many for 32-bit token indices")
+
+    def _draw(self, batch_size, seed, step, first_image, device) -> Drawn:
+        images = torch.arange(first_image, first_image + batch_size, device=device)
+        return draw(self.plan, Counter(seed, step, images))
+
+
+def _promise(tokens: Ragged, constant: bool, equal: bool) -> Ragged:
+    """With the promise of equal lengths: always ``max_seqlen`` (constant), or whatever all rows are divided into."""
+    if constant and tokens.num_rows == tokens.num_sequences * tokens.max_seqlen:
+        return replace(tokens, uniform=True)
+    if equal:
+        return replace(tokens, max_seqlen=tokens.num_rows // tokens.num_sequences, uniform=True)
+    return tokens

@@ -1,0 +1,362 @@
+"""I-JEPA: context encoder, target encoder, predictor and the loss between them (arXiv 2301.08243, section 3).
+
+Legend: B images, N patches per image, D width, p patch size, K width of a target (D, or 3 * p * p for pixels), M target
+blocks per image, T predicted rows, Tc, Tt packed rows of context and targets, W ranks.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, get_args, get_type_hints
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ijepa_fast import ops
+from ijepa_fast.attention.dispatch import check_backend
+from ijepa_fast.masks.sampler import Masks
+from ijepa_fast.model.fp8 import Scaling, check_fp8, fp8_products
+from ijepa_fast.model.predictor_layout import PredictorLayout, predictor_layout
+from ijepa_fast.model.vit import Predictor, VisionTransformer
+from ijepa_fast.ragged import PADDING, Ragged, take_rows
+from ijepa_fast.reference import accumulation_dtype
+from ijepa_fast.side_stream import SideStream
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What is minimised.
+
+    ``prediction_weight * prediction + variance_weight * variance + covariance_weight * covariance``. The last two
+    regularise the average-pooled context features z over the global batch, as in VICReg (arXiv 2105.04906, section
+    4.1): variance is the mean over dimensions of ``max(0, target_std - sqrt(var(z_d) + variance_eps))``, covariance
+    the sum of squared off-diagonal covariances over D. Pooling is over all context blocks of an image together. They
+    keep small data sets from collapsing; the official recipes do not use them.
+
+    Args:
+        loss: distance between prediction and target. The official code takes smooth_l1, the paper writes l2.
+        prediction_weight: weight of the prediction loss.
+        variance_weight: weight of the variance term.
+        covariance_weight: weight of the covariance term.
+        target_std: standard deviation below which the variance term pushes.
+        variance_eps: added to the variance before its root.
+        targets: what is predicted for a target patch: features (of this patch, by the target encoder), average (the
+            mean of its block's features, the same for every patch of the block) or pixels (of this patch; no target
+            encoder takes part, which then is a running average for evaluation alone).
+        normalize_targets: layer-normalise each patch's features (before any average) or pixels, without affine
+            parameters. Pixels are normalised with the encoder's mean and std in any case.
+        target_eps: eps of that layer-norm.
+        target_selection: output (the target encoder sees the whole image, and the rows of the target blocks are taken
+            from its output, as in the paper) or input (it sees each target block alone).
+    """
+
+    loss: Literal["smooth_l1", "l2", "l1"] = "smooth_l1"
+    prediction_weight: float = 1.0
+    variance_weight: float = 0.0
+    covariance_weight: float = 0.0
+    target_std: float = 1.0
+    variance_eps: float = 1e-4
+    targets: Literal["features", "average", "pixels"] = "features"
+    normalize_targets: bool = True
+    target_eps: float = 1e-5
+    target_selection: Literal["output", "input"] = "output"
+
+    def __post_init__(self) -> None:
+        for name in ("loss", "targets", "target_selection"):
+            choices = get_args(get_type_hints(Objective)[name])
+            if getattr(self, name) not in choices:
+                raise ValueError(f"objective.{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
+        if self.targets == "pixels" and self.target_selection == "input":
+            raise ValueError(
+                "objective.target_selection input is for a target encoder, but objective.targets is pixels"
+            )
+        for name in ("prediction_weight", "variance_weight", "covariance_weight", "target_std"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"objective.{name} must not be negative, got {getattr(self, name)}")
+        for name in ("variance_eps", "target_eps"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"objective.{name} must be positive, got {getattr(self, name)}")
+
+    @property
+    def regularised(self) -> bool:
+        return self.variance_weight > 0 or self.covariance_weight > 0
+
+
+class Losses(NamedTuple):
+    """Scalars on the device of the images. ``total`` carries the graph, the others are detached."""
+
+    total: Tensor
+    prediction: Tensor
+    variance: Tensor
+    covariance: Tensor
+
+
+class Prediction(NamedTuple):
+    """What ``IJEPA.predict`` gives for a batch.
+
+    Attributes:
+        values: [T, K]; the predictor's output, with the graph.
+        targets: [R, K]; what is predicted.
+        rows: int32 [T]; the row of ``targets`` each value is compared with, -1 for padding.
+        cu_seqlens: int32; prefix sums of the predicted blocks.
+        context: [Tc, D]; the context encoder's output, with the graph.
+        pooled: [B, D] average-pooled target features, detached; None without a target encoder.
+    """
+
+    values: Tensor
+    targets: Tensor
+    rows: Tensor
+    cu_seqlens: Tensor
+    context: Tensor
+    pooled: Tensor | None
+
+
+class IJEPA(nn.Module):
+    """The three networks of I-JEPA. ``forward`` gives the loss of one batch.
+
+    Args:
+        encoder: the context encoder; the target encoder starts as a frozen copy of it.
+        predictor: on the same patch grid and width; to predict pixels, with a target_dim of in_chans * patch_size ** 2.
+        objective: losses and their weights.
+        target_attention: attention backend of the target encoder where every patch of every image takes part; all else,
+            such as a last block that computes only the rows that are read, stays with the encoder's. None: the same.
+
+    Attributes:
+        target_stream: where the target encoder runs, beside context encoder and predictor. None: on the current stream.
+        fp8_targets: how the target encoder's products are scaled in ``forward``, see ``use_fp8_targets``.
+
+    Raises:
+        ValueError: encoder and predictor do not fit together, or no backend has this name.
+        BackendUnavailable: the backend cannot be imported.
+    """
+
+    target_stream: SideStream | None = None
+    fp8_targets: Scaling = "off"
+
+    def __init__(
+        self,
+        encoder: VisionTransformer,
+        predictor: Predictor,
+        objective: Objective | None = None,
+        target_attention: str | None = None,
+    ):
+        super().__init__()
+        if predictor.grid != encoder.grid:
+            raise ValueError(f"the predictor's patch grid {predictor.grid} is not the encoder's {encoder.grid}")
+        if predictor.predictor_embed.in_features != encoder.embed_dim:
+            raise ValueError(
+                f"the predictor takes width {predictor.predictor_embed.in_features}, "
+                f"the encoder gives {encoder.embed_dim}"
+            )
+        self.objective = objective or Objective()
+        pixel_values = encoder.in_chans * encoder.patch_size**2
+        target_dim = pixel_values if self.objective.targets == "pixels" else encoder.embed_dim
+        if predictor.predictor_proj.out_features != target_dim:
+            raise ValueError(
+                f"the predictor gives width {predictor.predictor_proj.out_features}, "
+                f"but targets of kind {self.objective.targets} have {target_dim}"
+            )
+        self.context_encoder = encoder
+        self.target_encoder = copy.deepcopy(encoder).requires_grad_(False)
+        if target_attention is not None:
+            check_backend(target_attention)
+            for block in self.target_encoder.blocks:
+                block.attn.dense_backend = target_attention
+        self.predictor = predictor
+
+    def use_fp8_targets(self, scaling: Scaling, device: torch.device) -> None:
+        """From now on, ``forward`` multiplies in FP8 in the blocks of the target encoder; with "off", no longer.
+
+        Weights and checkpoints stay the same, and so does the target encoder where it is called on its own.
+
+        Args:
+            device: where ``forward`` will be called. On a GPU, weights must be bf16 by then.
+
+        Raises:
+            ValueError: an unknown scaling, widths that are no multiples of 16, a GPU that cannot multiply FP8 numbers,
+                pixels as targets, which no target encoder makes, or a target encoder of fused blocks.
+        """
+        blocks = self.target_encoder.blocks
+        check_fp8(scaling, (layer for layer in blocks.modules() if isinstance(layer, nn.Linear)), device)
+        if scaling != "off" and self.objective.targets == "pixels":
+            raise ValueError(f"FP8 scaling {scaling} is for a target encoder, but objective.targets is pixels")
+        if scaling != "off" and self.target_encoder.fused:
+            raise ValueError(f"FP8 scaling {scaling} needs plain blocks, but the target encoder's are fused")
+        self.fp8_targets = scaling
+
+    def fuse_blocks(self, *, targets: bool = True) -> None:
+        """From now on, run the blocks of all three networks on the package's fused kernels (``fused.py``).
+
+        Call it before anything is compiled, on the device and in the dtype of the run: on a GPU with weights in bf16 or
+        fp16 (``cast_weights``).
+
+        Args:
+            targets: those of the target encoder too; FP8 products need them plain.
+
+        Raises:
+            ValueError: blocks were fused or compiled before, the kernels cannot run here, with the reason, or FP8
+                products are wanted of the target encoder. Nothing is fused then.
+        """
+        if targets and self.fp8_targets != "off":
+            raise ValueError(f"FP8 scaling {self.fp8_targets} needs plain blocks: give fuse_blocks(targets=False)")
+        networks = [self.context_encoder, self.predictor, *([self.target_encoder] if targets else [])]
+        for network in networks:
+            network.check_fuse_blocks()
+        for network in networks:
+            network.fuse_blocks()
+
+    def forward(self, images: Tensor, masks: Masks, *, all_targets: bool = True) -> tuple[Losses, Tensor]:
+        """Loss of one batch, and the pooled target features.
+
+        Args:
+            images: [B, C, h, w], uint8 or normalised float.
+            masks: context and target blocks of these images.
+            all_targets: compute the target encoder's last block for every patch. False leaves out the rows that no
+                target block reads; the pooled features are then over target patches alone. Without effect where the
+                target encoder does not see whole images, or where the blocks have more rows than the images patches.
+
+        Returns:
+            ``Losses``, and average-pooled features [B, D] (detached) for monitoring: the target encoder's, or the
+            context encoder's where pixels are predicted.
+        """
+        return self.losses(self.predict(images, masks, all_targets=all_targets), masks)
+
+    def predict(self, images: Tensor, masks: Masks, *, all_targets: bool = True) -> Prediction:
+        """The three networks on one batch; the arguments are those of ``forward``."""
+        if masks.num_images != images.shape[0]:
+            raise ValueError(f"the masks are for {masks.num_images} images, but there are {images.shape[0]}")
+        layout = predictor_layout(masks.context, masks.targets, masks.num_contexts, masks.num_targets)
+        if self.target_stream is None:
+            found = self._targets(images, masks, layout, all_targets)
+            context, values = self._context_and_prediction(images, masks, layout)
+        else:
+            with self.target_stream.beside(lambda: self._targets(images, masks, layout, all_targets)) as found:
+                context, values = self._context_and_prediction(images, masks, layout)
+        targets, rows, pooled = found
+        return Prediction(values, targets, rows, layout.predicted.cu_seqlens, context, pooled)
+
+    def losses(self, predicted: Prediction, masks: Masks) -> tuple[Losses, Tensor]:
+        """What ``forward`` returns, from the prediction of a batch with these masks."""
+        objective, pooled = self.objective, predicted.pooled
+        prediction_loss = ops.target_loss(
+            predicted.values,
+            predicted.targets,
+            predicted.rows,
+            predicted.cu_seqlens,
+            objective.loss,
+            objective.normalize_targets and objective.targets != "average",
+            objective.target_eps,
+        )
+        total = objective.prediction_weight * prediction_loss
+        variance = covariance = torch.zeros_like(prediction_loss)
+        if objective.regularised or pooled is None:
+            features = mean_pool(predicted.context, masks.context.every(masks.num_contexts))
+            pooled = features.detach() if pooled is None else pooled
+        if objective.regularised:
+            variance, covariance = variance_covariance(
+                gather_ranks(features), objective.target_std, objective.variance_eps
+            )
+            total = total + objective.variance_weight * variance + objective.covariance_weight * covariance
+        return Losses(total, prediction_loss.detach(), variance.detach(), covariance.detach()), pooled
+
+    def _context_and_prediction(self, images: Tensor, masks: Masks, layout: PredictorLayout) -> tuple[Tensor, Tensor]:
+        context = self.context_encoder(images, masks.context)
+        return context, self.predictor(context, layout, self.context_encoder.grid_of(*images.shape[2:]))
+
+    def _encoded_targets(self, images: Tensor, tokens: Ragged | None = None, queries: Ragged | None = None) -> Tensor:
+        with fp8_products(self.fp8_targets):
+            return self.target_encoder(images, tokens, queries)
+
+    @torch.no_grad()
+    def _targets(
+        self, images: Tensor, masks: Masks, layout: PredictorLayout, all_targets: bool
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Targets [R, K], which of their rows each prediction is compared with (int32 [T], -1 for padding), and pooled
+        features [B, D] (None without a target encoder)."""
+        encoder, objective, targets = self.target_encoder, self.objective, masks.targets
+        if objective.targets == "pixels":
+            dtype = accumulation_dtype(encoder.patch_embed.proj.weight.dtype)
+            pixels = encoder.patch_embed.pixels(images, targets.indices, dtype)
+            return pixels[:, : self.predictor.predictor_proj.out_features].contiguous(), layout.target_rows, None
+        per_image = targets.every(masks.num_targets)
+        grid = encoder.grid_of(*images.shape[2:])
+        # Patches in several blocks are read as often: many large blocks would cost more than all patches once.
+        all_targets |= targets.num_rows >= images.shape[0] * grid[0] * grid[1]
+        if objective.target_selection == "output" and all_targets:
+            whole = self._encoded_targets(images)
+            pooled, features = whole.mean(1, dtype=torch.float32), whole.flatten(0, 1)
+            if objective.targets == "features":
+                return features, layout.target_tokens, pooled
+            features = take_rows(features, targets.indices)
+        else:
+            if objective.target_selection == "output":
+                features = self._encoded_targets(images, queries=per_image)
+            else:
+                features = self._encoded_targets(images, targets)
+            pooled = mean_pool(features, per_image)
+        if objective.targets == "features":
+            return features, layout.target_rows, pooled
+        if objective.normalize_targets:
+            features = F.layer_norm(
+                features.to(accumulation_dtype(features.dtype)), features.shape[1:], eps=objective.target_eps
+            )
+        predicted = layout.predicted.sequence_ids()  # (image, context, target block)
+        blocks = masks.num_targets
+        rows = predicted // (masks.num_contexts * blocks) * blocks + predicted % blocks
+        return mean_pool(features, targets), rows.masked_fill(layout.target_rows < 0, PADDING).int(), pooled
+
+
+def mean_pool(x: Tensor, tokens: Ragged) -> Tensor:
+    """Mean of each sequence's rows: packed [T, D] -> [S, D] in at least fp32; 0 for an empty sequence.
+
+    A product with a [S, T] matrix, because a scattered sum has no fixed order on a GPU.
+    """
+    wide = x.to(accumulation_dtype(x.dtype))
+    member = tokens.sequence_ids() == torch.arange(tokens.num_sequences, device=x.device)[:, None]
+    weight = member.to(wide.dtype) / tokens.lengths.clamp(min=1)[:, None]
+    return weight @ wide
+
+
+def variance_covariance(features: Tensor, target_std: float, eps: float) -> tuple[Tensor, Tensor]:
+    """Variance and covariance terms of features [n, D], see ``Objective``.
+
+    Raises:
+        ValueError: fewer than two rows have no variance.
+    """
+    count, dim = features.shape
+    if count < 2:
+        raise ValueError(f"the variance-covariance term needs at least 2 images in the global batch, got {count}")
+    centred = features - features.mean(0)
+    variance = centred.square().sum(0) / (count - 1)
+    hinge = (target_std - (variance + eps).sqrt()).clamp(min=0).mean()
+    covariance = centred.T @ centred / (count - 1)
+    off_diagonal = covariance - torch.diag_embed(covariance.diagonal())
+    return hinge, off_diagonal.square().sum() / dim
+
+
+class _GatherRanks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, x.contiguous())
+        ctx.rows = x.shape[0]
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        # Each rank's loss depends on the rows of all ranks; the sum over ranks is W times the gradient of the one
+        # global term, and the average over ranks that DistributedDataParallel takes divides by W again.
+        grad = grad.contiguous()
+        dist.all_reduce(grad)
+        first = dist.get_rank() * ctx.rows
+        return grad[first : first + ctx.rows]
+
+
+def gather_ranks(x: Tensor) -> Tensor:
+    """Rows of all ranks, in rank order: [n, D] -> [W * n, D]. Differentiable; the same tensor without ranks."""
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return x
+    return _GatherRanks.apply(x)

@@ -1,0 +1,156 @@
+"""The folder of a run: which files a run writes there, what makes it a run's, and how a start takes it over."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from pathlib import Path
+
+from ijepa_fast.config import RunConfig, as_dict, changes, flatten
+from ijepa_fast.run import checkpoint as checkpoints
+from ijepa_fast.run.checkpoint import CheckpointError
+
+log = logging.getLogger(__name__)
+
+RECORDS = ("environment.json", "before.json", "metrics.jsonl", "summary.json", "config.yaml")
+"""What a run tells of itself."""
+
+RUN_FILES = (
+    "checkpoints/step_*.safetensors",
+    "checkpoints/step_*.partial",
+    "tensorboard/events.out.tfevents.*",
+    "curves.png",
+    "masks.png",
+    "pca.png",
+    *(f"{name}.partial" for name in RECORDS),
+    # Last, and config.yaml at their end: a removal that is interrupted leaves what is still known to be a run.
+    *RECORDS,
+)
+"""All that a run writes into its folder, as patterns; ``remove_run`` removes it in this order."""
+
+FIGURES_DEPEND_ON = ("data", "seed", "model", "objective", "evaluation")
+"""Settings that change what before.json holds."""
+
+_COUNTED = re.compile(r"(folder|shards):(\d+):")
+"""Fingerprints that begin with the number of images."""
+
+
+def start_afresh(folder: Path) -> str:
+    """How to, in words: the end of messages about a folder that holds a run already."""
+    return f"give another output folder, or remove the run in {folder} with --resume never --overwrite true"
+
+
+def holds_run(folder: Path) -> bool:
+    """Whether there are a run's config.yaml or checkpoints in a folder.
+
+    Raises:
+        CheckpointError: it holds a config.yaml or other files of the names in ``RECORDS`` that no run wrote.
+    """
+    settings = folder / "config.yaml"
+    if settings.exists() and _settings_of_run(settings) is None:
+        raise CheckpointError(
+            f"{settings} was not written by a run, which would write over it; give another output folder, or move it"
+        )
+    if settings.exists() or checkpoints.list_steps(folder / "checkpoints"):
+        return True
+    if strangers := [name for name in RECORDS if (folder / name).exists()]:
+        raise CheckpointError(
+            f"{folder} holds {', '.join(strangers)} but no run, which would write over that; give another output folder"
+        )
+    return False
+
+
+def _settings_of_run(path: Path) -> dict | None:
+    """The nested settings in a file with every section, as each run writes it; None for any other file."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        try:
+            # A run started from Python writes JSON.
+            values = json.loads(text)
+        except json.JSONDecodeError:
+            import yaml
+
+            try:
+                values = yaml.safe_load(text)
+            except yaml.YAMLError:
+                return None
+    except (OSError, UnicodeDecodeError):
+        return None
+    sections = {name for name, value in as_dict(RunConfig()).items() if isinstance(value, dict)}
+    of_run = isinstance(values, dict) and all(isinstance(values.get(name), dict) for name in sections)
+    return values if of_run else None
+
+
+def remove_run(folder: Path) -> int:
+    """Remove what a run wrote from its folder, and nothing else. Returns the number of files."""
+    found = [path for pattern in RUN_FILES for path in sorted(folder.glob(pattern)) if not path.is_dir()]
+    for path in found:
+        path.unlink()
+    for inside in {folder / Path(pattern).parent for pattern in RUN_FILES} - {folder}:
+        if inside.is_dir() and not inside.is_symlink() and not any(inside.iterdir()):
+            inside.rmdir()
+    return len(found)
+
+
+def claim(config: RunConfig, data: str) -> Path | None:
+    """Make sure the output folder is ours to write; the checkpoint to continue from, if there is one.
+
+    Args:
+        data: fingerprint of the training images.
+
+    Raises:
+        CheckpointError: the folder holds files of others, another run, a damaged checkpoint, or no run where
+            ``resume`` requires one. Nothing was touched then.
+    """
+    folder = Path(config.output)
+    held, steps = holds_run(folder), checkpoints.list_steps(folder / "checkpoints")
+    if held and config.resume == "never":
+        if not config.overwrite:
+            raise CheckpointError(f"{folder} already holds a run; continue it (--resume auto), {start_afresh(folder)}")
+        done = steps[-1] if steps else 0
+        log.info("removed the run in %s, saved after step %d: %d files", folder, done, remove_run(folder))
+        steps = []
+    if not steps:
+        if config.resume == "require":
+            raise CheckpointError(f"resume is 'require', but {folder} holds no checkpoint")
+        folder.mkdir(parents=True, exist_ok=True)
+        _drop_figures_of_others(config, folder)
+        return None
+    newest = checkpoints.path_of(folder / "checkpoints", steps[-1])
+    extra = checkpoints.load(newest).extra
+    # Settings that came into being since the run began had their defaults then.
+    allowed, refused = changes(flatten(RunConfig()) | extra["settings"], flatten(config))
+    if refused:
+        listed = ", ".join(f"{name} ({old!r} -> {new!r})" for name, (old, new) in refused.items())
+        raise CheckpointError(f"{folder} holds a run with other settings: {listed}; {start_afresh(folder)}")
+    if extra["data"] != data:
+        raise CheckpointError(_other_images(folder, extra["data"], config.data, data))
+    for name, (old, new) in allowed.items():
+        if name not in ("resume", "overwrite"):
+            log.info("continuing with %s changed from %r to %r", name, old, new)
+    return newest
+
+
+def _drop_figures_of_others(config: RunConfig, folder: Path) -> None:
+    """Remove the figures of the untrained encoder if a start that saved nothing took them with other settings."""
+    before, now = _settings_of_run(folder / "config.yaml"), as_dict(config)
+    if before is not None and any(before.get(name) != now[name] for name in FIGURES_DEPEND_ON):
+        (folder / "before.json").unlink(missing_ok=True)
+
+
+def _other_images(folder: Path, before: str | None, path: str | None, now: str) -> str:
+    """Why a run on the images of the fingerprint ``before`` does not continue on those of ``now``, in words."""
+    if before is None:
+        return f"{folder} holds weights that were imported for evaluation; import them with --data to train on"
+    counts = [match[2] if (match := _COUNTED.match(text)) else None for text in (before, now)]
+    if None in counts:
+        differ = f"{before}, and {path} now is {now}"
+    elif counts[0] == counts[1]:
+        differ = f"{counts[0]} as well, but names or sizes of files in {path} have changed"
+    else:
+        differ = f"{counts[0]} of them, and {path} now has {counts[1]}"
+    return (
+        f"{folder} holds a run on other images: {differ}. The order of all images depends on each, so bring back those "
+        f"that were there (damaged ones too: they are skipped), or {start_afresh(folder)}"
+    )

@@ -1,0 +1,95 @@
+"""How much memory a training step needs, in closed form, and whether blocks should be recomputed to fit.
+
+Legend: D width, r MLP ratio. Norms of plain blocks keep their input in fp32 (fused ones keep
+less), everything else is of the training precision.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+
+from ijepa_fast.config import RunConfig
+from ijepa_fast.model.jepa import IJEPA
+from ijepa_fast.step.flops import TokenCounts
+
+log = logging.getLogger(__name__)
+
+USABLE = 0.85
+"""Share of a GPU's memory that the estimate may fill; temporaries, fragments and the libraries take the rest."""
+
+
+def state_bytes(model: IJEPA) -> int:
+    """Weights, gradients, moments, fp32 masters and averages of ``FusedAdamW``."""
+    trained = [p for part in (model.context_encoder, model.predictor) for p in part.parameters()]
+    averaged = list(model.target_encoder.parameters())
+
+    def wide(parameter: torch.Tensor) -> int:
+        return 0 if parameter.element_size() >= 4 else 4
+
+    return sum(p.numel() * (2 * p.element_size() + 8 + wide(p)) for p in trained) + sum(
+        p.numel() * (p.element_size() + wide(p)) for p in averaged
+    )
+
+
+def activation_bytes(config: RunConfig, images: int, *, checkpointing: bool) -> int:
+    """What the forward pass keeps for the backward pass of ``images`` images, on average over masks."""
+    model, tokens = config.model, _tokens(config)
+    size = 4 if config.train.precision == "fp32" else 2
+    patches = (model.img_size // model.patch_size) ** 2
+    predicted = tokens.num_contexts * tokens.targets
+    rows = tokens.num_targets * tokens.context + predicted
+
+    def blocks(dim: int, ratio: float, depth: int, rows: float, last_rows: float) -> float:
+        """Kept: the inputs of both norms (fp32) and their outputs, q, k, v, the attention's output, the MLP's hidden
+        layer before and after GELU."""
+        keys, others = 4 + 3 * size, 4 + (3 + 2 * ratio) * size  # bytes of a row over D
+        whole = rows * dim * (keys + others)
+        last = rows * dim * (keys - size) + last_rows * dim * (others + 2 * size)
+        if checkpointing:  # the input of every block, and all of the one that is being recomputed
+            return depth * rows * dim * (4 if config.train.wide_residual else size) + whole
+        return (depth - 1) * whole + last
+
+    width, narrow = model.embed_dim, model.predictor_embed_dim
+    ratio = model.mlp_ratio if model.predictor_mlp_ratio is None else model.predictor_mlp_ratio
+    encoder = blocks(width, model.mlp_ratio, model.depth, tokens.context, tokens.context)
+    predictor = blocks(narrow, ratio, model.predictor_depth, rows, predicted)
+    # Pixels, final norms, predictions, and the targets they are compared with.
+    ends = tokens.context * (3 * model.patch_size**2 * size + width * (4 + size)) + predicted * narrow * (4 + size)
+    ends += (predicted + patches) * width * size
+    return int(images * (encoder + predictor + ends))
+
+
+def _tokens(config: RunConfig) -> TokenCounts:
+    side = config.model.img_size // config.model.patch_size
+    return TokenCounts.expected(config.masks, (side, side), draws=32)
+
+
+def set_checkpointing(model: IJEPA, config: RunConfig, images: int, device: torch.device) -> bool:
+    """Turn activation checkpointing on if the configuration says so, or is "auto" and the GPU would be too small.
+
+    Args:
+        images: of a micro-batch on this device.
+
+    Returns:
+        Whether it is on.
+    """
+    wanted = config.model.activation_checkpointing
+    if wanted == "auto":
+        wanted = False
+        if device.type == "cuda":
+            available = USABLE * torch.cuda.get_device_properties(device).total_memory
+            activations = activation_bytes(config, images, checkpointing=False)
+            # The pool of CUDA graphs keeps its activations while steps that are not captured take theirs beside it.
+            needed = state_bytes(model) + (2 if config.train.capture else 1) * activations
+            wanted = needed > available
+            log.info(
+                "activation checkpointing %s: a step needs about %.1f of %.1f GiB without",
+                "on" if wanted else "off",
+                needed / 2**30,
+                available / 2**30,
+            )
+    for network in (model.context_encoder, model.predictor):
+        network.activation_checkpointing = wanted
+    return wanted

@@ -1,0 +1,192 @@
+"""One training step: masks, loss, backward, clipping, AdamW and EMA.
+
+Everything that varies is a function of (seed, step), so a run can be stopped and continued at any step. The host
+never waits for the device here: what it wants to know it reads at the log interval.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from ijepa_fast.masks.sampler import MaskSampler
+from ijepa_fast.model.jepa import IJEPA, Losses
+from ijepa_fast.optim import LOW_PRECISION, FusedAdamW
+from ijepa_fast.optim.schedules import Schedules
+
+PRECISION_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+ROUND_ROWS = 128
+"""Few different shapes for the allocator and for compiled code, and whole tiles for matrix products."""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one step leaves on the device.
+
+    Attributes:
+        losses: scalars, averaged over the micro-batches of this rank.
+        grad_norm: scalar, before clipping.
+        pooled: [b, D] average-pooled target features of this rank's images, fp32; without ``all_targets`` of target
+            patches alone.
+        tokens: numbers of tokens (context, targets) of this rank.
+    """
+
+    losses: Losses
+    grad_norm: Tensor
+    pooled: Tensor
+    tokens: tuple[int, int]
+
+
+class TrainStep:
+    """Callable that runs one step on this rank's images.
+
+    Args:
+        model: the networks, already cast and on their device.
+        optimizer: over the groups of ``parameter_groups(model)``.
+        sampler: draws the masks.
+        schedules: learning rate, weight decay and momentum.
+        seed: of the masks.
+        wrapped: ``model`` inside DistributedDataParallel, if it is.
+        accumulate: micro-batches per step. Each holds the same number of images.
+        scaler: loss scaler for fp16; None otherwise.
+        all_targets: see ``IJEPA.forward``. The attribute may be changed from step to step: features of all patches are
+            only worth their cost where ``StepResult.pooled`` is read.
+        round_rows: round the packed rows of context and of targets up to a multiple of this. The numbers of tokens are
+            found on the host, from its own sampler. None: ``ROUND_ROWS`` on a GPU, 1 (exact) on the CPU.
+
+    Attributes:
+        first_bad_step: int64 scalar on the device; the first step whose loss was not finite, -1 while there is none.
+            From that step on nothing is updated.
+    """
+
+    def __init__(
+        self,
+        model: IJEPA,
+        optimizer: FusedAdamW,
+        sampler: MaskSampler,
+        schedules: Schedules,
+        *,
+        seed: int,
+        wrapped: nn.Module | None = None,
+        accumulate: int = 1,
+        scaler: torch.amp.GradScaler | None = None,
+        all_targets: bool = False,
+        round_rows: int | None = None,
+    ):
+        if accumulate < 1:
+            raise ValueError(f"accumulate must be at least 1, got {accumulate}")
+        if round_rows is not None and round_rows < 1:
+            raise ValueError(f"round_rows must be at least 1, got {round_rows}")
+        self.model, self.wrapped = model, wrapped if wrapped is not None else model
+        self.optimizer, self.sampler, self.schedules = optimizer, sampler, schedules
+        self.seed, self.accumulate, self.scaler, self.all_targets = seed, accumulate, scaler, all_targets
+        device = next(model.parameters()).device
+        self.round_rows = round_rows or (ROUND_ROWS if device.type == "cuda" else 1)
+        self.first_bad_step = torch.full((), -1, dtype=torch.int64, device=device)
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        # Sums of many small low-precision gradients lose them; with one micro-batch there is nothing to sum.
+        self.wide_sums = [p for p in self.parameters if p.dtype in LOW_PRECISION] if accumulate > 1 else []
+
+    def __call__(self, images: Tensor, step: int, first_image: int = 0) -> StepResult:
+        """Run step ``step`` (from 0) on ``images`` uint8 [b, C, h, w], which start at ``first_image`` of the batch.
+
+        Raises:
+            ValueError: the images cannot be split into ``accumulate`` equal micro-batches.
+        """
+        if images.shape[0] % self.accumulate:
+            raise ValueError(f"{images.shape[0]} images cannot be split into {self.accumulate} equal micro-batches")
+        self._set_schedules(step)
+        count = images.shape[0] // self.accumulate
+        first_images = [first_image + i * count for i in range(self.accumulate)]
+        if self.round_rows == 1:
+            capacities, tokens = [None] * self.accumulate, None
+        else:
+            counts = [
+                self.sampler.counts(count, seed=self.seed, step=step, first_image=first) for first in first_images
+            ]
+            capacities = [self.rounded(rows) for rows in counts]
+            tokens = tuple(map(sum, zip(*counts, strict=True)))
+        result = self._work(images, step, first_images, capacities)
+        return result if tokens is None else replace(result, tokens=tokens)
+
+    def rounded(self, rows: tuple[int, int]) -> tuple[int, int]:
+        """Rows of context and of targets that so many tokens get."""
+        return tuple(-(-count // self.round_rows) * self.round_rows for count in rows)
+
+    def _work(
+        self,
+        images: Tensor,
+        step: int | Tensor,
+        first_images: Sequence[int],
+        capacities: Sequence[tuple[int, int] | None],
+    ) -> StepResult:
+        """All that is done on the device, one micro-batch after another. ``StepResult.tokens`` counts rows."""
+        losses, pooled, rows = [], [], [0, 0]
+        micro_batches = images.split(images.shape[0] // len(first_images))
+        for i, (micro_batch, first, capacity) in enumerate(zip(micro_batches, first_images, capacities, strict=True)):
+            masks = self.sampler.sample(
+                len(micro_batch),
+                seed=self.seed,
+                step=step,
+                first_image=first,
+                device=images.device,
+                capacity=capacity,
+            )
+            rows = [rows[0] + masks.context.num_rows, rows[1] + masks.targets.num_rows]
+            with self._synchronise_only_if(i == len(first_images) - 1):
+                loss, features = self.wrapped(micro_batch, masks, all_targets=self.all_targets)
+                scaled = loss.total / self.accumulate
+                (scaled if self.scaler is None else self.scaler.scale(scaled)).backward()
+            self._add_wide()
+            losses.append(Losses(*(value.detach() for value in loss)))
+            pooled.append(features)
+        mean = Losses(*(torch.stack(values).mean() for values in zip(*losses, strict=True)))
+        self._note_bad(mean.total, step)
+        self._update()
+        return StepResult(mean, self.optimizer.grad_norm, torch.cat(pooled), tuple(rows))
+
+    def _set_schedules(self, step: int) -> None:
+        lr, weight_decay = self.schedules.lr_at(step), self.schedules.weight_decay_at(step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+            group["weight_decay"] = weight_decay if group.get("decays", True) else 0.0
+        self.optimizer.momentum = self.schedules.momentum_at(step)
+
+    def _synchronise_only_if(self, last: bool):
+        # With low-precision parameters each micro-batch is reduced by itself, because only fp32 sums are kept.
+        if last or self.wide_sums or not hasattr(self.wrapped, "no_sync"):
+            return contextlib.nullcontext()
+        return self.wrapped.no_sync()
+
+    def _add_wide(self) -> None:
+        for parameter in self.wide_sums:
+            if parameter.grad is None:
+                continue
+            if getattr(parameter, "main_grad", None) is None:
+                parameter.main_grad = parameter.grad.float()
+            else:
+                parameter.main_grad += parameter.grad
+            parameter.grad = None
+
+    def _note_bad(self, loss: Tensor, step: int | Tensor) -> None:
+        loss = loss.clone()
+        if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+            # A bad loss of one rank must stop all of them; NaN and infinity survive a sum.
+            torch.distributed.all_reduce(loss)
+        newly_bad = (self.first_bad_step < 0) & ~loss.isfinite()
+        self.first_bad_step.copy_(torch.where(newly_bad, step, self.first_bad_step))
+        self.optimizer.blocked = (self.first_bad_step >= 0).float()
+
+    def _update(self) -> None:
+        if self.scaler is None:
+            self.optimizer.step()
+        else:
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        for parameter in self.wide_sums:
+            parameter.main_grad = None

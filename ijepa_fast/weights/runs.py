@@ -1,0 +1,123 @@
+"""The networks and the optimizer in one of our checkpoints, in full precision, and the same put together anew."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ijepa_fast.config import RunConfig, as_dict, flatten, from_dict
+from ijepa_fast.model.jepa import IJEPA
+from ijepa_fast.model.vit import cast_weights
+from ijepa_fast.optim import FusedAdamW, parameter_groups
+from ijepa_fast.run import checkpoint as checkpoints
+from ijepa_fast.run.checkpoint import Checkpoint
+from ijepa_fast.step.train_step import PRECISION_DTYPES
+from ijepa_fast.weights.reading import WeightsError, load_weights
+
+ENCODERS = {"target": "target_encoder", "context": "context_encoder"}
+NETWORKS = ("context_encoder", "predictor", "target_encoder")
+
+
+def read_run(path: Path | str) -> tuple[IJEPA, RunConfig, Checkpoint]:
+    """The networks in fp32 (from the optimizer's masters where weights are kept in low precision), their
+    configuration, and what the file holds.
+
+    Args:
+        path: a checkpoint of ours, or the folder of a run (its newest).
+
+    Raises:
+        CheckpointError: there is none, or it is damaged.
+        WeightsError: its weights do not fit its configuration.
+    """
+    path = checkpoints.find(Path(path))
+    state = checkpoints.load(path)
+    config = from_dict(state.extra["config"])
+    model = config.model.anywhere().build(config.objective)
+    for part in NETWORKS:
+        load_weights(getattr(model, part), full_precision(state.tensors, part), f"{part} of {path}")
+    return model, config, state
+
+
+def full_precision(tensors: Mapping[str, Tensor], part: str) -> dict[str, Tensor]:
+    """Weights of one of ``NETWORKS``, from the optimizer's masters and averages where it has them.
+
+    Args:
+        tensors: networks and optimizer, named as in a checkpoint.
+    """
+    kept, source = ("ema", "context_encoder") if part == "target_encoder" else ("master", part)
+    weights = checkpoints.select(tensors, f"model.{part}")
+    return {name: tensors.get(f"optimizer.{source}.{name}.{kept}", value) for name, value in weights.items()}
+
+
+def save_run(
+    folder: Path | str,
+    model: IJEPA,
+    config: RunConfig,
+    step: int,
+    *,
+    moments: Mapping[str, Mapping[str, Tensor]] | None = None,
+    data: str | None = None,
+    about: Mapping[str, object] | None = None,
+) -> Path:
+    """Write fp32 networks as a checkpoint that ``load_trained`` reads, and that training continues from.
+
+    Args:
+        folder: of the run; the file goes to its checkpoints/.
+        model: fp32, on the CPU; to train on, its weights are cast to the run's precision here.
+        config: of the run.
+        step: steps done.
+        moments: dotted parameter name -> exp_avg and exp_avg_sq; by default zero, as at the start of a run.
+        data: fingerprint of the training images. None: a checkpoint to evaluate, in fp32 and without
+            optimizer state.
+        about: where the weights are from, kept in the file as "imported".
+
+    Returns:
+        Path of the file.
+
+    Raises:
+        WeightsError: the folder already holds checkpoints.
+    """
+    folder = Path(folder)
+    if checkpoints.list_steps(folder / "checkpoints"):
+        raise WeightsError(f"{folder} already holds a run; give another folder")
+    extra = {
+        "settings": flatten(config),
+        "config": as_dict(config),
+        "data": data,
+        "scaler": torch.amp.GradScaler("cpu").state_dict() if config.train.precision == "fp16" else None,
+        "bad_files": {},
+        "imported": dict(about or {}),
+    }
+    state = {}
+    if data is not None:
+        state = _training_state(model, config, step, moments or {})
+        cast_weights(model, PRECISION_DTYPES[config.train.precision])
+    tensors = {f"model.{name}": value for name, value in model.state_dict().items()} | state
+    return checkpoints.save(folder / "checkpoints", Checkpoint(step, tensors, extra), keep=1)
+
+
+def _training_state(
+    model: IJEPA, config: RunConfig, step: int, moments: Mapping[str, Mapping[str, Tensor]]
+) -> dict[str, Tensor]:
+    """What a checkpoint holds beside the networks; masters and averages are the fp32 weights."""
+    dtype = PRECISION_DTYPES[config.train.precision]
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    optimizer = FusedAdamW(parameter_groups(model, config.optim.layer_decay))
+    tensors = {"health.features": torch.zeros(0, config.model.embed_dim), "optimizer_skipped": torch.zeros(())}
+    low = {
+        f"{name}.weight"
+        for name, module in model.named_modules()
+        if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d))
+    }
+    for parameter, state in optimizer.state.items():
+        name = names[parameter]
+        values = {**state, "step": torch.tensor(float(step)), **moments.get(name, {})}
+        if name in low and dtype != torch.float32:
+            values["master"] = parameter.detach().clone()
+            if (average := optimizer.averages.get(parameter)) is not None:
+                values["ema"] = average.detach().clone()
+        tensors |= {f"optimizer.{name}.{key}": value for key, value in values.items()}
+    return tensors
