@@ -3,6 +3,7 @@
 import os
 import re
 import subprocess
+import tempfile
 from pathlib import Path
 
 from setuptools import find_packages, setup
@@ -22,7 +23,7 @@ OLDEST_TORCH_ABI = 0x020A000000000000  # 2.10: the library then runs with every 
 def mask_extension():
     """Arguments of setup() that build csrc/ as ijepa_fast/_block_masks.abi3.so; none unless IJEPA_FAST_BUILD_EXT=1.
 
-    C++ always; CUDA where torch is a CUDA build and its toolkit is there, whether or not there is a GPU.
+    C++ always; CUDA where torch is a CUDA build and its toolkit is there whole, whether or not there is a GPU.
     """
     if os.environ.get("IJEPA_FAST_BUILD_EXT", "0") == "0":
         return {}
@@ -38,13 +39,15 @@ def mask_extension():
     sources = ["csrc/bindings.cpp", "csrc/block_masks_cpu.cpp"]
     flags = {"cxx": ["-O3", f"-DTORCH_TARGET_VERSION={OLDEST_TORCH_ABI:#x}"]}
     make_extension = cpp_extension.CppExtension
-    toolkit = cpp_extension.CUDA_HOME if torch.version.cuda else None
-    if toolkit:
+    toolkit = cpp_extension.CUDA_HOME
+    problem = cuda_problem(torch, cpp_extension)
+    if problem is None:
         make_extension = cpp_extension.CUDAExtension
         sources.append("csrc/block_masks_cuda.cu")
         flags["cxx"] += ["-DIJEPA_FAST_WITH_CUDA", "-DUSE_CUDA"]
         flags["nvcc"] = ["-O3", *cuda_architecture_flags(Path(toolkit, "bin", "nvcc"))]
-    print(f"building csrc/ with torch {torch.__version__} for " + (f"CPU and CUDA ({toolkit})" if toolkit else "CPU"))
+    target = f"CPU and CUDA ({toolkit})" if problem is None else f"CPU only, without CUDA code: {problem}"
+    print(f"building csrc/ with torch {torch.__version__} for {target}")
     extension = make_extension(
         "ijepa_fast._block_masks", sources, include_dirs=["csrc"], extra_compile_args=flags, py_limited_api=True
     )
@@ -54,6 +57,39 @@ def mask_extension():
         "cmdclass": {"build_ext": cpp_extension.BuildExtension},
         "options": {"bdist_wheel": {"py_limited_api": "cp310"}},
     }
+
+
+def cuda_problem(torch, cpp_extension):
+    """Why CUDA code cannot be built here, None if it can: found out by linking a program of one call with libcudart."""
+    if not torch.version.cuda:
+        return "this torch is not a CUDA build"
+    toolkit = cpp_extension.CUDA_HOME
+    if not toolkit:
+        return "no CUDA toolkit is found"
+    try:
+        told = subprocess.run([Path(toolkit, "bin", "nvcc"), "--version"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        return f"nvcc of {toolkit} does not run ({error})"
+    release = re.search(r"release (\d+)", told.stdout)
+    if release is None or release[1] != torch.version.cuda.partition(".")[0]:
+        return f"nvcc of {toolkit} is of another CUDA than torch's {torch.version.cuda}"
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "link.cpp")
+        source.write_text("#include <cuda_runtime_api.h>\nint main() { int n; return cudaGetDeviceCount(&n); }\n")
+        includes = [f"-I{path}" for path in cpp_extension.include_paths("cuda")]
+        libraries = [f"-L{path}" for path in cpp_extension.library_paths("cuda")]
+        command = [os.environ.get("CXX", "c++"), source, *includes, "-o", Path(folder, "link"), *libraries, "-lcudart"]
+        try:
+            linked = subprocess.run(command, capture_output=True, text=True)
+        except OSError:
+            return None  # there is no compiler: the build says so
+    return None if linked.returncode == 0 else f"libcudart cannot be linked with: {_last_line(linked.stderr)}"
+
+
+def _last_line(text):
+    """The line of a compiler's output that names the error."""
+    lines = [line for line in text.splitlines() if line.strip()]
+    return next((line for line in lines if "cannot find" in line or "fatal error" in line), lines[-1] if lines else "")
 
 
 def cuda_architecture_flags(nvcc):

@@ -1,6 +1,7 @@
 """tools/environment.py: which environment `make` uses, what it installs there, and what it says where it cannot."""
 
 import importlib.util
+import io
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +24,7 @@ def environment(monkeypatch, tmp_path):
     monkeypatch.setattr(module, "ROOT", tmp_path)
     for name in ("VIRTUAL_ENV", "CONDA_PREFIX", "PIP_ARGS"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(module, "GPU_DEVICES", (str(tmp_path),))  # as if there were a GPU
     return module
 
 
@@ -113,6 +115,31 @@ def test_pip_is_given_the_constraints_and_the_further_arguments(environment, mon
     assert "torch==2.13.0\n" in seen["text"]
     environment.install(found(tmp_path, torch="2.11.0", numpy="2.0.0"), {"train"}, in_place=True)
     assert "torch==2.11.0\n" in seen["text"] and "torch==2.13.0" not in seen["text"]
+
+
+def test_without_a_gpu_the_cpu_build_is_taken_where_its_index_answers(environment, monkeypatch, capsys):
+    asked = []
+
+    def answer(url, timeout):
+        asked.append(url)
+        if len(asked) > 1:
+            raise OSError("no network")
+        return io.BytesIO()
+
+    monkeypatch.setattr(environment.urllib.request, "urlopen", answer)
+    monkeypatch.setattr(environment.sys, "platform", "linux")
+    assert environment.further_pip_arguments(has_torch=False) == [] == asked, "a GPU is there"
+    monkeypatch.setattr(environment, "GPU_DEVICES", ())
+    assert environment.further_pip_arguments(has_torch=True) == [] == asked
+    assert environment.further_pip_arguments(has_torch=False) == ["--extra-index-url", environment.CPU_INDEX]
+    assert "no NVIDIA driver: torch comes from the index of its CPU builds" in capsys.readouterr().err
+    assert environment.further_pip_arguments(has_torch=False) == []
+    assert "gigabytes of CUDA libraries" in capsys.readouterr().err
+    monkeypatch.setenv("PIP_ARGS", "--prefer-binary")
+    assert environment.further_pip_arguments(has_torch=False) == ["--prefer-binary"] and len(asked) == 2
+    monkeypatch.setattr(environment.sys, "platform", "darwin")
+    monkeypatch.delenv("PIP_ARGS")
+    assert environment.further_pip_arguments(has_torch=False) == [] and len(asked) == 2
 
 
 def test_a_failed_installation_ends_with_its_reason_and_leaves_no_stamp(environment, monkeypatch, tmp_path):

@@ -39,6 +39,12 @@ def without_library(monkeypatch):
     extension.reason.cache_clear()
 
 
+@pytest.fixture
+def cuda_library(library):
+    if reason := extension.reason("cuda"):
+        pytest.skip(reason)
+
+
 def other(sampler, implementation):
     return MaskSampler(sampler.config, sampler.grid, implementation=implementation)
 
@@ -222,7 +228,7 @@ def test_an_unknown_implementation_raises():
 @pytest.mark.gpu
 @pytest.mark.parametrize("config", HARD_CASES, ids=lambda config: f"{config.strategy}-{config.context}")
 @pytest.mark.parametrize("grid", [(14, 14), (40, 33)], ids=lambda grid: f"{grid[0]}x{grid[1]}")
-def test_cuda_draws_the_same_bits(library, config, grid):
+def test_cuda_draws_the_same_bits(cuda_library, config, grid):
     config = replace(config, group_size=1) if config.group_size is None else config
     sampler = MaskSampler(config, grid, implementation="extension")
     for batch_size in (1, 8, 33, 128, 1000, 2048, 4096):
@@ -236,7 +242,7 @@ def test_cuda_draws_the_same_bits(library, config, grid):
 
 
 @pytest.mark.gpu
-def test_a_cuda_graph_replays_with_a_new_step(library):
+def test_a_cuda_graph_replays_with_a_new_step(cuda_library):
     sampler = MaskSampler(MaskConfig.official(16), GRID_14, implementation="extension")
     seed, step = (torch.full((), value, dtype=torch.int64, device="cuda") for value in (1, 0))
     call = {"device": "cuda", "capacity": (64 * 196, 4 * 64 * 196)}

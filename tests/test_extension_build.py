@@ -1,12 +1,14 @@
 """IJEPA_FAST_BUILD_EXT=1: what is built and packed, and that a build that cannot succeed says so."""
 
 import os
+import runpy
 import shutil
 import subprocess
 import sys
 import tarfile
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -77,3 +79,45 @@ runpy.run_path("setup.py")
     assert done.returncode != 0 and "--no-build-isolation" in done.stderr
     done = run("-c", code, IJEPA_FAST_BUILD_EXT="0")
     assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture
+def toolkit(tmp_path):
+    """A CUDA toolkit as on a machine with nvcc and headers, but without libcudart."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "include").mkdir()
+    (tmp_path / "include" / "cuda_runtime_api.h").write_text('extern "C" int cudaGetDeviceCount(int *);\n')
+    (tmp_path / "bin" / "nvcc").write_text("#!/bin/sh\necho Cuda compilation tools, release 13.0, V13.0.1\n")
+    (tmp_path / "bin" / "nvcc").chmod(0o755)
+    return tmp_path
+
+
+def cuda_problem(toolkit, cuda="13.0"):
+    """The answer of setup.py for a torch built for this CUDA and the toolkit in this folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("setuptools.setup", lambda **_: None)
+        patch.setenv("IJEPA_FAST_BUILD_EXT", "0")
+        found = runpy.run_path(str(ROOT / "setup.py"))
+        torch = SimpleNamespace(version=SimpleNamespace(cuda=cuda))
+        paths = {
+            "include_paths": lambda _: [f"{toolkit}/include"],
+            "library_paths": lambda _: [f"{toolkit}/lib64"],
+        }
+        return found["cuda_problem"](torch, SimpleNamespace(CUDA_HOME=toolkit and str(toolkit), **paths))
+
+
+def test_without_libcudart_no_cuda_code_is_built(toolkit):
+    assert "libcudart cannot be linked with" in cuda_problem(toolkit)
+    assert "not a CUDA build" in cuda_problem(toolkit, cuda=None)
+    assert "another CUDA" in cuda_problem(toolkit, cuda="12.8")
+    assert "no CUDA toolkit" in cuda_problem(None)
+    (toolkit / "bin" / "nvcc").unlink()
+    assert "does not run" in cuda_problem(toolkit)
+
+
+def test_cuda_code_is_built_where_libcudart_links(toolkit):
+    (toolkit / "lib64").mkdir()
+    source = toolkit / "cudart.c"
+    source.write_text("int cudaGetDeviceCount(int *n) { return *n = 0; }\n")
+    subprocess.run(["cc", "-shared", "-fPIC", source, "-o", toolkit / "lib64" / "libcudart.so"], check=True)
+    assert cuda_problem(toolkit) is None

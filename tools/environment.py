@@ -4,7 +4,8 @@
 
 An active virtualenv or conda environment that has torch >= 2.10 is used in place, and its torch is never changed.
 Otherwise `.venv` is made with the versions in constraints.txt. A stamp inside the environment says what was set up
-there, so that the next run starts at once. The variable PIP_ARGS holds further arguments for `pip install`.
+there, so that the next run starts at once. The variable PIP_ARGS holds further arguments for `pip install`; without
+it, a Linux machine without an NVIDIA driver gets the CPU build of torch, if PyTorch's index of it can be reached.
 Standard library only.
 """
 
@@ -18,6 +19,7 @@ import shlex
 import subprocess
 import sys
 import tempfile
+import urllib.request
 from pathlib import Path
 
 OLDEST_PYTHON, OLDEST_TORCH = (3, 10), (2, 10)
@@ -30,6 +32,8 @@ if sys.version_info < OLDEST_PYTHON:
 
 ROOT = Path(__file__).resolve().parents[1]
 INPUTS = ("setup.py", "pyproject.toml", "constraints.txt", "tools/environment.py")
+CPU_INDEX = "https://download.pytorch.org/whl/cpu"
+GPU_DEVICES = ("/dev/nvidiactl", "/proc/driver/nvidia", "/dev/dxg")  # the last is a GPU under WSL
 STAMP = "ijepa_fast_setup.json"
 # Run by the environment's own interpreter, which need not be the one that runs this file.
 PROBE = """
@@ -119,6 +123,26 @@ def constraints_in_place(constraints: str, installed: dict[str, str]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def further_pip_arguments(has_torch: bool) -> list[str]:
+    """PIP_ARGS; without it, the index of torch's CPU builds where the CUDA build would be of no use."""
+    given = shlex.split(os.environ.get("PIP_ARGS", ""))
+    if given or has_torch or sys.platform != "linux" or any(map(os.path.exists, GPU_DEVICES)):
+        return given
+    try:
+        urllib.request.urlopen(f"{CPU_INDEX}/torch/", timeout=5).close()
+    except (OSError, ValueError) as error:
+        say(
+            "this machine has no NVIDIA driver, yet pip may bring torch with gigabytes of CUDA libraries, because the "
+            f"index of CPU builds cannot be reached ({CPU_INDEX}: {error})"
+        )
+        return []
+    say(
+        f"this machine has no NVIDIA driver: torch comes from the index of its CPU builds, {CPU_INDEX} "
+        "(for the CUDA build, give pip arguments of your own, such as PIP_ARGS=--prefer-binary)"
+    )
+    return ["--extra-index-url", CPU_INDEX]
+
+
 def install(environment: dict, extras: set[str], in_place: bool) -> None:
     """Puts this checkout (editable) and the named extras into the environment."""
     python, text = environment["executable"], (ROOT / "constraints.txt").read_text()
@@ -131,7 +155,7 @@ def install(environment: dict, extras: set[str], in_place: bool) -> None:
         constraints = Path(folder, "constraints.txt")
         constraints.write_text(text)
         command = [python, "-m", "pip", "install", "--disable-pip-version-check", "-c", constraints]
-        command += [*shlex.split(os.environ.get("PIP_ARGS", "")), "-e", f".[{','.join(sorted(extras))}]"]
+        command += [*further_pip_arguments("torch" in environment["packages"]), "-e", f".[{','.join(sorted(extras))}]"]
         if subprocess.run(command, cwd=ROOT, stdin=subprocess.DEVNULL).returncode:
             sys.exit("setup: pip install failed (above). PIP_ARGS= gives pip further arguments, such as an index")
 

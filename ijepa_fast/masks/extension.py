@@ -1,7 +1,7 @@
 """The optional C++/CUDA library of csrc/: found, loaded, and asked for masks.
 
-`IJEPA_FAST_BUILD_EXT=1 pip install --no-build-isolation .` or `make ext` builds it beside this file. It draws the same
-masks as the vectorised torch sampler, to the bit, only faster, so it is used wherever it is there.
+`IJEPA_FAST_BUILD_EXT=1 pip install --no-build-isolation .` or `make ext` builds it into `ijepa_fast/`. It draws the
+same masks as the vectorised torch sampler, to the bit, only faster, so it is used wherever it is there.
 """
 
 from collections.abc import Iterator
@@ -25,7 +25,7 @@ _DISPATCH_KEYS = {"cpu": "CPU", "cuda": "CUDA"}
 
 def library_path() -> Path | None:
     """The built library, None if there is none."""
-    return next(iter(sorted(Path(__file__).parent.glob("_block_masks*.so"))), None)
+    return next(iter(sorted(Path(__file__).parents[1].glob("_block_masks*.so"))), None)
 
 
 @cache
