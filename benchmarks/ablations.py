@@ -41,7 +41,8 @@ from ijepa_fast.data.datasets import Sources, open_sources
 from ijepa_fast.evaluate.encoder import judge
 from ijepa_fast.recipe_files import read_recipe, recipes
 from ijepa_fast.run.log import write_json
-from ijepa_fast.train import load_trained, pretrain
+from ijepa_fast.train import pretrain
+from ijepa_fast.weights.runs import load_run
 
 DOC_END = "<!-- end of table -->"
 
@@ -98,7 +99,7 @@ def run(config: RunConfig, kind: str) -> dict:
     if kind == "trained":
         summary = pretrain(config)
         figures |= {"steps": summary["steps"], "seconds": summary["seconds"]}
-        model, *_ = load_trained(Path(config.output))
+        model, *_ = load_run(Path(config.output))
     else:
         torch.manual_seed(config.seed)  # as pretrain does
         model = config.model.build(config.objective)

@@ -37,7 +37,7 @@ from ijepa_fast.model.fp8 import fp8_products
 from ijepa_fast.model.jepa import Objective
 from ijepa_fast.model.vit import SIZES, VisionTransformer, cast_weights
 from ijepa_fast.run.log import write_json
-from ijepa_fast.train import load_trained
+from ijepa_fast.weights.runs import load_run
 
 RECIPE = "ablations/baseline"
 BATCH, STEPS, LOG_EVERY = 32, 400, 10
@@ -133,7 +133,7 @@ def rendered_images(count: int, side: int) -> Tensor:
 
 
 def trained_likeness(folder: str) -> list[dict[str, Any]]:
-    model, config, _ = load_trained(Path(folder))
+    model, config, _ = load_run(Path(folder))
     return likeness(model.target_encoder, rendered_images(256, config.model.img_size))
 
 

@@ -233,9 +233,9 @@ def _evaluate(parser, argv: list[str], figure: str) -> int:
     from ijepa_fast.data.datasets import open_sources
     from ijepa_fast.evaluate.encoder import judge
     from ijepa_fast.ranks import pick_device
-    from ijepa_fast.train import load_trained
+    from ijepa_fast.weights.runs import load_run
 
-    model, config, step = load_trained(parsed.checkpoint)
+    model, config, step = load_run(parsed.checkpoint)
     if parsed.layers == "last4" and config.model.depth < 4:
         raise ValueError(f"--layers last4 needs an encoder of 4 blocks; {parsed.checkpoint} has {config.model.depth}")
     config = replace(config, evaluation=replace(config.evaluation, layers=parsed.layers))

@@ -357,15 +357,11 @@ CHANGEABLE = {
 """Settings (or whole sections) that a resumed run may change: but for rounding, it ends with the same weights."""
 
 
-def flatten(config: object, prefix: str = "") -> dict[str, object]:
-    """Dotted name -> value of every setting."""
+def flatten(config: RunConfig | dict, prefix: str = "") -> dict[str, object]:
+    """Dotted name -> value of every setting of a configuration, or of nested settings as ``as_dict`` gives them."""
     flat = {}
-    for f in fields(config):
-        value = getattr(config, f.name)
-        if is_dataclass(value):
-            flat |= flatten(value, f"{prefix}{f.name}.")
-        else:
-            flat[prefix + f.name] = list(value) if isinstance(value, tuple) else value
+    for name, value in (config if isinstance(config, dict) else as_dict(config)).items():
+        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
     return flat
 
 

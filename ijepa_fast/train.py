@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from ijepa_fast.config import RunConfig, as_dict, flatten, from_dict
+from ijepa_fast.config import RunConfig, as_dict, flatten
 from ijepa_fast.data import DevicePrefetcher
 from ijepa_fast.data.datasets import Sources, open_sources, train_loader
 from ijepa_fast.evaluate import HealthBuffer, OnlineKNN
@@ -30,10 +30,14 @@ from ijepa_fast.run.environment import describe
 from ijepa_fast.run.log import RunLog, write_json, write_text
 from ijepa_fast.step.build import make_optimizer, make_scaler, make_step, prepare, use_deterministic
 from ijepa_fast.step.train_step import TrainStep
+from ijepa_fast.weights.runs import load_run
 
 log = logging.getLogger(__name__)
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+load_trained = load_run
+"""The name of ``weights.runs.load_run`` in earlier versions."""
 
 
 class Stopped(Exception):
@@ -65,19 +69,6 @@ def pretrain(config: RunConfig, to_yaml: Callable[[RunConfig], str] | None = Non
     with ranks(config.train.device) as me:
         sources = open_sources(config.data, config.evaluation.data)
         return _run(config, me, sources, to_yaml or (lambda c: json.dumps(as_dict(c), indent=2)))
-
-
-def load_trained(path: Path) -> tuple[IJEPA, RunConfig, int]:
-    """The networks of a checkpoint (or of a run folder's newest), their configuration, and the steps done.
-
-    Raises:
-        CheckpointError: there is none, or it is damaged.
-    """
-    state = checkpoints.load(checkpoints.find(Path(path)))
-    config = from_dict(state.extra["config"])
-    model = config.model.anywhere().build(config.objective)
-    model.load_state_dict(checkpoints.select(state.tensors, "model"))
-    return model, config, state.step
 
 
 def _run(config: RunConfig, me: Ranks, sources: Sources, to_yaml: Callable[[RunConfig], str]) -> dict:

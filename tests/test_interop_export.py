@@ -17,10 +17,9 @@ from ijepa_fast.interop.official.checkpoint import read, write
 from ijepa_fast.model.vit import VisionTransformer
 from ijepa_fast.recipe_files import read_recipe
 from ijepa_fast.run import checkpoint as checkpoints
-from ijepa_fast.train import load_trained
 from ijepa_fast.weights.encoder_file import KEY, load_encoder, save_encoder
 from ijepa_fast.weights.reading import WeightsError, layer_norm_eps, read_safetensors, set_layer_norm_eps
-from ijepa_fast.weights.runs import read_run, save_run
+from ijepa_fast.weights.runs import load_run, save_run
 from ijepa_fast.weights.timm import timm_arguments, to_timm
 
 SIZES = {"img_size": 24, "patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2}
@@ -59,7 +58,7 @@ def test_an_encoder_by_itself_gives_the_same_features(run, tmp_path, capsys, enc
     assert f"the {encoder} encoder after step 4" in capsys.readouterr().out
     loaded, about = load_encoder(out)
     assert about == {"encoder": encoder, "step": 4}
-    model, _, _ = read_run(run)
+    model, _, _ = load_run(run)
     images = torch.randint(0, 256, (2, 3, 24, 24), dtype=torch.uint8)
     torch.testing.assert_close(loaded(images), getattr(model, f"{encoder}_encoder")(images), rtol=0, atol=0)
     if encoder == "target":
@@ -85,8 +84,8 @@ def test_a_folder_of_transformers_and_back(run, tmp_path, capsys):
     )
     assert cli.main(["import", str(folder), "--out", str(tmp_path / "back"), "--train.precision", "fp32"]) == 0
     assert "an encoder of transformers, width 16, 2 blocks" in capsys.readouterr().out
-    kept, _, _ = read_run(run)
-    back, config, _ = load_trained(tmp_path / "back")
+    kept, _, _ = load_run(run)
+    back, config, _ = load_run(tmp_path / "back")
     assert config.model.num_heads == 2
     torch.testing.assert_close(back.target_encoder.state_dict(), kept.context_encoder.state_dict(), rtol=0, atol=0)
     values = json.loads((folder / "config.json").read_text()) | {"layer_norm_eps": 1e-12}
@@ -103,7 +102,7 @@ def test_timm_is_told_the_number_of_heads(run, tmp_path, capsys):
     assert call.startswith("timm.create_model(model_name='vit_base_patch16_gap_224', img_size=24")
     # Whoever pastes it gives timm what timm_arguments says, and the file.
     given = eval(call, {"timm": SimpleNamespace(create_model=dict)})
-    network = read_run(run)[0].target_encoder
+    network = load_run(run)[0].target_encoder
     assert given == timm_arguments(network) | {"checkpoint_path": str(out)} and given["num_heads"] == 2
     assert all(value.dtype == torch.float32 for value in read_safetensors(out)[0].values())
 
@@ -128,7 +127,7 @@ def test_the_official_file_resumes_in_official_modules(run, tmp_path, capsys):
                 assert opt.state[parameter]["step"] == 4
             else:
                 assert parameter not in opt.state
-    model, _, _ = read_run(run)
+    model, _, _ = load_run(run)
     torch.testing.assert_close(target.state_dict(), model.target_encoder.state_dict(), rtol=0, atol=0)
 
 
@@ -185,7 +184,7 @@ def test_a_file_keeps_the_layer_norm_eps_of_its_encoder(tmp_path, capsys):
     assert not torch.allclose(loaded(images), usual)
     assert cli.main(["import", str(tmp_path / "eps.safetensors"), "--out", str(tmp_path / "run")]) == 0
     assert "its layer-norm eps is 0.01; runs have 1e-06" in capsys.readouterr().out
-    assert layer_norm_eps(load_trained(tmp_path / "run")[0].target_encoder) == 1e-6
+    assert layer_norm_eps(load_run(tmp_path / "run")[0].target_encoder) == 1e-6
 
     # As earlier versions wrote it: eps was 1e-6, and nothing says so.
     state, metadata = read_safetensors(tmp_path / "eps.safetensors")
@@ -210,7 +209,7 @@ def test_an_encoder_alone_becomes_both_encoders(tmp_path, capsys, precision):
         )
         said = capsys.readouterr().out
         assert "both encoders start from the one that is there\nthe predictor is new" in said
-        model, config, step = load_trained(out)
+        model, config, step = load_run(out)
         assert (step, config.model.num_heads, config.model.img_size) == (0, 2, 24)
         for network in (model.context_encoder, model.target_encoder):
             torch.testing.assert_close(network.state_dict(), encoder.state_dict(), rtol=0, atol=0)
@@ -224,7 +223,7 @@ def test_training_starts_from_an_imported_encoder(data, tmp_path, precision):
     source = str(tmp_path / "ours.safetensors")
     assert cli.main(["import", source, "--out", str(tmp_path / "run"), *arguments, "--optim.lr", "0"]) == 0
     start = checkpoints.load(checkpoints.find(tmp_path / "run"))
-    model, _, _ = read_run(tmp_path / "run")
+    model, _, _ = load_run(tmp_path / "run")
     torch.testing.assert_close(model.target_encoder.state_dict(), encoder.state_dict(), rtol=0, atol=0)
     assert cli.main(["pretrain", "--config", str(tmp_path / "run" / "config.yaml")]) == 0
     end = checkpoints.load(checkpoints.find(tmp_path / "run"))
@@ -333,7 +332,7 @@ def test_both_encoders_without_a_predictor(tmp_path, capsys):
     out = tmp_path / "run"
     assert cli.main(["import", str(tmp_path / "both.pth"), "--out", str(out), "--train.precision", "fp32", *HEADS]) == 0
     assert "both encoders of an official checkpoint" in capsys.readouterr().out
-    model, _, _ = load_trained(out)
+    model, _, _ = load_run(out)
     torch.testing.assert_close(model.context_encoder.state_dict(), encoder.state_dict(), rtol=0, atol=0)
     torch.testing.assert_close(model.target_encoder.state_dict(), target.state_dict(), rtol=0, atol=0)
 
@@ -349,7 +348,7 @@ def test_the_giant_has_another_mlp_ratio_in_its_predictor(tmp_path):
         file, encoder, predictor, encoder, opt, None, epoch=0, loss=0.0, batch_size=1, world_size=1, lr=0.0
     )
     assert cli.main(["import", str(file), "--out", str(tmp_path / "run"), *HEADS]) == 0
-    model, config, _ = read_run(tmp_path / "run")
+    model, config, _ = load_run(tmp_path / "run")
     assert (config.model.mlp_ratio, config.model.predictor_mlp_ratio) == (192 / 44, 4.0)
     assert model.predictor.predictor_blocks[0].mlp.fc1.out_features == 32
     recipe = from_dict(read_recipe("vitg16_in22k"))

@@ -16,7 +16,7 @@ from ijepa_fast.report import parse_patch, write_report
 from ijepa_fast.report.charts import HEIGHT, WIDTH, chart, compact, thinned
 from ijepa_fast.report.findings import findings
 from ijepa_fast.report.pictures import default_patches
-from ijepa_fast.report.record import RunRecord, read_run
+from ijepa_fast.report.record import RunRecord, read_record
 from ijepa_fast.run.environment import describe
 from ijepa_fast.train import pretrain
 from tests.html_page import Page
@@ -335,7 +335,7 @@ class TestFindings:
 def test_settings_written_as_json_are_numbers(tmp_path):
     # YAML reads 1e-06 as a string; runs started from Python write JSON.
     (tmp_path / "config.yaml").write_text(json.dumps(as_dict(Defaults()), indent=2))
-    assert read_run(tmp_path).config["optim"]["final_lr"] == 1e-6
+    assert read_record(tmp_path).config["optim"]["final_lr"] == 1e-6
     assert "0 of 79 settings differ" in re.sub(r"of \d+", "of 79", page_of(tmp_path).text)
 
 

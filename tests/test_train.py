@@ -22,7 +22,8 @@ from ijepa_fast.evaluate.encoder import draw_pictures
 from ijepa_fast.run import checkpoint
 from ijepa_fast.run.checkpoint import CheckpointError
 from ijepa_fast.step.train_step import TrainStep
-from ijepa_fast.train import NotFinite, Stopped, _check_batches, _hint_at_options, load_trained, pretrain
+from ijepa_fast.train import NotFinite, Stopped, _check_batches, _hint_at_options, pretrain
+from ijepa_fast.weights.runs import load_run
 from tests.image_files import bad_files, write_folder
 from tests.tiny import tiny_run
 
@@ -70,7 +71,7 @@ def test_a_run_leaves_what_it_should(straight):
     assert lines[-1]["epoch"] == 6
     assert checkpoint.list_steps(straight / "checkpoints") == [10, 12]
     assert json.loads((straight / "summary.json").read_text())["steps"] == 12
-    model, config, step = load_trained(straight)
+    model, config, step = load_run(straight)
     assert step == 12 and config.model.embed_dim == 16
     assert torch.equal(model.target_encoder.norm.weight, final(straight).tensors["model.target_encoder.norm.weight"])
 
@@ -143,7 +144,7 @@ def test_attention_chosen_for_training_is_not_needed_afterwards(data, tmp_path, 
     pretrain(replace(config, model=chosen))
     for name in ("reference", "sdpa"):
         monkeypatch.setattr(BACKENDS[name], "refuse", lambda request: "is for training")
-    model, config, _ = load_trained(tmp_path / "run")
+    model, config, _ = load_run(tmp_path / "run")
     assert config.model == chosen
     model.target_encoder(torch.zeros(1, 3, 24, 24))
     sources = open_sources(str(data))
@@ -275,7 +276,7 @@ def test_precision_options_are_put_to_work_and_leave_the_same_files(data, tmp_pa
     for name, chosen in options.items():
         pretrain(tiny_run(data, tmp_path / name, precision="bf16", **chosen))
         ends[name] = final(tmp_path / name).tensors
-        assert load_trained(tmp_path / name)[0].fp8_targets == "off"
+        assert load_run(tmp_path / name)[0].fp8_targets == "off"
     for name in ("fp8", "wide"):
         assert ends[name].keys() == ends["plain"].keys()
         assert all(value.dtype == ends["plain"][key].dtype for key, value in ends[name].items())

@@ -9,10 +9,10 @@ from ijepa_fast.config import RunConfig
 from ijepa_fast.interop.official.checkpoint import write
 from ijepa_fast.interop.official.training_state import to_official
 from ijepa_fast.model.jepa import IJEPA
-from ijepa_fast.run.checkpoint import Checkpoint, find
+from ijepa_fast.run.checkpoint import Checkpoint, find, load
 from ijepa_fast.weights.encoder_file import save_encoder
 from ijepa_fast.weights.reading import WeightsError
-from ijepa_fast.weights.runs import ENCODERS, read_run
+from ijepa_fast.weights.runs import ENCODERS, networks_of
 from ijepa_fast.weights.timm import timm_arguments
 
 FORMATS = ("huggingface", "timm", "official", "safetensors")
@@ -42,10 +42,12 @@ def export(
         raise ValueError(f"the encoder must be target or context, got {encoder!r}")
     if out.exists():
         raise ValueError(f"{out} exists already")
-    model, config, state = read_run(checkpoint)
+    path = find(Path(checkpoint))
+    state = load(path)
+    model, config = networks_of(state, path)
     out.parent.mkdir(parents=True, exist_ok=True)
     if to == "official":
-        return _official(checkpoint, out, model, state, config, steps_per_epoch)
+        return _official(path, out, model, state, config, steps_per_epoch)
     network = getattr(model, ENCODERS[encoder])
     if to == "huggingface":
         from ijepa_fast.interop.huggingface import save_huggingface
@@ -62,9 +64,9 @@ def export(
 
 
 def _official(
-    checkpoint: Path | str, out: Path, model: IJEPA, state: Checkpoint, config: RunConfig, steps_per_epoch: int | None
+    checkpoint: Path, out: Path, model: IJEPA, state: Checkpoint, config: RunConfig, steps_per_epoch: int | None
 ) -> str:
-    found = _last_metrics(find(Path(checkpoint)), state.step)
+    found = _last_metrics(checkpoint, state.step)
     if steps_per_epoch is None:
         if "epoch" not in found:
             raise WeightsError(

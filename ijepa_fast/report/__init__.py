@@ -10,8 +10,8 @@ from ijepa_fast.data.datasets import Sources, open_sources
 from ijepa_fast.ranks import pick_device
 from ijepa_fast.report.findings import findings
 from ijepa_fast.report.page import page
-from ijepa_fast.report.pictures import Attempt, Trained, attempt, draw_pictures, load_trained
-from ijepa_fast.report.record import RunRecord, flat, read_run
+from ijepa_fast.report.pictures import Attempt, Trained, all_pictures, attempt, newest
+from ijepa_fast.report.record import RunRecord, read_record
 from ijepa_fast.run.environment import describe
 from ijepa_fast.run.log import write_text
 
@@ -49,8 +49,8 @@ def write_report(
     for name, value in (("images", images), ("candidates", candidates)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
-    run = read_run(Path(folder))
-    trained = attempt(load_trained, run, pick_device(device, 0))
+    run = read_record(Path(folder))
+    trained = attempt(newest, run, pick_device(device, 0))
     config = attempt(_config, run) if trained.failure else Attempt(trained.value.config, None)
     sources = Attempt(None, config.failure)
     if not config.failure:
@@ -59,7 +59,7 @@ def write_report(
             if not (0 <= row < side and 0 <= column < side):
                 raise ValueError(f"patch {row},{column} is outside the {side} x {side} grid (rows, columns from 0)")
         sources = attempt(open_sources, config.value.data, config.value.evaluation.data)
-    pictures = draw_pictures(run, trained, sources, config, images=images, patches=patches, candidates=candidates)
+    pictures = all_pictures(run, trained, sources, config, images=images, patches=patches, candidates=candidates)
     warnings = findings(run)
     if trained.value and sources.value and trained.value.data != sources.value.train.fingerprint:
         warnings.append(
@@ -109,7 +109,6 @@ def _classes(sources: Sources | None) -> int | None:
 
 
 def _facts(run: RunRecord, trained: Trained | None, sources: Sources | None) -> dict[str, str]:
-    settings = flat(run.config)
     facts = {}
     if trained is not None:
         model = trained.config.model
@@ -128,7 +127,7 @@ def _facts(run: RunRecord, trained: Trained | None, sources: Sources | None) -> 
         )
         facts["input"] = f"{model.img_size} px in {side} x {side} patches of {model.patch_size} px"
         facts["pictures of"] = f"checkpoint at step {trained.step:,}"
-    facts["data"] = str(settings.get("data"))
+    facts["data"] = str(run.config.get("data"))
     if sources is not None:
         facts["training images"] = f"{len(sources.train):,}"
         if sources.test is not None:

@@ -13,7 +13,7 @@ from ijepa_fast.config import RunConfig, flatten
 from ijepa_fast.report.charts import chart, compact
 from ijepa_fast.report.findings import figures
 from ijepa_fast.report.pictures import Picture
-from ijepa_fast.report.record import RunRecord, flat, number
+from ijepa_fast.report.record import RunRecord, number
 from ijepa_fast.report.style import CSS
 
 _PERCENT = 100
@@ -242,7 +242,7 @@ def _picture(picture: Picture) -> str:
 
 
 def _configuration(run: RunRecord) -> str:
-    settings, defaults = flat(run.config), flatten(RunConfig())
+    settings, defaults = flatten(run.config), flatten(RunConfig())
     if not settings:
         return "<p>The settings are not known: config.yaml is missing or cannot be read.</p>"
     changed = {name for name, value in settings.items() if name not in defaults or value != defaults[name]}

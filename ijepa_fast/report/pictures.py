@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,13 +15,14 @@ from PIL import Image
 from torch import Tensor
 
 from ijepa_fast import plots
-from ijepa_fast.config import RunConfig, from_dict
+from ijepa_fast.config import RunConfig
 from ijepa_fast.data import EvalLoader, Source
 from ijepa_fast.evaluate import pool_features
 from ijepa_fast.evaluate.encoder import draw_masks, picture_images
 from ijepa_fast.model.jepa import IJEPA
 from ijepa_fast.report.record import RunRecord
 from ijepa_fast.run import checkpoint as checkpoints
+from ijepa_fast.weights.runs import networks_of
 
 log = logging.getLogger(__name__)
 
@@ -66,19 +66,18 @@ class Trained:
     data: str
 
 
-def load_trained(run: RunRecord, device: torch.device) -> Trained:
-    """The newest checkpoint.
+def newest(run: RunRecord, device: torch.device) -> Trained:
+    """The networks of a run's newest checkpoint, and the target encoder it began with.
 
     Raises:
         CheckpointError, ValueError, RuntimeError: there is none, it is damaged, or does not fit this version.
     """
-    state = checkpoints.load(checkpoints.find(run.folder))
-    config = from_dict(state.extra["config"])
+    path = checkpoints.find(run.folder)
+    state = checkpoints.load(path)
     with torch.random.fork_rng(devices=[]):
+        model, config = networks_of(state, path)
         torch.manual_seed(config.seed)
-        model = config.model.anywhere().build(config.objective)
-    untrained = deepcopy(model.target_encoder)
-    model.load_state_dict(checkpoints.select(state.tensors, "model"))
+        untrained = config.model.anywhere().build(config.objective).target_encoder
     return Trained(config, state.step, model.to(device).eval(), untrained.to(device).eval(), state.extra["data"])
 
 
@@ -103,7 +102,7 @@ def attempt(what: Callable, *arguments) -> Attempt:
         return Attempt(None, " ".join(str(error).split()) or type(error).__name__)
 
 
-def draw_pictures(
+def all_pictures(
     run: RunRecord,
     trained: Attempt,
     sources: Attempt,

@@ -61,7 +61,7 @@ class RunRecord:
         return [(step, value * unit) for step, value in points if value is not None]
 
 
-def read_run(folder: Path) -> RunRecord:
+def read_record(folder: Path) -> RunRecord:
     """Read a run folder.
 
     Raises:
@@ -90,17 +90,6 @@ def number(value: object) -> float | None:
     if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
         return value
     return None
-
-
-def flat(values: dict, prefix: str = "") -> dict[str, object]:
-    """Dotted name -> value of nested settings, as ``config.flatten`` gives for a ``RunConfig``."""
-    found: dict[str, object] = {}
-    for name, value in values.items():
-        if isinstance(value, dict):
-            found |= flat(value, f"{prefix}{name}.")
-        else:
-            found[f"{prefix}{name}"] = value
-    return found
 
 
 def _yaml_or_json(text: str) -> object:

@@ -21,9 +21,10 @@ ENCODERS = {"target": "target_encoder", "context": "context_encoder"}
 NETWORKS = ("context_encoder", "predictor", "target_encoder")
 
 
-def read_run(path: Path | str) -> tuple[IJEPA, RunConfig, Checkpoint]:
-    """The networks in fp32 (from the optimizer's masters where weights are kept in low precision), their
-    configuration, and what the file holds.
+def load_run(path: Path | str) -> tuple[IJEPA, RunConfig, int]:
+    """The networks of a run in fp32, their configuration, and the steps done.
+
+    Where a run keeps bf16 or fp16 weights, these are the optimizer's fp32 masters and averages, not the rounded copies.
 
     Args:
         path: a checkpoint of ours, or the folder of a run (its newest).
@@ -34,11 +35,16 @@ def read_run(path: Path | str) -> tuple[IJEPA, RunConfig, Checkpoint]:
     """
     path = checkpoints.find(Path(path))
     state = checkpoints.load(path)
+    return *networks_of(state, path), state.step
+
+
+def networks_of(state: Checkpoint, path: Path | str) -> tuple[IJEPA, RunConfig]:
+    """The fp32 networks in a checkpoint that is read already, and their configuration; ``path`` is for messages."""
     config = from_dict(state.extra["config"])
     model = config.model.anywhere().build(config.objective)
     for part in NETWORKS:
         load_weights(getattr(model, part), full_precision(state.tensors, part), f"{part} of {path}")
-    return model, config, state
+    return model, config
 
 
 def full_precision(tensors: Mapping[str, Tensor], part: str) -> dict[str, Tensor]:
@@ -62,7 +68,7 @@ def save_run(
     data: str | None = None,
     about: Mapping[str, object] | None = None,
 ) -> Path:
-    """Write fp32 networks as a checkpoint that ``load_trained`` reads, and that training continues from.
+    """Write fp32 networks as a checkpoint that ``load_run`` reads, and that training continues from.
 
     Args:
         folder: of the run; the file goes to its checkpoints/.
