@@ -196,9 +196,7 @@ class Case:
 
     def _candidate(self, name: str, kind: str, holder: Any, run: Callable, masks: list[Masks], **more) -> Candidate:
         tokens, plain = TokenCounts.of(*masks), kind != "ours"
-        plain_blocks = self.device.type == "cpu" and not {"compile", "fused"} & set(name.split("+"))
-        cpu_batch = self.batch if kind == "ours" and plain_blocks else None
-        flops = step_flops(self.model, tokens, all_targets=plain, all_predictions=plain, cpu_batch=cpu_batch)
+        flops = step_flops(self.model, tokens, all_targets=plain, all_predictions=plain)
         return Candidate(name, kind, holder, run, tokens, flops, **more)
 
     def lists(self, masks: Masks) -> tuple[list[Tensor], list[Tensor]]:

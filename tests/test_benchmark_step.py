@@ -50,8 +50,7 @@ def test_all_implementations_are_compared_and_timed(masks):
         assert result["images_per_second"] == pytest.approx(4e3 / result["ms"])
         plain = name != "ours"
         tokens = TokenCounts.of(*(case.truncated if name == "eager" else case.drawn))
-        cpu_batch = None if plain else 4
-        flops = step_flops(MODEL, tokens, all_targets=plain, all_predictions=plain, cpu_batch=cpu_batch).total
+        flops = step_flops(MODEL, tokens, all_targets=plain, all_predictions=plain).total
         assert result["useful_gflops_per_image"] == pytest.approx(flops / 1e9)
         assert result["share_of_matmul_peak"] == pytest.approx(result["useful_tflops"] / report["matmul_tflops"])
     more = report["implementations"]["ours"]["context_tokens"] / report["implementations"]["eager"]["context_tokens"]

@@ -153,8 +153,8 @@ def test_counted_flops_are_the_closed_form(all_targets):
             network(images(0), masks, all_targets=all_targets)[0].total.backward()
         counts.append(counter.get_total_flops())
     tokens = TokenCounts.of(masks)
-    wanted, plain = (step_flops(MODEL, tokens, all_targets=all_targets, cpu_batch=n).total for n in (None, 8))
-    assert counts[1] - counts[0] == round(8 * (wanted - plain))  # plain blocks share rows on the CPU
+    wanted = step_flops(MODEL, tokens, all_targets=all_targets).total
+    assert counts[0] == counts[1]
     assert counts[1] / 8 == pytest.approx(wanted, rel=0.05)  # pooling and EMA weigh more in so small a model
 
 

@@ -232,55 +232,6 @@ def test_predictor_padding_rows_are_zero_and_change_nothing():
         assert_equal(grad, want_grad)
 
 
-def sharing_case(contexts=1):
-    """Two images of 5 and 4 context patches (halved for two contexts), and 3 targets each: 30 + patches in all."""
-    context = {1: [[3, 0, 35, 7, 9], [37, 46, 50, 60]], 2: [[3, 0, 35], [7, 9], [37, 46], [50, 60]]}[contexts]
-    targets = [[5, 6], [6, 11, 12], [20], [36 + 5, 36 + 6, 36 + 30], [36 + 1, 36 + 2], [36 + 6]]
-    return predictor_layout(Ragged.from_lists(context), Ragged.from_lists(targets), contexts, 3)
-
-
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("contexts", [1, 2])
-def test_predictor_projects_input_rows_that_are_the_same_once(contexts, checkpointing, monkeypatch):
-    layout = sharing_case(contexts)
-    predictor = make_predictor(activation_checkpointing=checkpointing)
-    projected = []
-    predictor.predictor_blocks[0].attn.qkv.register_forward_hook(lambda module, inputs, out: projected.append(len(out)))
-    grid = (3, 3)  # patches are counted modulo 9, so that there are more tokens than 9 + 9 rows
-    results = []
-    for shared in (True, False):
-        if not shared:
-            monkeypatch.setattr(Predictor, "_repeats_rows", lambda *arguments: False)
-        context = float_images(1)[0, 0, :9, :WIDTH].requires_grad_()
-        out = predictor(context, layout, grid)
-        grads = torch.autograd.grad(out.square().sum(), [context, *predictor.parameters()])
-        results.append((out, *grads))
-    calls = 1 + checkpointing
-    assert projected == [9 + 9] * calls + [layout.tokens.num_rows] * calls
-    for got, want in zip(*results, strict=True):
-        assert_equal(got, want)
-
-
-def test_predictor_projects_every_row_where_that_is_less_or_rows_are_padding():
-    projected = []
-
-    def rows_projected(predictor, layout, grid, rows=9):
-        qkv = predictor.predictor_blocks[0].attn.qkv
-        with qkv.register_forward_hook(lambda module, inputs, out: projected.append(len(out))):
-            predictor(float_images(1)[0, 0, :rows, :WIDTH], layout, grid)
-        return projected.pop()
-
-    layout, predictor = sharing_case(), make_predictor()
-    tokens = layout.tokens.num_rows
-    assert rows_projected(predictor, layout, (3, 3)) == 18
-    assert rows_projected(predictor, layout, (6, 6)) == tokens < 9 + 36
-    context, targets = Ragged.from_lists([[1, 2]] * 2).padded(5), Ragged.from_lists([[0, 3]] * 16)
-    padded = predictor_layout(context, targets, 1, 8)
-    assert rows_projected(predictor, padded, (2, 2), rows=5) == padded.tokens.num_rows == 8 * 5 + 32
-    predictor.compile_blocks(backend="eager")
-    assert predictor._call is not blocks.block_forward and not predictor._repeats_rows(layout, 18)
-
-
 # Activation checkpointing
 
 

@@ -82,18 +82,17 @@ class Attention(nn.Module):
         self.qkv = Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = Linear(dim, dim)
 
-    def forward(self, x: Tensor, tokens: Ragged, queries: Ragged | None = None, rows: Tensor | None = None) -> Tensor:
-        """[T, D] -> [T, D], or the outputs of the rows ``queries.indices`` alone; ``rows`` as in ``Block``."""
-        return self.proj(self.attend(x, tokens, queries, rows))
+    def forward(self, x: Tensor, tokens: Ragged, queries: Ragged | None = None) -> Tensor:
+        """[T, D] -> [T, D], or the outputs of the rows ``queries.indices`` alone."""
+        return self.proj(self.attend(x, tokens, queries))
 
-    def attend(self, x: Tensor, tokens: Ragged, queries: Ragged | None = None, rows: Tensor | None = None) -> Tensor:
+    def attend(self, x: Tensor, tokens: Ragged, queries: Ragged | None = None) -> Tensor:
         """The same before the projection."""
         dim, heads = x.shape[-1], self.num_heads
         uniform = tokens.uniform and (queries is None or queries.uniform)
         backend = self.dense_backend if uniform and self.dense_backend is not None else self.backend
         if queries is None:
-            qkv = self.qkv(x)
-            qkv_T3HD = (qkv if rows is None else qkv.index_select(0, rows)).unflatten(-1, (3, heads, -1))
+            qkv_T3HD = self.qkv(x).unflatten(-1, (3, heads, -1))
             out = varlen_self_attention(
                 qkv_T3HD, tokens.cu_seqlens, tokens.max_seqlen, backend=backend, uniform=uniform
             )
@@ -141,21 +140,15 @@ class Block(nn.Module):
         self.norm2 = LayerNorm(dim)
         self.mlp = Mlp(dim, round(dim * mlp_ratio))
 
-    def forward(self, x: Tensor, tokens: Ragged, queries: Ragged | None = None, rows: Tensor | None = None) -> Tensor:
-        """[T, D] -> [T, D]; with ``queries``, the rows ``queries.indices`` alone, and no work for the others.
-
-        With ``rows`` (int64 [T], without ``queries``) x has rows [R, D] that several tokens share: token t is
-        ``x[rows[t]]``.
-        """
-        attended = self.attn(self.norm1(x), tokens, queries, rows)
-        if rows is not None:
-            x = x.index_select(0, rows)
+    def forward(self, x: Tensor, tokens: Ragged, queries: Ragged | None = None) -> Tensor:
+        """[T, D] -> [T, D]; with ``queries``, the rows ``queries.indices`` alone, and no work for the others."""
+        attended = self.attn(self.norm1(x), tokens, queries)
         x = attended + (x if queries is None else take_rows(x, queries.indices))
         return x + self.mlp(self.norm2(x))
 
 
-def block_forward(block: Block, x: Tensor, tokens: Ragged, queries: Ragged | None, rows: Tensor | None) -> Tensor:
-    return block(x, tokens, queries, rows)
+def block_forward(block: Block, x: Tensor, tokens: Ragged, queries: Ragged | None) -> Tensor:
+    return block(x, tokens, queries)
 
 
 class BlockStack(nn.Module):
@@ -204,18 +197,11 @@ class BlockStack(nn.Module):
         """What enters the blocks, in the dtype that the sums between them are kept in."""
         return x.to(accumulation_dtype(x.dtype)) if self.wide_residual else x
 
-    def _run(
-        self,
-        blocks: nn.ModuleList,
-        x: Tensor,
-        tokens: Ragged,
-        queries: Ragged | None,
-        rows: Tensor | None = None,
-    ) -> Tensor:
+    def _run(self, blocks: nn.ModuleList, x: Tensor, tokens: Ragged, queries: Ragged | None) -> Tensor:
         if self.fused:
             return fused.run(blocks, x, tokens, queries, self._call, self.activation_checkpointing)
         for i, block in enumerate(blocks):
-            inputs = block, x, tokens, queries if i == len(blocks) - 1 else None, rows if i == 0 else None
+            inputs = block, x, tokens, queries if i == len(blocks) - 1 else None
             if self.activation_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(self._call, *inputs, use_reentrant=False, preserve_rng_state=False)
             else:

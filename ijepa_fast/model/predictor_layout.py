@@ -35,24 +35,6 @@ class PredictorLayout:
     target_rows: Tensor
     target_tokens: Tensor
 
-    def distinct_rows(self, num_patches: int) -> tuple[Tensor, Tensor]:
-        """Where input rows repeat, for a layout without padding in ``tokens``.
-
-        A context row stands before every target block of its image, and a mask token at one patch is the same in all
-        images. So each input row is one of Tc context rows followed by N mask tokens, one for each patch.
-
-        Args:
-            num_patches: N.
-
-        Returns:
-            Token index of every context row, int32 [Tc], and which of the Tc + N rows each input row is, int64 [Tp].
-        """
-        first_copy = self.copies[:, 0]
-        indices = self.tokens.indices
-        of_context = _int32(indices.index_select(0, first_copy.clamp(min=0)), first_copy < 0)
-        mask_tokens = self.copies.shape[0] + indices % num_patches
-        return of_context, torch.where(self.sources >= 0, self.sources, mask_tokens).long()
-
 
 def _rows_of(cu_seqlens: Tensor, num_rows: int) -> tuple[Tensor, Tensor, Tensor]:
     """Of each of ``num_rows`` packed rows: its sequence (0 on padding), its place in it, and whether it is padding."""

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ijepa_fast import ops
-from ijepa_fast.model.blocks import Block, BlockStack, Init, LayerNorm, Linear, block_forward, init_normal
+from ijepa_fast.model.blocks import Block, BlockStack, Init, LayerNorm, Linear, init_normal
 from ijepa_fast.model.predictor_layout import PredictorLayout
 from ijepa_fast.ragged import Ragged
 
@@ -281,31 +281,11 @@ class Predictor(BlockStack):
             [T, target_dim], rows as in ``layout.predicted``; zeros on padding rows.
         """
         positions = resize_positions(self.predictor_pos_embed[0], self.grid, grid or self.grid)
-        x, mask_token, rows = self._stream(self.predictor_embed(context)), self.mask_token.flatten(), None
-        if self._repeats_rows(layout, x.shape[0] + positions.shape[0]):
-            indices, rows = layout.distinct_rows(positions.shape[0])
-            mask_tokens = mask_token.to(x.dtype) + positions.to(x.dtype)
-            x = torch.cat([ops.gather_add(x, positions, indices, False), mask_tokens])
-        else:
-            x = ops.predictor_tokens(x, mask_token, positions, layout.tokens.indices, layout.sources, layout.copies)
-        x = self._run(self.predictor_blocks, x, layout.tokens, layout.predicted, rows)
+        x, mask_token = self._stream(self.predictor_embed(context)), self.mask_token.flatten()
+        x = ops.predictor_tokens(x, mask_token, positions, layout.tokens.indices, layout.sources, layout.copies)
+        x = self._run(self.predictor_blocks, x, layout.tokens, layout.predicted)
         x = self.predictor_proj(self.predictor_norm(x))
         return x if layout.predicted.uniform else x.masked_fill(~layout.predicted.valid[:, None], 0)
-
-    def _repeats_rows(self, layout: PredictorLayout, distinct: int) -> bool:
-        """Whether the first block is to compute queries, keys and values for ``distinct`` rows instead of every token.
-
-        On the CPU alone, where products are most of a step. A GPU would have to be waited for to learn that no row is
-        padding, for which there is no distinct row.
-        """
-        indices = layout.tokens.indices
-        return (
-            indices.is_cpu
-            and not torch.compiler.is_compiling()
-            and self._call is block_forward
-            and len(self.predictor_blocks) > 1
-            and distinct < layout.tokens.num_rows == int(layout.tokens.cu_seqlens[-1])
-        )
 
 
 def cast_weights(module: nn.Module, dtype: torch.dtype) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 import ijepa_fast.ops  # noqa: F401  (defines torch.ops.ijepa_fast)
-from ijepa_fast.config import ModelConfig, RunConfig
+from ijepa_fast.config import ModelConfig
 from ijepa_fast.masks.sampler import MaskConfig, Masks, MaskSampler
 
 
@@ -118,7 +118,6 @@ def step_flops(
     *,
     all_targets: bool = False,
     all_predictions: bool = False,
-    cpu_batch: int | None = None,
 ) -> StepFlops:
     """Operations of one training step per image.
 
@@ -130,9 +129,6 @@ def step_flops(
         all_targets: whether the target encoder's last block computes every row, or only those that are read.
         all_predictions: the same of the predictor's last block. Plain implementations compute all rows of both. (The
             predictor's projection to targets is counted for target rows alone in any case.)
-        cpu_batch: images per micro-batch of a step on the CPU with plain blocks. There the predictor's first block
-            computes queries, keys and values once for each context row and, for the whole batch, once for a mask token
-            at each patch (``vit.Predictor``). None: for every row, as on a GPU.
     """
     patches, pixels = (model.img_size // model.patch_size) ** 2, 3 * model.patch_size**2
     contexts, targets = tokens.num_contexts, tokens.num_targets
@@ -154,16 +150,7 @@ def step_flops(
     last = (rows, pairs) if all_predictions else (predicted, predicted_pairs)
     projections = 2 * width * narrow * (tokens.context + predicted)
     predictor = 3 * (projections + _blocks(narrow, narrow_hidden, model.predictor_depth, rows, pairs, *last))
-    if cpu_batch is not None and model.predictor_depth > 1:
-        distinct = tokens.context + patches / cpu_batch
-        predictor -= 3 * 6 * narrow * narrow * max(rows - distinct, 0)
     return StepFlops(float(target), float(context), float(predictor))
-
-
-def flops_per_image(config: RunConfig, *, all_targets: bool = False) -> StepFlops:
-    """``step_flops`` of a run, with the block lengths that its masks have on average."""
-    side = config.model.img_size // config.model.patch_size
-    return step_flops(config.model, TokenCounts.expected(config.masks, (side, side)), all_targets=all_targets)
 
 
 def _packed(q: Tensor, cu_q: Tensor, cu_k: Tensor) -> int:

@@ -81,10 +81,10 @@ class _WideStream:
     """Under autocast, what goes from block to block is fp32, as in the official code; the package's own is as narrow as
     the weights."""
 
-    def _run(self, blocks: nn.ModuleList, x: Tensor, tokens: Ragged, *which: Ragged | Tensor | None) -> Tensor:
+    def _run(self, blocks: nn.ModuleList, x: Tensor, tokens: Ragged, queries: Ragged | None) -> Tensor:
         if torch.is_autocast_enabled(x.device.type):
             x = x.float()
-        return super()._run(blocks, x, tokens, *which)
+        return super()._run(blocks, x, tokens, queries)
 
 
 class VisionTransformer(_WideStream, vit.VisionTransformer):
