@@ -150,9 +150,9 @@ def _run(config: RunConfig, me: Ranks, sources: Sources, to_yaml: Callable[[RunC
         for step in range(start_step, total_steps):
             with meter.waiting():
                 batch = next(batches)
-            step_once.all_targets = step % config.evaluation.monitor_every == 0
-            result = step_once(batch.images, step, me.rank * per_rank)
-            if step_once.all_targets:
+            monitored = step % config.evaluation.monitor_every == 0
+            result = step_once(batch.images, step, me.rank * per_rank, all_targets=monitored)
+            if monitored:
                 health.push(result.pooled)
                 if knn is not None:
                     knn.push(result.pooled, batch.labels, batch.indices)

@@ -37,9 +37,9 @@ def main():
         config = changed(config, name, json.loads(value))
     run = TrainStep.__call__
 
-    def announced(self, images, step, first_image=0):
+    def announced(self, images, step, first_image=0, **settings):
         print(f"step {step}", flush=True)
-        return run(self, images, step, first_image)
+        return run(self, images, step, first_image, **settings)
 
     TrainStep.__call__ = announced
     try:

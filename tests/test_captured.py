@@ -119,8 +119,8 @@ def test_all_targets_has_graphs_of_its_own():
     graphs = Recorder()
     captured, eager = make(CapturedStep, round_rows=512, graphs=graphs), make(TrainStep, round_rows=512)
     for number in range(8):
-        captured.all_targets = eager.all_targets = number % 2 == 0
-        got, want = captured(images(number), number), eager(images(number), number)
+        every = number % 2 == 0
+        got, want = (step(images(number), number, all_targets=every) for step in (captured, eager))
         assert torch.equal(got.pooled, want.pooled)
     assert (graphs.eager, graphs.captured, graphs.replayed) == (2, 2, [0, 1, 0, 1, 0, 1])
     assert_same_weights(captured, eager)

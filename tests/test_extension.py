@@ -236,7 +236,8 @@ def test_cuda_draws_the_same_bits(cuda_library, config, grid):
         expected = sampler.sample(batch_size, seed=7, step=batch_size)
         capacity = tuple(count + 300 for count in sampler.counts(batch_size, seed=7, step=batch_size))
         padded = sampler.sample(batch_size, seed=7, step=batch_size, capacity=capacity)
-        assert_equal(sampler.sample(batch_size, seed=7, step=batch_size, device="cuda").to("cpu"), expected)
+        exact = sampler.sample(batch_size, seed=7, step=batch_size, device="cuda", round_rows=1)
+        assert_equal(exact.to("cpu"), expected)
         on_cuda = sampler.sample(batch_size, seed=7, step=batch_size, device="cuda", capacity=capacity)
         assert_equal(on_cuda.to("cpu"), padded)
 

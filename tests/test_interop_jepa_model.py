@@ -15,7 +15,6 @@ from tiny_jepa import BATCH, PATCHES, TINY, images, same, tiny, train, trained, 
 from torch import nn
 
 from ijepa_fast import IJEPA, FusedAdamW, JEPAModel, Ragged, cast_weights, parameter_groups
-from ijepa_fast.jepa_model import model as jepa_model
 from ijepa_fast.jepa_model.config import JEPAConfig, nearest_heads
 from ijepa_fast.model.jepa import Objective
 from ijepa_fast.model.vit import IMAGENET_MEAN, IMAGENET_STD, PREDICTOR_DEPTH, SIZES, sincos_positions
@@ -215,15 +214,12 @@ class TestLoss:
         torch.testing.assert_close(ours["cosine_similarity"], theirs["cosine_similarity"])
         assert ours["tokens"] == theirs["tokens"]
 
-    def test_away_from_the_cpu_rows_are_rounded_up_and_the_loss_stays(self, monkeypatch):
+    def test_the_loss_is_the_same_in_rounded_rows(self, monkeypatch):
+        """Away from the CPU rows are rounded up."""
         model = tiny().eval()
-        exact = model(images())[0]
-        where = {"seed": 0, "step": 3, "first_image": 0}
-        capacity = jepa_model.capacity_of(model.sampler, BATCH, torch.device("cuda"), **where)
-        counts = model.sampler.counts(BATCH, **where)
-        assert all(rows % 128 == 0 and 0 <= rows - count < 128 for rows, count in zip(capacity, counts, strict=True))
-        assert jepa_model.capacity_of(model.sampler, BATCH, torch.device("cpu"), **where) is None
-        monkeypatch.setattr(jepa_model, "capacity_of", lambda *arguments, **where: capacity)
+        exact, sample = model(images())[0], model.sampler.sample
+        monkeypatch.setattr(model.sampler, "sample", lambda *where, **call: sample(*where, **call, round_rows=128))
+        assert model.draw_masks(images()).context.num_rows % 128 == 0
         torch.testing.assert_close(model(images())[0], exact)
 
     def test_a_regularised_loss_reports_its_terms(self):

@@ -168,6 +168,25 @@ def test_capacity_pads_with_rows_of_no_token(strategy):
             sampler.sample(6, seed=1, step=0, capacity=short)
 
 
+@pytest.mark.parametrize("config", [MaskConfig(), MaskConfig(strategy="random"), MaskConfig.official(6)])
+def test_rows_are_rounded_up_to_what_the_device_likes(config):
+    """Meta tensors stand for those of a GPU: the host finds the counts from its own sampler."""
+    sampler = MaskSampler(config, GRID_14)
+    call = {"batch_size": 6, "seed": 1, "step": 0}
+    exact, on_device, rounded = (
+        sampler.sample(**call, **settings) for settings in ({}, {"device": "meta"}, {"round_rows": 100})
+    )
+    for masks, multiple in ((exact, 1), (on_device, 128), (rounded, 100)):
+        assert masks.tokens == (exact.context.num_rows, exact.targets.num_rows) == sampler.counts(**call)
+        assert masks.to("meta").tokens == masks.tokens
+        for tokens, rows in zip(masks.tokens, (masks.context.num_rows, masks.targets.num_rows), strict=True):
+            assert rows == -(-tokens // multiple) * multiple
+    assert as_lists(rounded) == as_lists(exact)
+    assert sampler.sample(**call, capacity=(1200, 1200 * 4)).tokens is None
+    with pytest.raises(ValueError, match="round_rows must be at least 1, got 0"):
+        sampler.sample(**call, round_rows=0)
+
+
 def test_masks_know_their_numbers():
     masks = MaskSampler(MaskConfig(num_contexts=2), GRID_14).sample(5, seed=1, step=0)
     assert (masks.num_images, masks.num_contexts, masks.num_targets) == (5, 2, 4)

@@ -112,9 +112,8 @@ def test_what_fails_on_the_side_stream_is_joined_too(gpu):
 def test_training_is_the_same(gpu, objective, all_targets):
     plain, overlapped = tiny_step(objective=objective), tiny_step(objective=objective)
     overlapped.model.target_stream = SideStream("cpu")
-    plain.all_targets = overlapped.all_targets = all_targets
     for number in range(3):
-        want, got = plain(images(number), number), overlapped(images(number), number)
+        want, got = (step(images(number), number, all_targets=all_targets) for step in (plain, overlapped))
         assert torch.equal(torch.stack(got.losses), torch.stack(want.losses)) and torch.equal(got.pooled, want.pooled)
     assert_same_weights(overlapped, plain)
 
@@ -135,7 +134,9 @@ def batches_of(count, device):
         yield Batch(batch.pin_memory() if device == "cuda" else batch, None, None)
 
 
-def trained(device, captured=False, overlapped=False, prefetched=False, change=lambda step: None, **settings):
+def trained(
+    device, captured=False, overlapped=False, prefetched=False, change=lambda step: None, all_targets=False, **settings
+):
     """A step after some calls, and their losses."""
     settings = {"flat": True, "round_rows": 128} | settings
     settings |= {} if device == "cuda" else {"model": TINY, "masks": MASKS, "round_rows": 512}
@@ -148,7 +149,10 @@ def trained(device, captured=False, overlapped=False, prefetched=False, change=l
     batches = batches_of(STEPS if device == "cuda" else 4, device)
     if prefetched:
         batches = DevicePrefetcher(batches, torch.device(device), SideStream(device))
-    losses = [step(batch.images.to(device), number).losses.total.clone() for number, batch in enumerate(batches)]
+    losses = [
+        step(batch.images.to(device), number, all_targets=all_targets).losses.total.clone()
+        for number, batch in enumerate(batches)
+    ]
     assert not captured or step._replays
     return step, torch.stack(losses)
 

@@ -111,9 +111,8 @@ def test_rounded_rows_change_nothing(accumulate):
 
 def test_features_of_all_patches_cost_no_training():
     some, every = tiny_step(), tiny_step()
-    every.all_targets = True
     for number in range(2):
-        a, b = some(images(number), number), every(images(number), number)
+        a, b = some(images(number), number), every(images(number), number, all_targets=True)
         torch.testing.assert_close(a.losses.total, b.losses.total, rtol=1e-6, atol=0)
         assert not torch.allclose(a.pooled, b.pooled)
 

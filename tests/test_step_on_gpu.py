@@ -54,15 +54,15 @@ def test_the_step_of_this_file_trains_on_the_cpu():
 @pytest.mark.parametrize("all_targets", [True, False])
 @pytest.mark.parametrize("objective", [Objective(), Objective(variance_weight=0.1, covariance_weight=0.01)])
 def test_the_host_never_waits_for_the_device(objective, all_targets):
-    step = make_step("cuda", objective, all_targets=all_targets)
+    step = make_step("cuda", objective)
     batches = [images(number, "cuda") for number in range(STEPS + 2)]
     for number in range(2):  # kernels are compiled, tables and workspaces made
-        step(batches[number], number)
+        step(batches[number], number, all_targets=all_targets)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
         for number in range(2, STEPS + 2):
-            result = step(batches[number], number)
+            result = step(batches[number], number, all_targets=all_targets)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert bool(result.losses.total.isfinite()) and int(step.first_bad_step) == -1

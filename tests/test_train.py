@@ -122,10 +122,10 @@ def test_a_batch_that_cannot_be_loaded_ends_the_run_after_the_steps_before_it(da
                 raise OSError("the disk is gone")
             yield batch
 
-    def counting(self, *arguments):
+    def counting(self, *arguments, **settings):
         nonlocal count
         count += 1
-        return run(self, *arguments)
+        return run(self, *arguments, **settings)
 
     run = TrainStep.__call__
     with monkeypatch.context() as patch, pytest.raises(OSError, match="the disk is gone"):
@@ -157,10 +157,10 @@ def test_attention_chosen_for_training_is_not_needed_afterwards(data, tmp_path, 
 def test_resume_after_a_crash_is_exact(data, straight, tmp_path, monkeypatch, crash_at):
     run = TrainStep.__call__
 
-    def crashing(self, images, step, first_image=0):
+    def crashing(self, images, step, first_image=0, **settings):
         if step == crash_at:
             raise KeyboardInterrupt
-        return run(self, images, step, first_image)
+        return run(self, images, step, first_image, **settings)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(TrainStep, "__call__", crashing)
@@ -175,10 +175,10 @@ def test_resume_after_a_crash_is_exact(data, straight, tmp_path, monkeypatch, cr
 def test_signals_save_and_stop_and_the_run_continues_exactly(data, straight, tmp_path, monkeypatch, number):
     run = TrainStep.__call__
 
-    def signalled(self, images, step, first_image=0):
+    def signalled(self, images, step, first_image=0, **settings):
         if step == 6:
             os.kill(os.getpid(), number)
-        return run(self, images, step, first_image)
+        return run(self, images, step, first_image, **settings)
 
     before = signal.getsignal(number)
     with monkeypatch.context() as patch, pytest.raises(Stopped, match="after step 7 of 12"):
@@ -193,12 +193,12 @@ def test_signals_save_and_stop_and_the_run_continues_exactly(data, straight, tmp
 def test_a_second_interrupt_ends_the_run_at_once(data, straight, tmp_path, monkeypatch, capfd):
     run = TrainStep.__call__
 
-    def interrupted(self, images, step, first_image=0):
+    def interrupted(self, images, step, first_image=0, **settings):
         if step == 6:
             os.kill(os.getpid(), signal.SIGINT)
             assert "saved first; Ctrl-C again stops at once" in capfd.readouterr().err
             os.kill(os.getpid(), signal.SIGINT)
-        return run(self, images, step, first_image)
+        return run(self, images, step, first_image, **settings)
 
     before = signal.getsignal(signal.SIGINT)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
@@ -214,9 +214,9 @@ def test_an_ignored_interrupt_stays_ignored(data, tmp_path, monkeypatch):
     """As in a job that a shell has put into the background."""
     run = TrainStep.__call__
 
-    def interrupted(self, images, step, first_image=0):
+    def interrupted(self, images, step, first_image=0, **settings):
         os.kill(os.getpid(), signal.SIGINT)
-        return run(self, images, step, first_image)
+        return run(self, images, step, first_image, **settings)
 
     monkeypatch.setattr(TrainStep, "__call__", interrupted)
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -259,9 +259,9 @@ def test_features_are_watched_at_some_steps_alone(data, tmp_path, monkeypatch, e
     """The others compute no row that nobody reads; the monitors get the features of all patches."""
     run, watched = TrainStep.__call__, []
 
-    def spying(self, images, step, first_image=0):
-        watched.append(self.all_targets)
-        return run(self, images, step, first_image)
+    def spying(*call, all_targets):
+        watched.append(all_targets)
+        return run(*call, all_targets=all_targets)
 
     monkeypatch.setattr(TrainStep, "__call__", spying)
     config = tiny_run(data, tmp_path / "run")
@@ -336,11 +336,11 @@ def test_a_damaged_checkpoint_is_an_error_not_a_restart(data, tmp_path):
 def test_a_non_finite_loss_ends_the_run_with_its_step(data, tmp_path, monkeypatch):
     run = TrainStep.__call__
 
-    def exploding(self, images, step, first_image=0):
+    def exploding(self, images, step, first_image=0, **settings):
         if step == 6:
             with torch.no_grad():
                 self.model.predictor.predictor_proj.bias[0] = float("nan")
-        return run(self, images, step, first_image)
+        return run(self, images, step, first_image, **settings)
 
     monkeypatch.setattr(TrainStep, "__call__", exploding)
     with pytest.raises(NotFinite, match="loss of step 6 is not finite"):

@@ -219,8 +219,7 @@ def try_way(
 def first_gradients(step: TrainStep, pixels: Tensor) -> tuple[float, dict[str, Tensor]]:
     """Loss and gradients (on the CPU; fp32 where they are scaled) of one batch, without training on it."""
     count = len(pixels)
-    rows = None if step.round_rows == 1 else step.rounded(step.sampler.counts(count, seed=step.seed, step=0))
-    masks = step.sampler.sample(count, seed=step.seed, step=0, device=pixels.device, capacity=rows)
+    masks = step.sampler.sample(count, seed=step.seed, step=0, device=pixels.device, round_rows=step.round_rows)
     loss = step.model(pixels, masks, all_targets=False)[0].total
     (loss if step.scaler is None else step.scaler.scale(loss)).backward()
     gradients = {name: p.grad.to("cpu", copy=True) for name, p in step.model.named_parameters() if p.grad is not None}

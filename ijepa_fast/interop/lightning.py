@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ijepa_fast.jepa_model.model import JEPAModel, capacity_of
+from ijepa_fast.jepa_model.model import JEPAModel
 from ijepa_fast.jepa_model.optimizer_steps import averages_into, changed_weights, parameter_ids, watch
 from ijepa_fast.masks.sampler import MaskConfig, MaskSampler
 from ijepa_fast.optim import EMA, FusedAdamW, parameter_groups
@@ -199,8 +199,7 @@ class IJEPACallback(L.Callback):
         images = images_of(batch)
         where = {"seed": self.seed, "step": self.calls, "first_image": trainer.global_rank * len(images)}
         self.calls += 1
-        capacity = capacity_of(self._sampler, len(images), pl_module.device, **where)
-        pl_module.masks = self._sampler.sample(len(images), **where, device=pl_module.device, capacity=capacity)
+        pl_module.masks = self._sampler.sample(len(images), **where, device=pl_module.device)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
         if self._changed is False:

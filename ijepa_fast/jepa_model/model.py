@@ -31,8 +31,6 @@ log = logging.getLogger(__name__)
 FORMAT = "ijepa_fast-jepa_model-1"
 _EVALUATION_STEP = 2**32 - 1
 """The step whose masks are drawn in eval mode: the last one, which no training call gets to."""
-_ROWS = 128
-"""Away from the CPU, packed rows are rounded up to a multiple of this, so that shapes recur."""
 _PATIENCE = 1000
 """Training calls without an update of the target encoder after which the log says so."""
 
@@ -150,8 +148,7 @@ class JEPAModel(IJEPA):
             step = self.calls
             self.calls += 1
         where = {"seed": self.config.seed, "step": step, "first_image": rank * len(images)}
-        capacity = capacity_of(self.sampler, len(images), images.device, **where)
-        return self.sampler.sample(len(images), **where, device=images.device, capacity=capacity)
+        return self.sampler.sample(len(images), **where, device=images.device)
 
     def _compute(self, images: Tensor, masks: Masks) -> tuple[Losses, Tensor, Tensor]:
         predicted = self.predict(images, masks)
@@ -327,12 +324,3 @@ class JEPAModel(IJEPA):
         model = cls(about["config"])
         load_weights(model, tensors, str(path))
         return model
-
-
-def capacity_of(sampler: MaskSampler, batch_size: int, device: torch.device, **where: int) -> tuple[int, int] | None:
-    """Rows of context and targets for ``sampler.sample``, found on the host so that nobody waits for the device, and
-    rounded up so that shapes recur. On the CPU None: there, exact rows cost nothing."""
-    if device.type == "cpu":
-        return None
-    context, targets = (-(-rows // _ROWS) * _ROWS for rows in sampler.counts(batch_size, **where))
-    return context, targets

@@ -1,6 +1,6 @@
 """Blocks on a patch grid: their sizes from random words, the patches they cover, and packing.
 
-Integer arithmetic only, where a choice depends on it; the formulas stand in mask_sampling.py. Two counts are float32
+Integer arithmetic only, where a choice depends on it; the formulas stand in sampling.py. Two counts are float32
 matmuls of zeros and ones, whose sums are exact whatever the order and whether or not the hardware rounds the inputs.
 Legend: B images, H x W patch grid, N = H * W, M target blocks, A attempts, S blocks per image, T rows.
 """

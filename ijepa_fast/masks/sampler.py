@@ -1,131 +1,27 @@
-"""Which patches are context and which are targets: the configuration and the sampler.
+"""The sampler of masks.
 
 `MaskSampler(config, grid).sample(batch_size, seed=..., step=...)` gives `Masks`, a pure function of the configuration,
-the seed, the step and the image's number in the global batch. mask_sampling.py defines every draw to the bit.
+the seed, the step and the image's number in the global batch. sampling.py defines every draw to the bit.
 
 Legend: B images, H x W patch grid, N = H * W patches, M target blocks and C context blocks per image.
 """
 
 from dataclasses import dataclass, replace
-from typing import Literal, get_args, get_type_hints
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from ijepa_fast.masks import extension
+from ijepa_fast.masks.config import MaskConfig
 from ijepa_fast.masks.geometry import Blocks, SizeRule, pack_blocks, pack_mask
 from ijepa_fast.masks.sampling import MAX_PATCHES, Counter, Drawn, Plan, draw
 from ijepa_fast.ragged import Ragged
 
-_ASPECT_LIMIT = 64.0
+ROUND_ROWS = 128
+"""Away from the CPU rows are rounded up to a multiple of this: few different shapes for the allocator and for compiled
+code, and whole tiles for matrix products."""
 _INT32_MAX = 2**31 - 1
-
-# The masking ablation of the paper (section 3 for multiblock): number of targets and their scale.
-_STRATEGY_DEFAULTS = {
-    "multiblock": (4, (0.15, 0.2)),
-    "block": (1, (0.6, 0.6)),
-    "random": (1, (0.6, 0.6)),
-    "rasterized": (3, (0.25, 0.25)),
-}
-
-
-@dataclass(frozen=True)
-class MaskConfig:
-    """How context and targets are drawn; the defaults are the paper's recipe (section 3) without truncation.
-
-    Args:
-        strategy: multiblock (target blocks, and a context block without them), block (target blocks, the context is all
-            the rest), random (targets of scattered patches, the context is all the rest), rasterized (one quadrant of
-            the image is the context, the other three are the targets). The last three are ablations of the paper.
-        context: exact (every visible patch), fixed (a uniform random subset of constant size, see mask_ratio) or
-            batch_min (every context cut to the shortest of its group, as the official code does).
-        num_targets: target blocks per image. None: 4 for multiblock, 1 for block and random; always 3 for rasterized.
-        target_scale: smallest and largest share of the image that a target covers. None: 0.15 to 0.2 for multiblock,
-            0.6 for block and random; rasterized has quadrants.
-        target_aspect: smallest and largest height over width of a target block.
-        num_contexts: context blocks per image, drawn independently of one another (multiblock only).
-        context_scale: smallest and largest share of the image that a context block covers, targets included.
-        context_aspect: smallest and largest height over width of a context block.
-        min_keep: a block counts only if it has more patches than this, a context block without its target patches.
-        allow_overlap: the context keeps the patches that are targets (multiblock only).
-        mask_ratio: share of the image that a fixed context leaves out: it has round((1 - mask_ratio) * N) patches.
-        size_per: whether sizes are drawn for every block, once per image for all its targets (and once for all its
-            context blocks), or once per step for the whole global batch.
-        shared_scale_aspect: scale and aspect come from one random number, so that larger blocks are taller.
-        draw_last_row_col: blocks may reach the last row and column of the patch grid.
-        group_size: number of consecutive images of the global batch that batch_min truncates together (the official
-            batch per GPU). Required for batch_min, without effect otherwise.
-
-    Raises:
-        ValueError: a value is outside its range, or options contradict each other.
-    """
-
-    strategy: Literal["multiblock", "block", "random", "rasterized"] = "multiblock"
-    context: Literal["exact", "fixed", "batch_min"] = "exact"
-    num_targets: int | None = None
-    target_scale: tuple[float, float] | None = None
-    target_aspect: tuple[float, float] = (0.75, 1.5)
-    num_contexts: int = 1
-    context_scale: tuple[float, float] = (0.85, 1.0)
-    context_aspect: tuple[float, float] = (1.0, 1.0)
-    min_keep: int = 10
-    allow_overlap: bool = False
-    mask_ratio: float = 0.75
-    size_per: Literal["block", "image", "step"] = "block"
-    shared_scale_aspect: bool = False
-    draw_last_row_col: bool = True
-    group_size: int | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("strategy", "context", "size_per"):
-            choices = get_args(get_type_hints(MaskConfig)[name])
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
-        for name, least in (("num_targets", 1), ("num_contexts", 1), ("min_keep", 0)):
-            value = getattr(self, name)
-            if value is not None and not least <= value < MAX_PATCHES:
-                raise ValueError(f"{name} must be in [{least}, {MAX_PATCHES}), got {value}")
-        for name in ("target_scale", "context_scale"):
-            low, high = getattr(self, name) or _STRATEGY_DEFAULTS[self.strategy][1]
-            if not 0 < low <= high <= 1:
-                raise ValueError(f"{name} must satisfy 0 < low <= high <= 1, got ({low}, {high})")
-        for name in ("target_aspect", "context_aspect"):
-            low, high = getattr(self, name)
-            if not 1 / _ASPECT_LIMIT <= low <= high <= _ASPECT_LIMIT:
-                raise ValueError(f"{name} must satisfy 1/64 <= low <= high <= 64, got ({low}, {high})")
-        if not 0 < self.mask_ratio < 1:
-            raise ValueError(f"mask_ratio must be between 0 and 1, got {self.mask_ratio}")
-        if self.group_size is not None and self.group_size < 1:
-            raise ValueError(f"group_size must be positive, got {self.group_size}")
-        if self.context == "batch_min" and self.group_size is None:
-            raise ValueError("context batch_min needs group_size, the number of images that are truncated together")
-        if self.strategy != "multiblock" and (self.allow_overlap or self.num_contexts != 1):
-            raise ValueError(
-                f"allow_overlap and num_contexts are for strategy multiblock; {self.strategy} has one context, "
-                f"apart from its targets (got allow_overlap={self.allow_overlap}, num_contexts={self.num_contexts})"
-            )
-        if self.strategy == "rasterized" and self.num_targets not in (None, 3):
-            raise ValueError(f"strategy rasterized has 3 targets, got num_targets={self.num_targets}")
-
-    def resolved(self) -> "MaskConfig":
-        """The same configuration with the strategy's own values in place of None."""
-        num_targets, target_scale = _STRATEGY_DEFAULTS[self.strategy]
-        if self.num_targets is not None:
-            num_targets = self.num_targets
-        return replace(self, num_targets=num_targets, target_scale=self.target_scale or target_scale)
-
-    @classmethod
-    def official(cls, group_size: int, **overrides) -> "MaskConfig":
-        """The masks of the official code: contexts truncated to the shortest of `group_size` images, last row and
-        column never drawn, one random number for scale and aspect, one size per step for all targets."""
-        habits = {
-            "context": "batch_min",
-            "size_per": "step",
-            "shared_scale_aspect": True,
-            "draw_last_row_col": False,
-            "group_size": group_size,
-        }
-        return cls(**(habits | overrides))
 
 
 @dataclass(frozen=True)
@@ -136,11 +32,14 @@ class Masks:
         context: sequence b * C + c is context block c of image b.
         targets: sequence b * M + m is target block m of image b.
         num_contexts: C.
+        tokens: numbers of context and of target tokens, rows of no token left out. None where the host does not know
+            them: with a capacity, and in masks that no sampler drew.
     """
 
     context: Ragged
     targets: Ragged
     num_contexts: int = 1
+    tokens: tuple[int, int] | None = None
 
     @property
     def num_images(self) -> int:
@@ -156,8 +55,8 @@ class Masks:
         return self.context.device
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Masks":
-        context = self.context.to(device, non_blocking=non_blocking)
-        return Masks(context, self.targets.to(device, non_blocking=non_blocking), self.num_contexts)
+        context, targets = (tokens.to(device, non_blocking=non_blocking) for tokens in (self.context, self.targets))
+        return replace(self, context=context, targets=targets)
 
 
 class MaskSampler:
@@ -305,12 +204,14 @@ class MaskSampler:
         step: int | Tensor,
         first_image: int = 0,
         device: torch.device | str = "cpu",
+        round_rows: int | None = None,
         capacity: tuple[int, int] | None = None,
     ) -> Masks:
         """Masks of images first_image to first_image + batch_size - 1 of the global batch.
 
+        A GPU is never waited for where seed and step are ints: the host finds the numbers of tokens by drawing, too.
         Sets whose lengths are sure to be equal promise so (``Ragged.uniform``): a fixed context, contexts of one
-        batch_min group, targets of one size per step. The last two only without ``capacity``.
+        batch_min group, targets of one size per step. The last two only in exact rows.
 
         Args:
             batch_size: B.
@@ -318,42 +219,46 @@ class MaskSampler:
             step: training step in [0, 2^32), likewise.
             first_image: the first image's number in the global batch.
             device: where to draw; the masks are the same on every device.
-            capacity: rows of context and of targets, for example `counts` rounded up. With it, shapes are static and a
-                GPU is never waited for. Without it they are exact, and a GPU is waited for unless the extension draws
-                and seed and step are ints: then they are found on the host.
+            round_rows: round the rows of context and of targets up to a multiple of this, 1 for exact rows. None: 1 on
+                the CPU, ``ROUND_ROWS`` elsewhere.
+            capacity: rows of context and of targets in place of rounded ones. So nobody needs to know seed and step on
+                the host, and a CUDA graph can draw the masks of another step in each replay.
 
         Raises:
             ValueError: batch_min and the call does not hold whole groups, a number is out of range, the tokens do not
                 fit the capacity (on CUDA a device-side assertion), or implementation is extension and it cannot run.
         """
+        device, tokens = torch.device(device), None
+        if round_rows is None:
+            round_rows = 1 if device.type == "cpu" else ROUND_ROWS
+        if round_rows < 1:
+            raise ValueError(f"round_rows must be at least 1, got {round_rows}")
+        exact = capacity is None and round_rows == 1
+        if capacity is None and not (exact and device.type == "cpu"):
+            tokens = self.counts(batch_size, seed=int(seed), step=int(step), first_image=first_image)
+            capacity = rounded_up(tokens, round_rows)
+        context, targets = self._drawn_and_packed(batch_size, seed, step, first_image, device, capacity)
+        if capacity is None:
+            tokens = context.num_rows, targets.num_rows
+        one_group = self.config.context == "batch_min" and batch_size == self.config.group_size
+        one_size = self.config.size_per == "step" and self.config.strategy != "rasterized"
+        context = _promise(context, self._constant_context, exact and one_group)
+        targets = _promise(targets, self._constant_target, exact and one_size)
+        return Masks(context, targets, self.num_contexts, tokens)
+
+    def _drawn_and_packed(self, batch_size, seed, step, first_image, device, capacity) -> tuple[Ragged, Ragged]:
         self._check_images(batch_size, first_image)
-        device = torch.device(device)
-        all_rows_used = capacity is None
         if self._takes_extension(device.type):
-            if capacity is None and device.type != "cpu":
-                capacity = self.counts(batch_size, seed=int(seed), step=int(step), first_image=first_image)
             context, context_cu, targets, target_cu = extension.block_masks(
                 self._plan_numbers, seed, step, first_image, batch_size, device, capacity
             )
-            context = Ragged(context, context_cu, self.max_context)
-            targets = Ragged(targets, target_cu, self.max_target)
-            return self._with_promises(context, targets, batch_size, all_rows_used)
+            return Ragged(context, context_cu, self.max_context), Ragged(targets, target_cu, self.max_target)
         drawn = self._draw(batch_size, seed, step, first_image, device)
-        context_rows, target_rows = (None, None) if capacity is None else capacity
+        context_rows, target_rows = capacity or (None, None)
         context = pack_mask(drawn.context_BCN, drawn.context_lengths_BC, self.max_context, context_rows)
         if isinstance(drawn.targets, Blocks):
-            targets = pack_blocks(drawn.targets, self.grid, self.max_target, target_rows)
-        else:
-            targets = pack_mask(drawn.targets, drawn.target_lengths_BM, self.max_target, target_rows)
-        return self._with_promises(context, targets, batch_size, all_rows_used)
-
-    def _with_promises(self, context: Ragged, targets: Ragged, batch_size: int, all_rows_used: bool) -> Masks:
-        config = self.config
-        one_group = config.context == "batch_min" and batch_size == config.group_size
-        one_size = config.size_per == "step" and config.strategy != "rasterized"
-        context = _promise(context, self._constant_context, all_rows_used and one_group)
-        targets = _promise(targets, self._constant_target, all_rows_used and one_size)
-        return Masks(context, targets, self.num_contexts)
+            return context, pack_blocks(drawn.targets, self.grid, self.max_target, target_rows)
+        return context, pack_mask(drawn.targets, drawn.target_lengths_BM, self.max_target, target_rows)
 
     def counts(self, batch_size: int, *, seed: int, step: int, first_image: int = 0) -> tuple[int, int]:
         """Exact numbers of context and target tokens that `sample` gives, found on the host."""
@@ -387,6 +292,12 @@ class MaskSampler:
     def _draw(self, batch_size, seed, step, first_image, device) -> Drawn:
         images = torch.arange(first_image, first_image + batch_size, device=device)
         return draw(self.plan, Counter(seed, step, images))
+
+
+def rounded_up(counts: tuple[int, int], multiple: int) -> tuple[int, int]:
+    """Numbers of tokens rounded up to multiples: rows for them."""
+    context, targets = (-(-count // multiple) * multiple for count in counts)
+    return context, targets
 
 
 def _promise(tokens: Ragged, constant: bool, equal: bool) -> Ragged:

@@ -228,19 +228,26 @@ class IJEPA(nn.Module):
         """The three networks on one batch; the arguments are those of ``forward``."""
         if masks.num_images != images.shape[0]:
             raise ValueError(f"the masks are for {masks.num_images} images, but there are {images.shape[0]}")
+        # Which context goes with which target block, and where every row of the predictor's input comes from.
         layout = predictor_layout(masks.context, masks.targets, masks.num_contexts, masks.num_targets)
+        grid = self.context_encoder.grid_of(*images.shape[2:])
+        # What is predicted does not depend on the prediction, so both may run at the same time.
         if self.target_stream is None:
-            found = self._targets(images, masks, layout, all_targets)
-            context, values = self._context_and_prediction(images, masks, layout)
+            targets, rows, pooled = self._targets(images, masks, layout, all_targets)
+            context = self.context_encoder(images, masks.context)
+            values = self.predictor(context, layout, grid)
         else:
-            with self.target_stream.beside(lambda: self._targets(images, masks, layout, all_targets)) as found:
-                context, values = self._context_and_prediction(images, masks, layout)
-        targets, rows, pooled = found
+            with self.target_stream.beside(lambda: self._targets(images, masks, layout, all_targets)) as made:
+                context = self.context_encoder(images, masks.context)
+                values = self.predictor(context, layout, grid)
+            targets, rows, pooled = made  # not before the streams are joined
         return Prediction(values, targets, rows, layout.predicted.cu_seqlens, context, pooled)
 
     def losses(self, predicted: Prediction, masks: Masks) -> tuple[Losses, Tensor]:
         """What ``forward`` returns, from the prediction of a batch with these masks."""
         objective, pooled = self.objective, predicted.pooled
+        # The mean over features, then over the rows of a block, then over blocks: small blocks count like large ones.
+        # Averages were normalised before they were taken, so they are not once more.
         prediction_loss = ops.target_loss(
             predicted.values,
             predicted.targets,
@@ -253,6 +260,7 @@ class IJEPA(nn.Module):
         total = objective.prediction_weight * prediction_loss
         variance = covariance = torch.zeros_like(prediction_loss)
         if objective.regularised or pooled is None:
+            # Without a target encoder the monitors watch the context encoder's features.
             features = mean_pool(predicted.context, masks.context.every(masks.num_contexts))
             pooled = features.detach() if pooled is None else pooled
         if objective.regularised:
@@ -261,10 +269,6 @@ class IJEPA(nn.Module):
             )
             total = total + objective.variance_weight * variance + objective.covariance_weight * covariance
         return Losses(total, prediction_loss.detach(), variance.detach(), covariance.detach()), pooled
-
-    def _context_and_prediction(self, images: Tensor, masks: Masks, layout: PredictorLayout) -> tuple[Tensor, Tensor]:
-        context = self.context_encoder(images, masks.context)
-        return context, self.predictor(context, layout, self.context_encoder.grid_of(*images.shape[2:]))
 
     def _encoded_targets(self, images: Tensor, tokens: Ragged | None = None, queries: Ragged | None = None) -> Tensor:
         with fp8_products(self.fp8_targets):
@@ -283,7 +287,8 @@ class IJEPA(nn.Module):
             return pixels[:, : self.predictor.predictor_proj.out_features].contiguous(), layout.target_rows, None
         per_image = targets.every(masks.num_targets)
         grid = encoder.grid_of(*images.shape[2:])
-        # Patches in several blocks are read as often: many large blocks would cost more than all patches once.
+        # The last block of the encoder need only compute the rows that are read. But a patch in several target blocks
+        # is read as often: where they have more rows than there are patches, all patches once cost less.
         all_targets |= targets.num_rows >= images.shape[0] * grid[0] * grid[1]
         if objective.target_selection == "output" and all_targets:
             whole = self._encoded_targets(images)
@@ -292,7 +297,7 @@ class IJEPA(nn.Module):
                 return features, layout.target_tokens, pooled
             features = take_rows(features, targets.indices)
         else:
-            if objective.target_selection == "output":
+            if objective.target_selection == "output":  # the encoder sees the whole image, as in the paper
                 features = self._encoded_targets(images, queries=per_image)
             else:
                 features = self._encoded_targets(images, targets)
@@ -303,6 +308,7 @@ class IJEPA(nn.Module):
             features = F.layer_norm(
                 features.to(accumulation_dtype(features.dtype)), features.shape[1:], eps=objective.target_eps
             )
+        # A block's average is the target of each of its rows, for every context of the image.
         predicted = layout.predicted.sequence_ids()  # (image, context, target block)
         blocks = masks.num_targets
         rows = predicted // (masks.num_contexts * blocks) * blocks + predicted % blocks

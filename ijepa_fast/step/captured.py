@@ -11,12 +11,15 @@ on the device), and the scalars of the optimizer.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from ijepa_fast.step.train_step import ROUND_ROWS, StepResult, TrainStep
+from ijepa_fast.masks.sampler import ROUND_ROWS, rounded_up
+from ijepa_fast.model.jepa import Losses
+from ijepa_fast.step.train_step import StepResult, TrainStep
 
 MOST_GRAPHS = 32
 BUCKETS_PER_BATCH = 64
@@ -81,64 +84,83 @@ class CapturedStep(TrainStep):
     Args:
         graphs: what runs and captures; by default CUDA graphs on the model's device.
         most_graphs: buckets that are captured; steps of any further bucket run eagerly.
-        The others are those of ``TrainStep``; round_rows is the width of a bucket, None for ``bucket_rows`` of the
-        first batch.
+        The others are those of ``TrainStep``; round_rows is the width of a bucket, None for ``bucket_rows``.
 
     Raises:
         ValueError: what a graph cannot hold (several micro-batches, a loss scaler, ranks), or an optimizer without
             flat gradients.
     """
 
-    def __init__(self, model, optimizer, sampler, schedules, *, graphs: Graphs | None = None, **settings):
-        most_graphs = settings.pop("most_graphs", MOST_GRAPHS)
-        fixed_width = settings.get("round_rows") is not None
+    def __init__(
+        self,
+        model,
+        optimizer,
+        sampler,
+        schedules,
+        *,
+        graphs: Graphs | None = None,
+        most_graphs: int = MOST_GRAPHS,
+        **settings,
+    ):
         super().__init__(model, optimizer, sampler, schedules, **settings)
         if self.accumulate > 1 or self.scaler is not None or self.wrapped is not self.model:
             raise ValueError("a captured step runs on one GPU, in one micro-batch, without a loss scaler")
         if not optimizer.flat_gradients:
             raise ValueError("a captured step needs an optimizer with flat_gradients=True")
         device = self.first_bad_step.device
-        self._graphs = graphs or CudaGraphs(device)
-        self._most_graphs, self._fixed_width = most_graphs, fixed_width
+        self._graphs, self._most_graphs = graphs or CudaGraphs(device), most_graphs
         self._step = torch.zeros((), dtype=torch.int64, device=device)
         self._images: Tensor | None = None
         self._generation = optimizer.generation
         self._met: set[tuple] = set()
         self._replays: dict[tuple, Work] = {}
 
-    def __call__(self, images: Tensor, step: int, first_image: int = 0) -> StepResult:
+    def __call__(self, images: Tensor, step: int, first_image: int = 0, *, all_targets: bool = False) -> StepResult:
         """As ``TrainStep``; all calls must bring images of one shape."""
         self._fill_buffers(images, step)
         self._set_schedules(step)
-        tokens = self.sampler.counts(len(images), seed=self.seed, step=step, first_image=first_image)
-        capacity = self.rounded(tokens)
-        bucket = (*capacity, first_image, self.all_targets)
         if self.optimizer.generation != self._generation:  # the graphs update a state that is no longer there
             self._generation = self.optimizer.generation
             self._replays.clear()
             self._met.clear()
+        # Shapes follow from the counts, which the host finds by drawing the masks too; their contents are drawn by the
+        # graph itself, from the step in device memory.
+        tokens = self.sampler.counts(len(images), seed=self.seed, step=step, first_image=first_image)
+        capacity = rounded_up(tokens, self.round_rows or bucket_rows(len(images), self.sampler.num_patches))
+        bucket = (*capacity, first_image, all_targets)
 
         def work() -> StepResult:
-            return self._work(self._images, self._step, [first_image], [capacity])
+            masks = self.sampler.sample(
+                len(images),
+                seed=self.seed,
+                step=self._step,
+                first_image=first_image,
+                device=self._images.device,
+                capacity=capacity,
+            )
+            losses, pooled = self.model(self._images, masks, all_targets=all_targets)
+            losses.total.backward()
+            losses = Losses(*(value.detach() for value in losses))
+            self._note_bad(losses.total, self._step)
+            self._update()
+            return StepResult(losses, self.optimizer.grad_norm, pooled, tokens)
 
         if bucket in self._replays:
             self.optimizer.upload_scalars()
             result = self._replays[bucket]()
         elif bucket in self._met and len(self._replays) < self._most_graphs:
             self._replays[bucket] = self._graphs.capture(work)
-            self.optimizer.upload_scalars()
+            self.optimizer.upload_scalars()  # a capture runs nothing, so the first replay is this step
             result = self._replays[bucket]()
         else:
             self._met.add(bucket)
             result = self._graphs.run(work)
         self.optimizer.grad_norm = result.grad_norm
-        return StepResult(result.losses, result.grad_norm, result.pooled, tokens)
+        return replace(result, tokens=tokens)
 
     def _fill_buffers(self, images: Tensor, step: int) -> None:
         if self._images is None:
             self._images = torch.empty_like(images)
-            if not self._fixed_width:
-                self.round_rows = bucket_rows(len(images), self.sampler.num_patches)
         if images.shape != self._images.shape or images.dtype != self._images.dtype:
             raise ValueError(
                 f"a captured step takes images like the first, {self._images.dtype} {list(self._images.shape)}, "

@@ -7,8 +7,7 @@ never waits for the device here: what it wants to know it reads at the log inter
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +18,6 @@ from ijepa_fast.optim import LOW_PRECISION, FusedAdamW
 from ijepa_fast.optim.schedules import Schedules
 
 PRECISION_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-ROUND_ROWS = 128
-"""Few different shapes for the allocator and for compiled code, and whole tiles for matrix products."""
 
 
 @dataclass(frozen=True)
@@ -53,10 +50,7 @@ class TrainStep:
         wrapped: ``model`` inside DistributedDataParallel, if it is.
         accumulate: micro-batches per step. Each holds the same number of images.
         scaler: loss scaler for fp16; None otherwise.
-        all_targets: see ``IJEPA.forward``. The attribute may be changed from step to step: features of all patches are
-            only worth their cost where ``StepResult.pooled`` is read.
-        round_rows: round the packed rows of context and of targets up to a multiple of this. The numbers of tokens are
-            found on the host, from its own sampler. None: ``ROUND_ROWS`` on a GPU, 1 (exact) on the CPU.
+        round_rows: see ``MaskSampler.sample``.
 
     Attributes:
         first_bad_step: int64 scalar on the device; the first step whose loss was not finite, -1 while there is none.
@@ -74,25 +68,25 @@ class TrainStep:
         wrapped: nn.Module | None = None,
         accumulate: int = 1,
         scaler: torch.amp.GradScaler | None = None,
-        all_targets: bool = False,
         round_rows: int | None = None,
     ):
         if accumulate < 1:
             raise ValueError(f"accumulate must be at least 1, got {accumulate}")
-        if round_rows is not None and round_rows < 1:
-            raise ValueError(f"round_rows must be at least 1, got {round_rows}")
         self.model, self.wrapped = model, wrapped if wrapped is not None else model
         self.optimizer, self.sampler, self.schedules = optimizer, sampler, schedules
-        self.seed, self.accumulate, self.scaler, self.all_targets = seed, accumulate, scaler, all_targets
+        self.seed, self.accumulate, self.scaler, self.round_rows = seed, accumulate, scaler, round_rows
         device = next(model.parameters()).device
-        self.round_rows = round_rows or (ROUND_ROWS if device.type == "cuda" else 1)
         self.first_bad_step = torch.full((), -1, dtype=torch.int64, device=device)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         # Sums of many small low-precision gradients lose them; with one micro-batch there is nothing to sum.
         self.wide_sums = [p for p in self.parameters if p.dtype in LOW_PRECISION] if accumulate > 1 else []
 
-    def __call__(self, images: Tensor, step: int, first_image: int = 0) -> StepResult:
+    def __call__(self, images: Tensor, step: int, first_image: int = 0, *, all_targets: bool = False) -> StepResult:
         """Run step ``step`` (from 0) on ``images`` uint8 [b, C, h, w], which start at ``first_image`` of the batch.
+
+        Args:
+            all_targets: see ``IJEPA.forward``. Features of all patches are only worth their cost where the pooled ones
+                are read.
 
         Raises:
             ValueError: the images cannot be split into ``accumulate`` equal micro-batches.
@@ -100,54 +94,31 @@ class TrainStep:
         if images.shape[0] % self.accumulate:
             raise ValueError(f"{images.shape[0]} images cannot be split into {self.accumulate} equal micro-batches")
         self._set_schedules(step)
-        count = images.shape[0] // self.accumulate
-        first_images = [first_image + i * count for i in range(self.accumulate)]
-        if self.round_rows == 1:
-            capacities, tokens = [None] * self.accumulate, None
-        else:
-            counts = [
-                self.sampler.counts(count, seed=self.seed, step=step, first_image=first) for first in first_images
-            ]
-            capacities = [self.rounded(rows) for rows in counts]
-            tokens = tuple(map(sum, zip(*counts, strict=True)))
-        result = self._work(images, step, first_images, capacities)
-        return result if tokens is None else replace(result, tokens=tokens)
-
-    def rounded(self, rows: tuple[int, int]) -> tuple[int, int]:
-        """Rows of context and of targets that so many tokens get."""
-        return tuple(-(-count // self.round_rows) * self.round_rows for count in rows)
-
-    def _work(
-        self,
-        images: Tensor,
-        step: int | Tensor,
-        first_images: Sequence[int],
-        capacities: Sequence[tuple[int, int] | None],
-    ) -> StepResult:
-        """All that is done on the device, one micro-batch after another. ``StepResult.tokens`` counts rows."""
-        losses, pooled, rows = [], [], [0, 0]
-        micro_batches = images.split(images.shape[0] // len(first_images))
-        for i, (micro_batch, first, capacity) in enumerate(zip(micro_batches, first_images, capacities, strict=True)):
+        losses, pooled, tokens = [], [], [0, 0]
+        for i, micro_batch in enumerate(images.split(images.shape[0] // self.accumulate)):
+            # A pure function of (seed, step, image): the same whatever the number of micro-batches and ranks.
             masks = self.sampler.sample(
                 len(micro_batch),
                 seed=self.seed,
                 step=step,
-                first_image=first,
+                first_image=first_image + i * len(micro_batch),
                 device=images.device,
-                capacity=capacity,
+                round_rows=self.round_rows,
             )
-            rows = [rows[0] + masks.context.num_rows, rows[1] + masks.targets.num_rows]
-            with self._synchronise_only_if(i == len(first_images) - 1):
-                loss, features = self.wrapped(micro_batch, masks, all_targets=self.all_targets)
+            # Ranks exchange gradients once a step, when the last micro-batch has added its own.
+            with self._synchronise_only_if(i == self.accumulate - 1):
+                loss, features = self.wrapped(micro_batch, masks, all_targets=all_targets)
+                # Micro-batches have the same number of blocks, so the mean over all is the mean of their means.
                 scaled = loss.total / self.accumulate
                 (scaled if self.scaler is None else self.scaler.scale(scaled)).backward()
             self._add_wide()
             losses.append(Losses(*(value.detach() for value in loss)))
             pooled.append(features)
+            tokens = [sum(counts) for counts in zip(tokens, masks.tokens, strict=True)]
         mean = Losses(*(torch.stack(values).mean() for values in zip(*losses, strict=True)))
         self._note_bad(mean.total, step)
         self._update()
-        return StepResult(mean, self.optimizer.grad_norm, torch.cat(pooled), tuple(rows))
+        return StepResult(mean, self.optimizer.grad_norm, torch.cat(pooled), tuple(tokens))
 
     def _set_schedules(self, step: int) -> None:
         lr, weight_decay = self.schedules.lr_at(step), self.schedules.weight_decay_at(step)
@@ -163,6 +134,7 @@ class TrainStep:
         return self.wrapped.no_sync()
 
     def _add_wide(self) -> None:
+        """Add the low-precision gradients of a micro-batch to sums in fp32, which ``FusedAdamW`` reads."""
         for parameter in self.wide_sums:
             if parameter.grad is None:
                 continue
@@ -177,11 +149,13 @@ class TrainStep:
         if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
             # A bad loss of one rank must stop all of them; NaN and infinity survive a sum.
             torch.distributed.all_reduce(loss)
+        # All on the device: the host learns of it at the log interval, and until then nothing is updated any more.
         newly_bad = (self.first_bad_step < 0) & ~loss.isfinite()
         self.first_bad_step.copy_(torch.where(newly_bad, step, self.first_bad_step))
         self.optimizer.blocked = (self.first_bad_step >= 0).float()
 
     def _update(self) -> None:
+        """Clipping, AdamW and EMA, in the optimizer's one pass over all parameters."""
         if self.scaler is None:
             self.optimizer.step()
         else:

@@ -106,7 +106,10 @@ class MaskCollator:
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Masks of one batch, as a function of its number: C tensors [B, K] and M tensors [B, K'], int64."""
         sampler = self._sampler(batch_size)
-        drawn = sampler.sample(batch_size, seed=self.seed, step=step, first_image=self.rank * batch_size, device=device)
+        first_image = self.rank * batch_size
+        drawn = sampler.sample(
+            batch_size, seed=self.seed, step=step, first_image=first_image, device=device, round_rows=1
+        )
         first = torch.arange(batch_size, device=device)[:, None, None] * sampler.num_patches
         lists = []
         for blocks, packed in ((drawn.num_contexts, drawn.context), (drawn.num_targets, drawn.targets)):
