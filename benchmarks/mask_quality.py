@@ -34,7 +34,7 @@ from ijepa_fast.data import TrainLoader
 from ijepa_fast.masks.sampler import MaskSampler
 from ijepa_fast.optim import FusedAdamW, parameter_groups
 from ijepa_fast.recipe_files import read_recipe
-from ijepa_fast.run.log import write_json
+from ijepa_fast.run.files import write_json
 from ijepa_fast.step.train_step import TrainStep
 
 BATCH = 64

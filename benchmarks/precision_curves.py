@@ -36,7 +36,7 @@ from ijepa_fast.model.blocks import CPU_HIDDEN
 from ijepa_fast.model.fp8 import fp8_products
 from ijepa_fast.model.jepa import Objective
 from ijepa_fast.model.vit import SIZES, VisionTransformer, cast_weights
-from ijepa_fast.run.log import write_json
+from ijepa_fast.run.files import write_json
 from ijepa_fast.weights.runs import load_run
 
 RECIPE = "ablations/baseline"

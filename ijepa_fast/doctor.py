@@ -6,12 +6,11 @@ torch is imported when a report is made, so that a torch that cannot be loaded i
 import os
 import platform
 import shutil
-import subprocess
 import sys
 from dataclasses import replace
-from importlib.metadata import PackageNotFoundError, version
 
 from ijepa_fast import __version__
+from ijepa_fast.run.environment import installed, nvidia_smi
 
 OPTIONAL_PACKAGES = (
     "pillow",
@@ -42,11 +41,11 @@ def report() -> dict:
         "ijepa_fast": __version__,
         "python": f"{platform.python_version()} ({sys.executable})",
         "platform": platform.platform(),
-        "numpy": _version("numpy"),
-        "torch": _version("torch"),
-        "triton": _version("triton"),
+        "numpy": installed("numpy"),
+        "torch": installed("torch"),
+        "triton": installed("triton"),
     }
-    found = {"versions": versions, "optional": {name: _version(name) for name in OPTIONAL_PACKAGES}}
+    found = {"versions": versions, "optional": {name: installed(name) for name in OPTIONAL_PACKAGES}}
     try:
         import torch
     except (ImportError, OSError) as error:  # OSError: a shared library of torch that cannot be loaded
@@ -98,13 +97,6 @@ def _describe(gpu: dict) -> str:
     return f"{gpu['name']}, sm_{gpu['capability'].replace('.', '')}, {gpu['memory_gib']} GiB, driver {gpu['driver']}"
 
 
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
 def _gpus(torch) -> list[dict]:
     if not torch.cuda.is_available():
         return []
@@ -122,13 +114,7 @@ def _gpus(torch) -> list[dict]:
 
 
 def _driver_version() -> str | None:
-    """The NVIDIA driver's version, asked of nvidia-smi; None where that is missing or fails."""
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.split("\n")[0].strip() or None if done.returncode == 0 else None
+    return nvidia_smi()["driver"]
 
 
 def _why_no_gpu(torch) -> str | None:

@@ -27,7 +27,8 @@ from ijepa_fast.run import checkpoint as checkpoints
 from ijepa_fast.run import folder as run_folder
 from ijepa_fast.run.checkpoint import Checkpoint, CheckpointError
 from ijepa_fast.run.environment import describe
-from ijepa_fast.run.log import RunLog, write_json, write_text
+from ijepa_fast.run.files import write_json, write_text
+from ijepa_fast.run.log import RunLog
 from ijepa_fast.step.build import make_optimizer, make_scaler, make_step, prepare, use_deterministic
 from ijepa_fast.step.train_step import TrainStep
 from ijepa_fast.weights.runs import load_run

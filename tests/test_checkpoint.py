@@ -1,5 +1,6 @@
 """Checkpoint files: whole or not there, never unpickled, and clear about what is wrong with them."""
 
+import os
 import pickle
 
 import pytest
@@ -44,7 +45,7 @@ def test_a_save_that_dies_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     def die(*_args, **_kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoint.os, "replace", die)
+    monkeypatch.setattr(os, "replace", die)
     with pytest.raises(KeyboardInterrupt):
         checkpoint.save(tmp_path, example(10), keep=1)
     assert checkpoint.load(checkpoint.find(tmp_path)).step == 5

@@ -1,6 +1,5 @@
 """Closed-form operation counts against published figures, hand counts, and torch's FlopCounterMode on real steps."""
 
-
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode

@@ -40,8 +40,8 @@ STANDS_ON = {
     "jepa_model": "weights evaluate",
     "interop": "jepa_model",
     "report": "evaluate weights",
-    "bench": "step",
-    "doctor": "attention masks",
+    "bench": "step run",
+    "doctor": "attention masks run",
     "cli": "recipe_files train report interop doctor bench",
     "__main__": "cli",
     "__init__": "",  # names its modules as strings and imports them on first use

@@ -16,21 +16,17 @@ and its method ("graph", "events" or "cpu").
 from __future__ import annotations
 
 import json
-import os
-import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ijepa_fast import __version__
+from ijepa_fast.run.environment import machine as machine  # results name it as their own
 
 SCHEMA = 1
 MATMUL_SIDE = {"cuda": 8192, "cpu": 1024}
@@ -164,88 +160,6 @@ def matmul_rate(device: torch.device) -> float:
     # Not in a graph, whose capture would give back the memory that a training step between two calls has cached.
     times = event_times(lambda: a @ b, runs=10) if device.type == "cuda" else cpu_times(lambda: a @ b)
     return 2 * side**3 / (times.p50 * 1e-6)
-
-
-def machine(device: torch.device | str) -> dict[str, Any]:
-    """What a reader must know of where the times were taken. Settings are read, never changed.
-
-    The commit is that of the checkout the package stands in, or what IJEPA_FAST_COMMIT says where there is none.
-    """
-    device = torch.device(device)
-    commit, dirty = _commit()
-    found: dict[str, Any] = {
-        "device": device.type,
-        "cpu": _cpu_name(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "system": f"{platform.system()} {platform.machine()}",
-        "python": platform.python_version(),
-        "ijepa_fast": __version__,
-        "torch": torch.__version__,
-        "triton": _version("triton"),
-        "commit": commit,
-        "dirty": dirty,
-    }
-    if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        found |= {
-            "gpu": properties.name,
-            "capability": f"{properties.major}.{properties.minor}",
-            "multiprocessors": properties.multi_processor_count,
-            "memory_gib": round(properties.total_memory / 2**30, 1),
-            "l2_mb": round(properties.L2_cache_size / 1e6, 1),
-            "cuda": torch.version.cuda,
-            **_nvidia_smi(),
-        }
-    return found
-
-
-_SMI_FIELDS = ("driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "power.limit", "temperature.gpu")
-
-
-def _nvidia_smi() -> dict[str, Any]:
-    """Driver and clocks as nvidia-smi reads them; the driver alone as None where it cannot be asked."""
-    command = ["nvidia-smi", f"--query-gpu={','.join(_SMI_FIELDS)}", "--format=csv,noheader,nounits"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=30)
-    except (OSError, subprocess.TimeoutExpired):
-        return {"driver": None}
-    values = [value.strip() for value in done.stdout.split("\n")[0].split(",")]
-    if done.returncode or len(values) != len(_SMI_FIELDS):
-        return {"driver": None}
-    return {"driver": values[0], "nvidia_smi": dict(zip(_SMI_FIELDS[1:], values[1:], strict=True))}
-
-
-def _commit() -> tuple[str | None, bool | None]:
-    """Commit and whether files differ from it; results and what git ignores do not count."""
-    root = Path(__file__).resolve().parents[2]
-    if not (root / ".git").exists():
-        return os.environ.get("IJEPA_FAST_COMMIT"), None
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, timeout=60).stdout.strip()
-
-    try:
-        changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results")
-        return git("rev-parse", "HEAD") or None, bool(changed)
-    except (OSError, subprocess.TimeoutExpired):
-        return os.environ.get("IJEPA_FAST_COMMIT"), None
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or "unknown"
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or "unknown")
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def write_json(path: Path, report: dict[str, Any]) -> None:

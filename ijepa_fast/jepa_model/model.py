@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from ijepa_fast.masks.sampler import Masks, MaskSampler
 from ijepa_fast.model.jepa import IJEPA, Losses, Objective
 from ijepa_fast.model.vit import Predictor
 from ijepa_fast.optim import EMA
+from ijepa_fast.run.files import write_tensors
 from ijepa_fast.weights.reading import WeightsError, check_fit, description_in, load_weights, read_safetensors
 
 log = logging.getLogger(__name__)
@@ -301,13 +301,8 @@ class JEPAModel(IJEPA):
     def save(self, path: Path | str) -> None:
         """Write the model, its configuration and its counters to one safetensors file. Nothing else appears under
         that name, not even for a moment. The optimizer's ``state_dict`` is yours to save. Needs safetensors."""
-        from safetensors.torch import save_file
-
-        path = Path(path)
-        temporary = path.with_name(path.name + ".partial")
         about = json.dumps({"format": FORMAT, "config": self.config.as_dict()})
-        save_file({name: t.contiguous() for name, t in self.state_dict().items()}, temporary, {"ijepa_fast": about})
-        os.replace(temporary, path)
+        write_tensors(Path(path), self.state_dict(), {"ijepa_fast": about})
 
     @classmethod
     def load(cls, path: Path | str) -> JEPAModel:

@@ -13,7 +13,7 @@ from ijepa_fast.report.page import page
 from ijepa_fast.report.pictures import Attempt, Trained, all_pictures, attempt, newest
 from ijepa_fast.report.record import RunRecord, read_record
 from ijepa_fast.run.environment import describe
-from ijepa_fast.run.log import write_text
+from ijepa_fast.run.files import write_text
 
 __all__ = ["parse_patch", "write_report"]
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,8 +15,9 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
+
+from ijepa_fast.run.files import write_tensors
 
 FORMAT = "ijepa_fast-1"
 _KEY = "ijepa_fast"
@@ -51,25 +51,13 @@ def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
     """Write a checkpoint and remove all but the newest ``keep``. Returns its path."""
     folder.mkdir(parents=True, exist_ok=True)
     final = path_of(folder, checkpoint.step)
-    temporary = final.with_suffix(".partial")
     header = {_KEY: json.dumps({"format": FORMAT, "step": checkpoint.step, "extra": checkpoint.extra})}
-    save_file({name: t.detach().contiguous() for name, t in checkpoint.tensors.items()}, temporary, metadata=header)
-    _flush(temporary)
-    os.replace(temporary, final)
-    _flush(folder)
+    write_tensors(final, checkpoint.tensors, header)
     for old in list_steps(folder)[:-keep]:
         path_of(folder, old).unlink()
     for leftover in folder.glob("step_*.partial"):
         leftover.unlink()
     return final
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def list_steps(folder: Path) -> list[int]:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import sys
 from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
+
+from ijepa_fast.run.files import write_text
 
 log = logging.getLogger(__name__)
 
@@ -81,17 +82,3 @@ def _drop_lines_after(path: Path, step: int) -> None:
             # A killed run can leave half a line at the end.
             continue
     write_text(path, "".join(line + "\n" for line in kept))
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a small file so that it is there whole or not at all."""
-    temporary = path.with_name(path.name + ".partial")
-    with temporary.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def write_json(path: Path, value: object) -> None:
-    write_text(path, json.dumps(value, indent=2) + "\n")

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
-from safetensors.torch import save_file
-
 from ijepa_fast.model.vit import VisionTransformer
+from ijepa_fast.run.files import write_tensors
 from ijepa_fast.weights.reading import (
     LAYER_NORM_EPS,
     description_in,
@@ -35,16 +33,12 @@ def save_encoder(path: Path | str, encoder: VisionTransformer, about: dict | Non
     Raises:
         ValueError: the layer norms of the encoder have several eps.
     """
-    path = Path(path)
-    temporary = path.with_name(path.name + ".partial")
     described = {
         "build": build_arguments(encoder),
         "layer_norm_eps": layer_norm_eps(encoder_in(encoder)),
         "about": about or {},
     }
-    metadata = {"format": "pt", KEY: json.dumps(described)}
-    save_file({name: value.contiguous() for name, value in to_timm(encoder).items()}, temporary, metadata)
-    os.replace(temporary, path)
+    write_tensors(Path(path), to_timm(encoder), {"format": "pt", KEY: json.dumps(described)})
 
 
 def load_encoder(path: Path | str) -> tuple[VisionTransformer, dict]:

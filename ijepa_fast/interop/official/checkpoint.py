@@ -8,7 +8,6 @@ Position tables are parameters there, so they are numbered in the optimizer grou
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ijepa_fast.optim import decays
+from ijepa_fast.run.files import write_whole
 from ijepa_fast.weights.reading import (
     WeightsError,
     check_fit,
@@ -97,7 +97,6 @@ def is_official(contents: object) -> bool:
 
 def write(path: Path | str, checkpoint: OfficialCheckpoint) -> None:
     """Write a file that the official code resumes from; it appears under its name only when it is whole."""
-    path = Path(path)
     contents = {name: getattr(checkpoint, name) for name in OfficialCheckpoint.__dataclass_fields__}
     for name in NETWORKS:
         contents[name] = {f"module.{key}": value.detach().cpu().clone() for key, value in contents[name].items()}
@@ -109,9 +108,7 @@ def write(path: Path | str, checkpoint: OfficialCheckpoint) -> None:
             },
             "param_groups": checkpoint.opt["param_groups"],
         }
-    temporary = path.with_name(path.name + ".partial")
-    torch.save(contents, temporary)
-    os.replace(temporary, path)
+    write_whole(Path(path), lambda file: torch.save(contents, file))
 
 
 def load_checkpoint(
