@@ -105,7 +105,9 @@ class LoaderConfig:
         crop_scale: smallest and largest share of the image's area that a crop covers.
         crop_ratio: smallest and largest width over height of a crop.
         flip: probability of a horizontal flip. The official recipe has none.
-        workers: decoding processes per rank; 0 decodes in the training process.
+        workers: decoding processes per rank, at most as many as there are cores for it; "auto" takes that many, up to
+            16; 0 decodes in the training process.
+        timeout: seconds after which waiting for a batch is given up and the run ends.
         max_bad_share: share of undecodable images above which the run ends with an error.
         epoch_images: images that count as an epoch where shards come from URLs, which are not counted; needed there.
         shuffle: images in each worker's shuffle buffer, for shards from URLs.
@@ -114,7 +116,8 @@ class LoaderConfig:
     crop_scale: tuple[float, float] = (0.3, 1.0)
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
     flip: float = 0.0
-    workers: int = 0
+    workers: int | Literal["auto"] = "auto"
+    timeout: float = 600.0
     max_bad_share: float = 0.05
     epoch_images: int | None = None
     shuffle: int = 1000
@@ -341,6 +344,7 @@ CHANGEABLE = {
     "model.target_attention",
     "model.activation_checkpointing",
     "loader.workers",
+    "loader.timeout",
     "loader.max_bad_share",
     "train.accumulate",
     "train.compile",

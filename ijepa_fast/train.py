@@ -87,6 +87,7 @@ def _run(config: RunConfig, me: Ranks, sources: Sources, to_yaml: Callable[[RunC
         "rank": me.rank,
         "world_size": me.world_size,
         "workers": config.loader.workers,
+        "timeout": config.loader.timeout,
         "scale": config.loader.crop_scale,
         "ratio": config.loader.crop_ratio,
         "flip": config.loader.flip,

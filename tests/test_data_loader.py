@@ -14,10 +14,11 @@ import torch
 from image_files import bad_files, encoded, smooth_image, write_folder
 from PIL import Image
 
-from ijepa_fast.data import BadFilesError, EvalLoader, ImageFolder, TrainLoader
+from ijepa_fast.data import BadFilesError, EvalLoader, ImageFolder, LoaderError, StopRequested, TrainLoader
 from ijepa_fast.data.crops import eval_crop, random_resized_crop
 from ijepa_fast.data.loader import REFILL_ATTEMPTS
 from ijepa_fast.data.order import sample_indices
+from ijepa_fast.data.workers import worker_count
 from ijepa_fast.philox import Stream, below, random_words
 
 SEED, SIDE, GLOBAL_BATCH = 2**33 + 7, 16, 8
@@ -137,6 +138,8 @@ def test_crop_options_reach_the_crops(good):
         ({"start_step": -1}, "start_step .* -1"),
         ({"max_bad_share": 1.5}, "max_bad_share .* 1.5"),
         ({"workers": -1}, "workers .* -1"),
+        ({"workers": "many"}, "workers .* 'many'"),
+        ({"timeout": 0}, "loader.timeout .* got 0"),
         ({"prefetch": 0}, "prefetch .* 0"),
         ({"scale": (0.5, 0.1)}, r"scale .* \(0.5, 0.1\)"),
         ({"image_size": 0}, "image size .* 0"),
@@ -391,3 +394,72 @@ def test_labels_and_failures_travel_in_pickles(mixed):
     batch = load(mixed, num_steps=1)[0]
     copy = pickle.loads(pickle.dumps(batch))
     assert_same([copy], [batch])
+
+
+class Stuck:
+    """A source whose image number 9 never comes."""
+
+    labels = classes = None
+    fingerprint = "stuck"
+
+    def __len__(self):
+        return 64
+
+    def open(self, index):
+        if index == 9:
+            time.sleep(600)
+        return smooth_image(32, 32, index)
+
+    def describe(self, index):
+        return str(index)
+
+
+def test_waiting_ends_at_the_time_limit_and_leaves_no_worker():
+    before = set(multiprocessing.active_children())
+    with pytest.raises(LoaderError, match=r"no batch came within . s \(loader.timeout is 2\): the 1 loader workers"):
+        load(Stuck(), workers=1, timeout=2)
+    assert set(multiprocessing.active_children()) <= before
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_stop_is_heard_while_a_batch_is_awaited(workers, good):
+    asked = []
+
+    def stop():
+        asked.append(time.monotonic())
+        return asked[-1] > asked[0] + 2
+
+    with pytest.raises(StopRequested):
+        load(Stuck() if workers else good, workers=workers, num_steps=None, stop=stop)
+    assert max(np.diff(asked)) < 10  # on a busy machine; a second otherwise
+
+
+@pytest.mark.parametrize(("number", "told"), [(signal.SIGKILL, "memory runs out"), (signal.SIGBUS, "/dev/shm is full")])
+def test_a_worker_that_dies_is_named_with_its_reason_when_a_batch_is_awaited(good, number, told):
+    batches, worker = start_one_worker(good)
+    os.kill(worker.pid, number)
+    worker.join()
+    time.sleep(0.1)  # a handler of SIGCHLD would raise here, in the middle of a step
+    with pytest.raises(LoaderError, match=f"a loader worker died: process {worker.pid} was .*{told}"):
+        list(batches)
+
+
+def test_full_shared_memory_is_named_with_the_remedy(good, monkeypatch):
+    def full(tensor):
+        raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)")
+
+    monkeypatch.setattr(torch.Tensor, "share_memory_", full)
+    with pytest.raises(LoaderError, match=r"^/dev/shm has no room for .*--shm-size.*fewer loader.workers.*device"):
+        load(good, workers=1)
+
+
+def test_as_many_workers_as_there_are_cores(monkeypatch, caplog):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(12)), raising=False)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    assert [worker_count("auto", ranks) for ranks in (1, 2, 8, 24)] == [12, 6, 1, 1]
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert worker_count("auto", 24) == 3
+    assert [worker_count(workers, 24) for workers in (0, 2, 3)] == [0, 2, 3] and not caplog.text
+    with caplog.at_level("INFO"):
+        assert worker_count(77, 24) == worker_count(77, 24) == 3
+    assert caplog.text.count("loader.workers is 77, but there are 3 cores for each rank") == 1

@@ -57,7 +57,7 @@ def tiny_run(data, output, **train) -> RunConfig:
         output=str(output),
         model=MODEL,
         masks=MASKS,
-        loader=LoaderConfig(),
+        loader=LoaderConfig(workers=0),
         optim=OptimConfig(warmup_epochs=0.5),
         train=TrainConfig(**(settings | train)),
         evaluation=EvaluationConfig(before_and_after=False, pictures=False, bank=32),

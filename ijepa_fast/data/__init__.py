@@ -4,6 +4,7 @@ from ijepa_fast.data.folder import ImageFolder, find_split
 from ijepa_fast.data.loader import BadFilesError, Batch, EvalLoader, TrainLoader
 from ijepa_fast.data.prefetch import DevicePrefetcher
 from ijepa_fast.data.source import Source
+from ijepa_fast.data.workers import LoaderError, StopRequested
 
 __all__ = [
     "BadFilesError",
@@ -11,7 +12,9 @@ __all__ = [
     "DevicePrefetcher",
     "EvalLoader",
     "ImageFolder",
+    "LoaderError",
     "Source",
+    "StopRequested",
     "TrainLoader",
     "find_split",
 ]

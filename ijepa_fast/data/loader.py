@@ -4,16 +4,13 @@ A training batch depends on (seed, step) alone. The main process decides which i
 batches to the workers; a worker keeps no state and draws nothing that is not a function of its request.
 """
 
-import os
-import signal
-import threading
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from ijepa_fast.data.crops import (
     ASPECT_RATIO,
@@ -26,6 +23,16 @@ from ijepa_fast.data.crops import (
 )
 from ijepa_fast.data.order import sample_indices, steps_per_epoch
 from ijepa_fast.data.source import Source, warn_once
+from ijepa_fast.data.workers import (
+    LoaderError,
+    StopRequested,
+    batches,
+    check_loading,
+    loading_options,
+    never,
+    shared,
+    worker_count,
+)
 from ijepa_fast.philox import Stream, below, random_words
 
 REFILL_ATTEMPTS = 32
@@ -40,7 +47,7 @@ class Batch(NamedTuple):
     failures: Sequence[tuple[int | str, str]] = ()  # (index, or name in a stream; reason) of what was bad on the way
 
 
-class BadFilesError(RuntimeError):
+class BadFilesError(LoaderError):
     """Too many images of a source cannot be decoded."""
 
 
@@ -57,7 +64,7 @@ class TrainLoader:
         image_size: side of the crops, or (height, width), in pixels.
         global_batch: images per step on all ranks together.
         seed: of order, crops and refills.
-        workers: decoding processes; 0 decodes in this process.
+        workers: decoding processes, see `worker_count`; 0 decodes in this process.
         start_step: first step, 0 or where a resumed run continues.
         num_steps: batches to yield; None for no end.
         scale, ratio, flip: see `random_resized_crop`.
@@ -66,12 +73,17 @@ class TrainLoader:
         prefetch: batches kept ready by each worker.
         pin_memory: put batches in page-locked memory, for asynchronous copies to a GPU.
         reduced_decode: decode JPEGs at reduced scale where that suffices.
+        timeout: seconds after which waiting for a batch is given up.
+        stop: asked at least once per second while a batch is awaited, and between the images of one that is decoded in
+            this process; when it returns True, `StopRequested` is raised and no batch is handed out.
 
     Attributes:
         bad: description -> reason of every image found bad by this rank so far, and of the source's damaged shards.
 
     Raises:
         ValueError: settings that cannot work, at construction.
+        LoaderError: while iterating: a worker died, shared memory is full, or no batch came in time.
+        StopRequested: while iterating, see `stop`.
         BadFilesError: while iterating: more than `max_bad_share` of the images are bad (of all of them, or of those
             seen once `min_seen` were), or no good one was found for a slot.
     """
@@ -85,7 +97,7 @@ class TrainLoader:
         seed: int,
         rank: int = 0,
         world_size: int = 1,
-        workers: int = 0,
+        workers: int | Literal["auto"] = 0,
         start_step: int = 0,
         num_steps: int | None = None,
         scale=OFFICIAL_SCALE,
@@ -96,6 +108,8 @@ class TrainLoader:
         prefetch: int = 2,
         pin_memory: bool = False,
         reduced_decode: bool = True,
+        timeout: float = 600.0,
+        stop: Callable[[], bool] = never,
     ):
         if world_size < 1 or not 0 <= rank < world_size:
             raise ValueError(f"rank {rank} of {world_size} does not exist")
@@ -105,12 +119,17 @@ class TrainLoader:
             raise ValueError(f"start_step must not be negative, got {start_step}")
         if not 0 <= max_bad_share <= 1:
             raise ValueError(f"max_bad_share must be between 0 and 1, got {max_bad_share}")
+        check_loading(workers, timeout)
+        workers = worker_count(workers, world_size)
         check_crop(scale, ratio, flip)
         self.steps_per_epoch = steps_per_epoch(len(source), global_batch)
         crop = {"size": as_height_width(image_size), "scale": tuple(scale), "ratio": tuple(ratio), "flip": flip}
-        self._samples = _TrainSamples(source, seed, crop | {"reduced_decode": reduced_decode})
+        # A worker cannot ask `stop`: it belongs to this process.
+        here = stop if workers == 0 else never
+        self._samples = _TrainSamples(source, seed, crop | {"reduced_decode": reduced_decode}, here)
         self._requests = _TrainRequests(len(source), global_batch, seed, rank, world_size, start_step, num_steps)
         self._loading = loading_options(workers, prefetch, pin_memory)
+        self._timeout, self._stop = timeout, stop
         self._bad = _BadFiles(source, max_bad_share, min_seen)
         self._damaged = getattr(source, "damaged", {})
 
@@ -119,7 +138,8 @@ class TrainLoader:
         return self._damaged | self._bad.reasons
 
     def __iter__(self) -> Iterator[Batch]:
-        for batch in start_workers(DataLoader(self._samples, sampler=self._requests, **self._loading)):
+        options = self._loading | {"sampler": self._requests}
+        for batch in batches(self._samples, options, self._timeout, self._stop):
             self._bad.note(batch)
             yield batch
 
@@ -133,13 +153,14 @@ class EvalLoader:
         batch_size: images per batch; a batch with bad images, and the last one, hold fewer.
         indices: which images, in which order; None for all.
         resize_ratio: see `eval_crop`.
-        workers, prefetch, pin_memory, reduced_decode: see `TrainLoader`.
+        workers, prefetch, pin_memory, reduced_decode, timeout: see `TrainLoader`.
 
     Attributes:
         bad: description -> reason of every image found bad so far.
 
     Raises:
         ValueError: settings that cannot work, at construction.
+        LoaderError: while iterating: a worker died, shared memory is full, or no batch came in time.
         BadFilesError: after the last batch, if no image at all could be decoded.
     """
 
@@ -148,13 +169,14 @@ class EvalLoader:
         source: Source,
         image_size,
         batch_size: int,
-        workers: int = 0,
+        workers: int | Literal["auto"] = 0,
         *,
         indices: Sequence[int] | None = None,
         resize_ratio: float = EVAL_RATIO,
         prefetch: int = 2,
         pin_memory: bool = False,
         reduced_decode: bool = True,
+        timeout: float = 600.0,
     ):
         if batch_size < 1:
             raise ValueError(f"batch_size must be positive, got {batch_size}")
@@ -166,7 +188,9 @@ class EvalLoader:
         crop = {"size": as_height_width(image_size), "resize_ratio": resize_ratio, "reduced_decode": reduced_decode}
         self._samples = _EvalSamples(source, crop)
         self._requests = [wanted[first : first + batch_size] for first in range(0, len(wanted), batch_size)]
-        self._loading = loading_options(workers, prefetch, pin_memory)
+        check_loading(workers, timeout)
+        self._timeout = timeout
+        self._loading = loading_options(worker_count(workers, ranks=1), prefetch, pin_memory)
         self._bad = _BadFiles(source, max_share=1.0, min_seen=len(source))
 
     @property
@@ -178,7 +202,7 @@ class EvalLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         decoded = 0
-        for batch in start_workers(DataLoader(self._samples, sampler=self._requests, **self._loading)):
+        for batch in batches(self._samples, self._loading | {"sampler": self._requests}, self._timeout):
             self._bad.note(batch)
             decoded += len(batch.indices)
             if len(batch.indices):
@@ -214,14 +238,16 @@ class _TrainRequests:
 class _TrainSamples(Dataset):
     """Request -> batch, in a worker."""
 
-    def __init__(self, source: Source, seed: int, crop: dict):
-        self._source, self._seed, self._crop = source, seed, crop
+    def __init__(self, source: Source, seed: int, crop: dict, stop: Callable[[], bool]):
+        self._source, self._seed, self._crop, self._stop = source, seed, crop, stop
 
     def __getitem__(self, request: _TrainRequest) -> Batch:
         indices = request.indices.copy()
-        images = torch.zeros(len(indices), 3, *self._crop["size"], dtype=torch.uint8)
+        images = shared(torch.zeros(len(indices), 3, *self._crop["size"], dtype=torch.uint8))
         failures = []
         for row, wanted in enumerate(request.indices):
+            if self._stop():
+                raise StopRequested("asked to stop while a batch was decoded")
             slot = request.first_slot + row
             indices[row] = self._fill(images[row], int(wanted), request.epoch, slot, failures)
         return _batch(self._source, images, indices, failures)
@@ -249,7 +275,7 @@ class _EvalSamples(Dataset):
         self._source, self._crop = source, crop
 
     def __getitem__(self, wanted: np.ndarray) -> Batch:
-        images = torch.zeros(len(wanted), 3, *self._crop["size"], dtype=torch.uint8)
+        images = shared(torch.zeros(len(wanted), 3, *self._crop["size"], dtype=torch.uint8))
         decoded, failures = [], []
         for index in map(int, wanted):
             pixels = _decode(self._source, index, eval_crop, self._crop, failures)
@@ -272,7 +298,7 @@ def _decode(source: Source, index: int, crop, options: dict, failures: list) -> 
 
 def _batch(source: Source, images: Tensor, indices: np.ndarray, failures: list) -> Batch:
     labels = np.full(len(indices), -1, dtype=np.int64) if source.labels is None else source.labels[indices]
-    return Batch(images, torch.from_numpy(labels), torch.from_numpy(indices), tuple(failures))
+    return Batch(images, shared(torch.from_numpy(labels)), shared(torch.from_numpy(indices)), tuple(failures))
 
 
 class _BadFiles:
@@ -306,63 +332,3 @@ class _BadFiles:
         examples = [f"\n  {name}: {reason}" for name, reason in list(self.reasons.items())[:_EXAMPLES]]
         counts = f"{len(self.reasons)} bad of {np.count_nonzero(self._seen)} seen, {len(self._seen)} in all"
         return f"{what} ({counts}), for example:{''.join(examples)}"
-
-
-def loading_options(workers: int, prefetch: int, pin_memory: bool) -> dict:
-    """What both loaders tell the DataLoader: requests are whole batches, workers stay out of the run's signals."""
-    if workers < 0:
-        raise ValueError(f"workers must not be negative, got {workers}")
-    if prefetch < 1:
-        raise ValueError(f"prefetch must be at least 1, got {prefetch}")
-    return {
-        "batch_size": None,
-        "collate_fn": _unchanged,
-        "num_workers": workers,
-        "prefetch_factor": prefetch if workers else None,
-        "worker_init_fn": _set_up_worker,
-        "pin_memory": pin_memory,
-        # The DataLoader draws a seed for its workers: from its own generator, not from the global one of the run.
-        "generator": torch.Generator(),
-    }
-
-
-def start_workers(loader: DataLoader) -> Iterator[Batch]:
-    """``iter(loader)``, with the effect of a Ctrl-C put off until all workers are there.
-
-    Python calls functions of logging, random and others around a fork, and drops what they raise: a KeyboardInterrupt
-    that came just then would be printed and forgotten.
-    """
-    handler = signal.getsignal(signal.SIGINT)
-    if not callable(handler) or threading.current_thread() is not threading.main_thread():
-        return iter(loader)  # a Ctrl-C raises nothing here
-    held = []  # without the frames, which would keep the workers alive
-    signal.signal(signal.SIGINT, lambda number, _frame: held.append(number))
-    try:
-        return iter(loader)
-    finally:
-        signal.signal(signal.SIGINT, handler)
-        for number in held:
-            handler(number, None)
-
-
-def _unchanged(batch: Batch) -> Batch:
-    return batch
-
-
-def _set_up_worker(_worker: int) -> None:
-    """Leave the signals that a terminal or a scheduler sends to the whole process group to the main process.
-
-    It may need the next batches, or time to save, and a worker that dies meanwhile is an error there; it ends its
-    workers itself, so a SIGTERM counts only if it comes from it (where the system tells: not on macOS).
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_end_when_the_parent_says, daemon=True).start()
-
-
-def _end_when_the_parent_says() -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
-        pass
-    os._exit(0)

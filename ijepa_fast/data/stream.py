@@ -12,20 +12,22 @@ from __future__ import annotations
 import hashlib
 import io
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from itertools import count
+from typing import Literal
 
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import IterableDataset, get_worker_info
 
 from ijepa_fast.data.crops import ASPECT_RATIO, OFFICIAL_SCALE, as_height_width, check_crop, random_resized_crop
 from ijepa_fast.data.decode import open_image
-from ijepa_fast.data.loader import BadFilesError, Batch, loading_options, start_workers
+from ijepa_fast.data.loader import BadFilesError, Batch
 from ijepa_fast.data.order import epoch_permutation, steps_per_epoch
 from ijepa_fast.data.tar import Damage, Sample, read_samples
+from ijepa_fast.data.workers import batches, check_loading, loading_options, never, shared
 from ijepa_fast.philox import Stream, below, random_words
 
 log = logging.getLogger(__name__)
@@ -101,8 +103,11 @@ class StreamLoader:
         epoch_images: images that count as an epoch, for schedules that are given in epochs.
         shuffle: images in each worker's shuffle buffer.
         min_seen: images to be seen before their bad share is judged.
-        image_size, global_batch, seed, rank, world_size, workers, start_step, num_steps, scale, ratio, flip,
-            max_bad_share, prefetch, pin_memory, reduced_decode: see `TrainLoader`.
+        workers: decoding processes per rank. "auto" takes 4, or as many as there are shards for: not a number of this
+            machine's, because what is read depends on it.
+        timeout: as in `TrainLoader`; the first batch of a resumed run may take longer.
+        image_size, global_batch, seed, rank, world_size, start_step, num_steps, scale, ratio, flip, max_bad_share,
+            prefetch, pin_memory, reduced_decode, stop: see `TrainLoader`.
 
     Attributes:
         bad: name -> reason of every image and shard found bad by this rank so far.
@@ -124,7 +129,7 @@ class StreamLoader:
         shuffle: int = 1000,
         rank: int = 0,
         world_size: int = 1,
-        workers: int = 0,
+        workers: int | Literal["auto"] = 0,
         start_step: int = 0,
         num_steps: int | None = None,
         scale=OFFICIAL_SCALE,
@@ -135,6 +140,8 @@ class StreamLoader:
         prefetch: int = 2,
         pin_memory: bool = False,
         reduced_decode: bool = True,
+        timeout: float = 600.0,
+        stop: Callable[[], bool] = never,
     ):
         if epoch_images is None:
             raise ValueError("images from URLs are not counted beforehand: set loader.epoch_images")
@@ -148,6 +155,9 @@ class StreamLoader:
             raise ValueError(f"the shuffle buffer must hold at least one image, got {shuffle}")
         if global_batch % world_size:
             raise ValueError(f"a global batch of {global_batch} cannot be split evenly over {world_size} ranks")
+        check_loading(workers, timeout)
+        if workers == "auto":
+            workers = max(1, min(4, len(source.shards) // world_size))
         readers = world_size * max(workers, 1)
         if len(source.shards) < readers:
             raise ValueError(
@@ -169,12 +179,13 @@ class StreamLoader:
             num_steps,
         )
         self._loading = loading_options(workers, prefetch, pin_memory)
+        self._timeout, self._stop, self._slow_start = timeout, stop, start_step > 0
         self._max_bad_share, self._min_seen = max_bad_share, min_seen
         self.bad: dict[str, str] = {}
         self._bad_images = self._seen = 0
 
     def __iter__(self) -> Iterator[Batch]:
-        for batch in start_workers(DataLoader(self._batches, **self._loading)):
+        for batch in batches(self._batches, self._loading, self._timeout, self._stop, self._slow_start):
             self._note(batch)
             yield batch
 
@@ -245,7 +256,7 @@ class _StreamBatches(IterableDataset):
             yield item
 
     def _decoded(self, items: list[tuple[str, Sample]], reader: int, position: int, failures: list) -> Batch:
-        images = torch.zeros(self._batch, 3, *self._crop["size"], dtype=torch.uint8)
+        images = shared(torch.zeros(self._batch, 3, *self._crop["size"], dtype=torch.uint8))
         indices = np.arange(position, position + self._batch)
         bad = []
         for row, (shard, sample) in enumerate(items):
@@ -263,7 +274,7 @@ class _StreamBatches(IterableDataset):
         labels = np.array([sample.label for _, sample in items], dtype=np.int64)
         labels[bad], indices[bad] = [items[good[(row + 1) % len(good)]][1].label for row in bad], -1
         told, failures[:] = tuple(failures), ()
-        return Batch(images, torch.from_numpy(labels), torch.from_numpy(indices), told)
+        return Batch(images, shared(torch.from_numpy(labels)), shared(torch.from_numpy(indices)), told)
 
     def _crop_of(self, sample: Sample, reader: int, index: int, view: int) -> torch.Tensor:
         with open_image(io.BytesIO(sample.content)) as image:

@@ -75,6 +75,7 @@ def _loader(source: Source, at_most: int, config: RunConfig, workers: int | None
         config.loader.workers if workers is None else workers,
         indices=indices,
         resize_ratio=config.evaluation.resize_ratio,
+        timeout=config.loader.timeout,
     )
 
 
