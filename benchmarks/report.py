@@ -3,7 +3,7 @@
     python -m benchmarks.report [--check]
 
 Reads ``benchmarks/results/*.json`` and writes ``benchmarks/RESULTS.md``, what stands between the marks in README.md,
-docs/masks.md and docs/precision.md, the column "measured" of docs/kernels.md, and the charts in docs/images.
+docs/masks.md and docs/precision.md, and the charts in docs/images.
 ``--check`` writes nothing and fails where a text is not what it would write. What was not measured is said to be so; of
 a GPU run whose tests failed no time is shown.
 """
@@ -178,43 +178,6 @@ def between(text: str, name: str, content: str) -> str:
     return f"{head}{start}{content}\n{rest[rest.index(end) :]}"
 
 
-def kernel_key(kernel: str, words: str) -> tuple[str, str, str]:
-    """(op, case, mode) of a row of docs/kernels.md, from its first two columns."""
-    parts = ("context", "target encoder", "predictor")
-    default = {"predictor_tokens": "predictor", "target_loss": "targets"}.get(kernel, "all parameters")
-    part = next((part for part in parts if part in words), default)
-    special = next((f", {special}" for special in ("with residual", "with pre") if special in words), "")
-    return kernel, part + special, "backward" if words.startswith("backward") else "forward"
-
-
-def with_measured(text: str, rows: Sequence[Report]) -> str:
-    """The table of docs/kernels.md with its last column from these rows (of ViT-H/14)."""
-    measured = {(row["op"], row["case"], row["mode"]): row for row in rows if row["provider"] == "ours"}
-    lines, kernel, inside = [], "", False
-    for line in text.split("\n"):
-        cells = [cell.strip() for cell in line.strip("|").split("|")]
-        if line.startswith("| kernel |") and cells[-1] == "measured":
-            inside = True
-        elif inside and not line.startswith("|"):
-            inside = False
-        elif inside and not line.startswith("|---"):
-            kernel = cells[0] or kernel
-            row = measured.get(kernel_key(kernel, cells[1]))
-            cell = NOT_MEASURED
-            if row is not None and "times" in row:
-                cell = f"{best_of(row['times'])['p50']:,.1f} µs, {row['of_floor']:.0%}"
-            elif row is not None and "failed" in row:
-                cell = "failed"
-            line = line[: line.rstrip(" |").rindex("|") + 1] + f" {cell} |"
-        lines.append(line)
-    return "\n".join(lines)
-
-
-def kernels_page(text: str, reports: dict[str, list[Report]]) -> str:
-    rows = [row for check in trusted(reports)[:1] for row in check["parts"].get("ops", {}).get("rows", [])]
-    return with_measured(text, [row for row in rows if row["model"] == "ViT-H/14"])
-
-
 def pages(root: Path, reports: dict[str, list[Report]]) -> dict[Path, str]:
     """Every text with figures, as it should be."""
 
@@ -228,7 +191,6 @@ def pages(root: Path, reports: dict[str, list[Report]]) -> dict[Path, str]:
             [
                 edited("README.md", lambda text: between(text, "speed", readme_table(reports))),
                 edited("docs/masks.md", lambda text: between(text, "mask rates", masks)),
-                edited("docs/kernels.md", lambda text: kernels_page(text, reports)),
                 edited("docs/precision.md", lambda text: between(text, "precision", precision_report.section(reports))),
             ]
         ),

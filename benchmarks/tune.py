@@ -129,12 +129,6 @@ TUNABLES = {
         modules=("layer_norm",),
         **_sized(workloads.layer_norm_backward, workloads.row_width),
     ),
-    "bias_gelu": Tunable(
-        "gelu.CONFIGS",
-        COLUMN_TILE,
-        modules=("gelu",),
-        **_sized(workloads.bias_gelu, workloads.hidden_column_width),
-    ),
     "quantize_fp8": Tunable(
         "quantize_fp8.CONFIGS",
         (WARPS,),

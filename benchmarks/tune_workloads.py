@@ -60,11 +60,7 @@ def gather_add(scale: Scale, itemsize: int, width: int) -> Call:
     x = scale.normal(indices.shape[0], width, dtype=DTYPES[itemsize])
     table = scale.normal(PATCHES, width)
 
-    def run():
-        out = ops.gather_add(x, table, indices, False)
-        return out, ops.gather_add_backward(x, indices, x.shape[0], PATCHES, False, False)
-
-    return run
+    return lambda: (ops.gather_add(x, table, indices), ops.gather_add_backward(x, indices))
 
 
 def predictor_tokens(scale: Scale, itemsize: int, width: int) -> Call:
@@ -100,12 +96,6 @@ def layer_norm_backward(scale: Scale, itemsize: int, width: int) -> Call:
     affine = scale.normal(width)
     _, h, mean, rstd = ops.layer_norm(x, x, affine, affine, affine, 1e-6)
     return lambda: ops.layer_norm_backward(x, x, h, mean, rstd, affine, True, True, True)
-
-
-def bias_gelu(scale: Scale, itemsize: int, width: int) -> Call:
-    x = scale.normal(scale.tokens(77, 153).num_rows, width, dtype=DTYPES[itemsize])
-    bias = scale.normal(width)
-    return lambda: (ops.bias_gelu(x, bias), ops.bias_gelu_backward(x, x, bias))
 
 
 def quantize_fp8(scale: Scale, itemsize: int, width: int) -> Call:
@@ -209,11 +199,6 @@ def patch_side(bound: int) -> int | None:
 def column_width(bound: int) -> int | None:
     """A width that is cut into blocks of ``bound`` columns."""
     return {64: 192, 128: 384, 256: 1280}.get(bound)
-
-
-def hidden_column_width(bound: int) -> int | None:
-    """The same for the hidden width of the MLP."""
-    return {128: 1152, 256: 5120}.get(bound)
 
 
 def inner_width(bound: int) -> int | None:

@@ -25,7 +25,6 @@ from ijepa_fast.attention.dispatch import (
     BackendUnavailable,
     Preference,
     Request,
-    available_backends,
     check_backend,
     resolve,
     varlen_attention,
@@ -185,25 +184,9 @@ def test_error_is_at_most_twice_that_of_plain_attention_in_the_same_dtype(backen
 
 
 def test_every_backend_is_listed():
-    assert set(available_backends()) == set(BACKENDS) == NAMES
+    assert set(BACKENDS) == NAMES
     for name in EVERYWHERE:
-        assert available_backends()[name] is None
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        "triton",
-        "torch_varlen",
-        *sorted(NAMES - {"triton", "torch_varlen"}),
-    ],
-)
-def test_a_backend_is_listed_as_available_if_it_runs_anything_here(name):
-    devices = [CPU] + [torch.device("cuda")] * torch.cuda.is_available()
-    dtypes = (torch.float32, torch.float16, torch.bfloat16)
-    requests = [Request(device, dtype, 64, 128, uniform=True) for device in devices for dtype in dtypes]
-    reasons = [BACKENDS[name].reason(request) for request in requests]
-    assert (available_backends()[name] is None) == (None in reasons), reasons
+        assert BACKENDS[name].reason(Request(CPU, torch.float32, 64, 256)) is None
 
 
 @pytest.mark.parametrize("name", ["flash_attn", "xformers", "torch_varlen", "cudnn"])

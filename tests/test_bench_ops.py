@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch.nn.attention.flex_attention import create_block_mask
 
-from benchmarks.report import kernel_key
 from ijepa_fast import reference
 from ijepa_fast.bench import rows
 from ijepa_fast.bench import table as ops_table
@@ -21,7 +20,7 @@ from ijepa_fast.ragged import Ragged
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
-FLOOR_RATES = 4.3e12, 790e12  # of docs/kernels.md: bytes and operations per second on an H200
+FLOOR_RATES = 4.3e12, 790e12  # bytes and operations per second of a large copy and a large bf16 product on an H200
 
 
 @cache
@@ -103,7 +102,7 @@ def row_of(case, measured_floors, mode="forward"):
 
 
 def test_a_right_provider_is_timed(measured_floors):
-    row = row_of(cases()["bias_gelu, context"], measured_floors, "both")
+    row = row_of(cases()["gather_add, context"], measured_floors, "both")
     assert row["error"] <= row["allowed_error"] and row["times"]["cpu"]["p50"] > 0
     assert row["of_floor"] == pytest.approx(row["floor_us"] / row["times"]["cpu"]["p50"], rel=1e-2)
     assert row["gb_per_s"] == pytest.approx(row["bytes"] / row["times"]["cpu"]["p50"] / 1e3, abs=0.01)
@@ -118,25 +117,25 @@ def test_a_right_provider_is_timed(measured_floors):
     ],
 )
 def test_a_wrong_provider_is_not_timed(measured_floors, spoil, message):
-    case = cases()["bias_gelu, context"]
-    row = row_of(wrong(case, lambda x, bias: spoil(case.providers["ours"].function(x, bias))), measured_floors)
+    case = cases()["gather_add, context"]
+    row = row_of(wrong(case, lambda x, table: spoil(case.providers["ours"].function(x, table))), measured_floors)
     assert "times" not in row and row["failed"].startswith("WrongResult") and message in row["failed"]
 
 
 def test_a_wrong_gradient_is_seen(measured_floors):
-    case = cases()["bias_gelu, context"]
-    detached = wrong(case, lambda x, bias: case.providers["ours"].function(x.detach() + 0 * x, bias))
+    case = cases()["gather_add, context"]
+    detached = wrong(case, lambda x, table: case.providers["ours"].function(x.detach() + 0 * x, table))
     assert "times" in row_of(detached, measured_floors, "forward")
     assert row_of(detached, measured_floors, "both")["failed"].startswith("WrongResult")
 
 
 def test_a_peer_that_fails_or_is_wrong_allows_nothing_more():
-    case = cases()["bias_gelu, context"]
+    case = cases()["gather_add, context"]
 
-    def broken(x, bias):
+    def broken(x, table):
         raise RuntimeError("no memory")
 
-    for function, allowed in ((broken, 2.0), (lambda x, bias: x * 0, 16.0)):
+    for function, allowed in ((broken, 2.0), (lambda x, table: x * 0, 16.0)):
         spoiled = replace(case, providers={**case.providers, "eager": Provider(function)})
         assert ops_table.check(spoiled, "ours", "forward", CPU)[1] == allowed
 
@@ -144,7 +143,7 @@ def test_a_peer_that_fails_or_is_wrong_allows_nothing_more():
 @pytest.mark.parametrize("captured", [True, False])
 def test_a_gpu_is_timed_by_events_and_by_a_graph_of_calls_on_data_of_their_own(monkeypatch, captured):
     """With stand-ins for CUDA: the data is on the CPU, and only what is called when is looked at."""
-    case, seeds, real = cases()["bias_gelu, context"], [], ops_table.prepare
+    case, seeds, real = cases()["gather_add, context"], [], ops_table.prepare
 
     def prepare(case, provider, mode, seed, device):
         assert device == torch.device("cuda")
@@ -161,7 +160,7 @@ def test_a_gpu_is_timed_by_events_and_by_a_graph_of_calls_on_data_of_their_own(m
     monkeypatch.setattr(ops_table, "event_times", lambda call: len(call()))
     monkeypatch.setattr(ops_table, "graph_times", graph_times)
     times, problem = ops_table.time_provider(case, "ours", "both", torch.device("cuda"))
-    assert seeds == [2, 3, 4] and times["events"] == 2
+    assert seeds == [2, 3, 4] and times["events"] == 1
     if captured:
         assert times["graph"] == (3, case.draw(torch.Generator())[0].shape) and problem is None
     else:
@@ -186,17 +185,17 @@ def test_in_place_ops_are_checked_on_what_they_changed(measured_floors):
 
 
 def test_a_provider_that_raises_does_not_end_the_table(measured_floors):
-    def broken(x, bias):
+    def broken(x, table):
         raise RuntimeError("out of something\nand more")
 
-    row = row_of(wrong(cases()["bias_gelu, context"], broken), measured_floors)
+    row = row_of(wrong(cases()["gather_add, context"], broken), measured_floors)
     assert row["failed"] == "RuntimeError: out of something"
 
 
 def test_what_there_is_no_time_for_is_named():
     table = list(ops_table.rows(TINY, CPU, images=1, groups=["rows"], modes=["forward"], seconds=0))
     assert {row["op"] for row in table} == {"gather_patches", "gather_add", "predictor_tokens", "target_loss",
-                                            "layer_norm", "bias_gelu", "quantize_fp8"}  # fmt: skip
+                                            "layer_norm", "quantize_fp8"}  # fmt: skip
     assert all(row["left_out"] == "no time after 0 s" for row in table)
     assert rows.remarks(table)[0].startswith("left out: no time after 0 s (gather_patches, gather_add")
 
@@ -205,7 +204,7 @@ def test_the_table_as_measured():
     only = {"groups": ["rows"], "modes": ["both"], "providers": lambda name: name != "compile"}
     table = rows.with_ratios(list(ops_table.rows(TINY, CPU, images=1, **only)))
     assert {(row["op"], row["provider"]) for row in table} == {
-        (op, name) for op in ("gather_add", "predictor_tokens", "target_loss", "layer_norm", "bias_gelu")
+        (op, name) for op in ("gather_add", "predictor_tokens", "target_loss", "layer_norm")
         for name in ("ours", "eager")
     }  # fmt: skip
     for row in table:
@@ -254,32 +253,49 @@ def test_rows_and_pairs_are_those_of_the_masks():
     assert workload.predictor_pairs == sum(n * n for n in joined)
 
 
-def kernel_rows():
-    """(kernel, words, bytes in MB, GFLOP, floor in microseconds) of the table in docs/kernels.md."""
-    lines = (ROOT / "docs" / "kernels.md").read_text().split("\n")
-    start = next(i for i, line in enumerate(lines) if line.startswith("| kernel |"))
-    kernel = ""
-    for line in lines[start + 2 :]:
-        if not line.startswith("|"):
-            return
-        name, words, _, *numbers, _ = (cell.strip() for cell in line.strip("|").split("|"))
-        kernel = name or kernel
-        yield kernel, words, *(float(number.replace(",", "")) if number else 0.0 for number in numbers)
+# op, case and mode; megabytes, GFLOP and microseconds worked out apart from the formulas. ViT-H/14, batch 128, 16 bits.
+FLOORS = [
+    ("gather_patches", "context", "forward", 26.8, 0, 6.2),
+    ("gather_patches", "target encoder", "forward", 58.2, 0, 13.5),
+    ("gather_add", "context", "forward", 78.6, 0, 18.3),
+    ("gather_add", "target encoder", "forward", 169.2, 0, 39.4),
+    ("gather_add", "context", "backward", 77.3, 0, 18),
+    ("predictor_tokens", "predictor", "forward", 76.4, 0, 17.8),
+    ("predictor_tokens", "predictor", "backward", 76.2, 0, 17.7),
+    ("target_loss", "targets", "forward", 116, 0, 27),
+    ("target_loss", "targets", "backward", 173.9, 0, 40.4),
+    ("layer_norm", "context", "forward", 77.3, 0, 18),
+    ("layer_norm", "context, with residual", "forward", 154.5, 0, 35.9),
+    ("layer_norm", "context", "backward", 115.9, 0, 27),
+    ("layer_norm", "context, with residual", "backward", 154.5, 0, 35.9),
+    ("quantize_fp8", "target encoder", "forward", 503.4, 0, 117.1),
+    ("linear_gelu", "target encoder", "forward", 432.5, 429.5, 543.7),
+    ("linear_gelu", "context, with pre", "forward", 360.8, 197.8, 250.4),
+    ("linear_gelu", "predictor, with pre", "forward", 574.8, 97.9, 133.7),
+    ("hidden_gradient", "context", "forward", 360.8, 197.8, 250.4),
+    ("hidden_gradient", "predictor", "forward", 574.8, 97.9, 133.7),
+    ("weight_gradient", "context", "forward", 80.5, 49.5, 62.6),
+    ("weight_gradient", "predictor", "forward", 127.8, 24.5, 31),
+    ("varlen_attention", "context", "forward", 154.5, 9.4, 35.9),
+    ("varlen_attention", "context", "backward", 309.1, 23.6, 71.9),
+    ("varlen_attention", "target encoder", "forward", 335.5, 42.9, 78),
+    ("varlen_attention", "predictor", "forward", 255, 21.1, 59.3),
+    ("varlen_attention", "predictor", "backward", 509.9, 52.7, 118.6),
+    ("grad_norm", "all parameters", "forward", 1305, 0, 304),
+    ("adamw_ema_", "all parameters", "forward", 24580, 0, 5716),
+    ("ema_", "all parameters", "forward", 7565, 0, 1759),
+]
 
 
-def test_the_floors_of_the_documentation_are_these_formulas():
-    """Mean rows as it says; the mean squared lengths are those of 100 batches (context 1.841 M, predictor 13.74 M)."""
+def test_floors_of_the_largest_workload():
+    """Mean rows and mean squared lengths are those of 100 batches of the default masks."""
     counts = floors.parameter_counts(MODELS["ViT-H/14"])
     workload = Workload(MODELS["ViT-H/14"], 128, 15091, 22630, 1.841e6, 13.74e6, 4, *counts)
-    seen = 0
-    for kernel, words, megabytes, gigaflop, floor in kernel_rows():
-        op, case, mode = kernel_key(kernel, words)
-        part, _, residual = case.partition(", ")
-        found = cost(f"{op} {residual}".strip(), mode, workload, part)
-        assert found.bytes / 1e6 == pytest.approx(megabytes, rel=2e-3), words
-        assert found.flops / 1e9 == pytest.approx(gigaflop, rel=1e-2), words
-        microseconds = max(found.bytes / FLOOR_RATES[0], found.flops / FLOOR_RATES[1]) * 1e6
-        assert microseconds == pytest.approx(floor, rel=2e-3, abs=0.06), words
-        assert f"{op}, {case}" in KEYS and mode in cases()[f"{op}, {case}"].costs, words
-        seen += 1
-    assert seen >= 23
+    for op, case, mode, megabytes, gigaflop, microseconds in FLOORS:
+        part, _, special = case.partition(", ")
+        found = cost(f"{op} {special}".strip(), mode, workload, part)
+        assert found.bytes / 1e6 == pytest.approx(megabytes, rel=2e-3), (op, case, mode)
+        assert found.flops / 1e9 == pytest.approx(gigaflop, rel=1e-2), (op, case, mode)
+        floor = max(found.bytes / FLOOR_RATES[0], found.flops / FLOOR_RATES[1]) * 1e6
+        assert floor == pytest.approx(microseconds, rel=2e-3, abs=0.06), (op, case, mode)
+        assert f"{op}, {case}" in KEYS and mode in cases()[f"{op}, {case}"].costs, (op, case, mode)

@@ -12,7 +12,6 @@ from benchmarks.results_files import NOT_MEASURED, PHASES
 from benchmarks.targets import cpu_step_targets, op_targets, scaling_targets, step_targets
 
 ROOT = Path(__file__).resolve().parents[1]
-KERNELS = (ROOT / "docs" / "kernels.md").read_text()
 MACHINE = {
     "device": "cuda", "gpu": "NVIDIA H200", "driver": "580.1", "torch": "2.11.0", "triton": "3.6.0", "cuda": "13.0",
     "cpu": "CPU", "threads": 1, "cores": 16, "python": "3.12.3", "commit": "0123456789abcdef", "dirty": False,
@@ -123,12 +122,6 @@ def test_no_results_are_no_figures():
     assert page.count("not measured yet") == 5 and "not run yet" in page
     assert not re.search(r"\d", page.replace("L2", ""))
     assert "have not been timed on a GPU yet" in report.readme_table({})
-    assert report.kernels_page(KERNELS, {}).count("not measured yet") == sum(1 for _ in kernel_lines(KERNELS))
-
-
-def kernel_lines(text):
-    table = text[text.index("| kernel |") :].split("\n\n")[0].split("\n")
-    return (line for line in table[2:])
 
 
 def test_a_gpu_run_is_shown(check):
@@ -156,13 +149,6 @@ def test_a_gpu_run_is_shown(check):
     assert "700.0" in report.readme_table({"gpu_check": [check]})
 
 
-def test_the_column_of_the_kernels_page(check):
-    page = report.kernels_page(KERNELS, {"gpu_check": [check]})
-    assert "| 6.2 | 9.2 µs, 91% |" in page and "1,800.0 µs, 50% |" in page
-    assert page.count("not measured yet") == KERNELS.count("not measured yet") - 2
-    assert report.kernels_page(page, {}) == KERNELS  # and back
-
-
 @pytest.mark.parametrize("tests", [{"passed": 119, "failed": ["test_x.py: test_y"]}, {"passed": 0, "failed": []}, None])
 def test_nothing_is_shown_of_a_run_whose_tests_failed(check, tests):
     if tests is None:
@@ -172,7 +158,6 @@ def test_nothing_is_shown_of_a_run_whose_tests_failed(check, tests):
     page = pages_of(check)
     assert "Times of this run are not shown." in page
     assert "9.2" not in page and "700.0" not in page and "41.5" not in page
-    assert report.kernels_page(KERNELS, {"gpu_check": [check]}) == report.kernels_page(KERNELS, {})
 
 
 def test_a_dry_run_is_no_gpu_run(check):

@@ -151,6 +151,19 @@ def test_inference_gives_the_bits_of_training():
         assert torch.equal(trained, inferred) and nothing.numel() == 0 and pre.shape == trained.shape
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_gelu_over_its_whole_range_and_in_the_tails(dtype):
+    x = torch.linspace(-12, 12, 4001, dtype=torch.float64)[:, None].to(dtype)
+    exact = torch.nn.functional.gelu(x.double())
+    # fp16: half a unit in the last place of the result, and 1.5e-7 / 2 of the formula that stands for erf.
+    allowed = torch.finfo(dtype).eps / 2 * exact.abs() + (
+        x.abs() * 1.5e-7 / 2 + 2**-25 if dtype == torch.float16 else 1e-15
+    )
+    out, _ = gelu_kernels.linear_gelu(x, torch.ones(1, 1, dtype=dtype), torch.zeros(1), False)
+    error = (out.double() - exact).abs()
+    assert (error <= allowed).all(), float((error / allowed).max())
+
+
 def test_fp32_bias_beside_fp16():
     x, weight, bias, grad, _ = EXAMPLES[2]
     x, weight, grad = x.half(), weight.half(), grad.half()

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ijepa_fast import ops
-from ijepa_fast.attention.backends import BACKENDS, HALF, BackendUnavailable, Request
+from ijepa_fast.attention.backends import BACKENDS, BackendUnavailable, Request
 
 log = logging.getLogger(__name__)
 
@@ -54,15 +54,6 @@ PRIORITY = (
 
 OPS = ("triton", "cpu")
 """Backends that are the package's own op on one kind of device; it also takes packed queries, keys and values."""
-
-
-def available_backends() -> dict[str, str | None]:
-    """Every backend's name with None if it can run anything common on this machine, else the reason why not."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    # Whoever runs sets of any length runs those of one.
-    common = [Request(device, dtype, 64, 256, uniform=True) for dtype in (*HALF, torch.float32)]
-    reasons = {name: [backend.reason(request) for request in common] for name, backend in BACKENDS.items()}
-    return {name: None if None in found else found[0] for name, found in reasons.items()}
 
 
 def check_backend(name: str) -> None:

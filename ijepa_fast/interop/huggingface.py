@@ -292,7 +292,7 @@ class PackedIJepa(nn.Module):
         patches = ops.gather_patches(pixel_values, tokens.indices, patch_size, [], [], projection.weight.dtype)
         weight = projection.weight.flatten(1)
         weight = F.pad(weight, (0, patches.shape[1] - weight.shape[1]))
-        return ops.gather_add(F.linear(patches, weight, projection.bias), positions, tokens.indices, False)
+        return ops.gather_add(F.linear(patches, weight, projection.bias), positions, tokens.indices)
 
     def _grid(self, sides: tuple[int, int]) -> tuple[int, int]:
         patch_size = self.model.embeddings.patch_embeddings.projection.kernel_size

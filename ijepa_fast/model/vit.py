@@ -190,7 +190,7 @@ class VisionTransformer(BlockStack):
     def _embed(self, images: Tensor, tokens: Ragged, grid: tuple[int, int]) -> Tensor:
         positions = resize_positions(self.pos_embed[0], self.grid, grid)
         patches = self._stream(self.patch_embed(images, tokens.indices))
-        return ops.gather_add(patches, positions, tokens.indices, False)
+        return ops.gather_add(patches, positions, tokens.indices)
 
     def _features(self, x: Tensor) -> Tensor:
         """The final norm, in the dtype of the weights whatever that of the sums."""

@@ -12,8 +12,6 @@ from ijepa_fast.ops.attention import (
     varlen_self_attention_backward,
 )
 from ijepa_fast.ops.layers import (
-    bias_gelu,
-    bias_gelu_backward,
     layer_norm,
     layer_norm_backward,
 )
@@ -45,8 +43,6 @@ from ijepa_fast.ops.tokens import (
 
 __all__ = [
     "adamw_ema_",
-    "bias_gelu",
-    "bias_gelu_backward",
     "ema_",
     "gather_add",
     "gather_add_backward",

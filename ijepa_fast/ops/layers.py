@@ -1,4 +1,4 @@
-"""Layer norm with the residual sum and GELU with its bias, see ``reference/layers.py``."""
+"""Layer norm with the residual sum, see ``reference/layers.py``."""
 
 from __future__ import annotations
 
@@ -75,39 +75,3 @@ def _layer_norm_grad(ctx, grad, grad_h, _grad_mean, _grad_rstd):
 layer_norm.register_autograd(_layer_norm_grad, setup_context=_layer_norm_setup)
 cuda_kernel(layer_norm, "layer_norm", "layer_norm")
 cuda_kernel(layer_norm_backward, "layer_norm", "layer_norm_backward")
-
-
-@torch.library.custom_op("ijepa_fast::bias_gelu", mutates_args=())
-def bias_gelu(x: Tensor, bias: Tensor | None) -> Tensor:
-    return reference.bias_gelu(x, bias)
-
-
-@bias_gelu.register_fake
-def _(x, bias):
-    return x.new_empty(x.shape)
-
-
-@torch.library.custom_op("ijepa_fast::bias_gelu_backward", mutates_args=())
-def bias_gelu_backward(grad: Tensor, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    return reference.bias_gelu_backward(grad, x, bias)
-
-
-@bias_gelu_backward.register_fake
-def _(grad, x, bias):
-    width = 0 if bias is None else x.shape[1]
-    return x.new_empty(x.shape), x.new_empty(width, dtype=reference.accumulation_dtype(x.dtype))
-
-
-def _bias_gelu_setup(ctx, inputs, output):
-    ctx.save_for_backward(*inputs)
-
-
-def _bias_gelu_grad(ctx, grad):
-    x, bias = ctx.saved_tensors
-    grad_x, grad_bias = bias_gelu_backward(grad.contiguous(), x, bias)
-    return grad_x, None if bias is None else grad_bias.to(bias.dtype)
-
-
-bias_gelu.register_autograd(_bias_gelu_grad, setup_context=_bias_gelu_setup)
-cuda_kernel(bias_gelu, "gelu", "bias_gelu")
-cuda_kernel(bias_gelu_backward, "gelu", "bias_gelu_backward")

@@ -28,42 +28,31 @@ cuda_kernel(gather_patches, "gather_patches", "gather_patches")
 
 
 @torch.library.custom_op("ijepa_fast::gather_add", mutates_args=())
-def gather_add(x: Tensor, table: Tensor, indices: Tensor, gather: bool) -> Tensor:
-    return reference.gather_add(x, table, indices, gather)
+def gather_add(x: Tensor, table: Tensor, indices: Tensor) -> Tensor:
+    return reference.gather_add(x, table, indices)
 
 
 @gather_add.register_fake
-def _(x, table, indices, gather):
-    return x.new_empty(indices.shape[0], x.shape[1])
+def _(x, table, indices):
+    return x.new_empty(x.shape)
 
 
 @torch.library.custom_op("ijepa_fast::gather_add_backward", mutates_args=())
-def gather_add_backward(
-    grad: Tensor, indices: Tensor, num_rows: int, num_positions: int, gather: bool, need_table: bool
-) -> tuple[Tensor, Tensor]:
-    return reference.gather_add_backward(grad, indices, num_rows, num_positions, gather, need_table)
+def gather_add_backward(grad: Tensor, indices: Tensor) -> Tensor:
+    return reference.gather_add_backward(grad, indices)
 
 
 @gather_add_backward.register_fake
-def _(grad, indices, num_rows, num_positions, gather, need_table):
-    table_shape = (num_positions, grad.shape[1]) if need_table else (0,)
-    wide = reference.accumulation_dtype(grad.dtype)
-    return grad.new_empty(num_rows, grad.shape[1]), grad.new_empty(table_shape, dtype=wide)
+def _(grad, indices):
+    return grad.new_empty(grad.shape)
 
 
 def _gather_add_setup(ctx, inputs, output):
-    x, table, indices, gather = inputs
-    ctx.save_for_backward(indices)
-    ctx.num_rows, ctx.num_positions, ctx.table_dtype, ctx.gather = x.shape[0], table.shape[0], table.dtype, gather
+    ctx.save_for_backward(inputs[2])
 
 
 def _gather_add_grad(ctx, grad):
-    (indices,) = ctx.saved_tensors
-    need_table = ctx.needs_input_grad[1]
-    grad_x, grad_table = gather_add_backward(
-        grad.contiguous(), indices, ctx.num_rows, ctx.num_positions, ctx.gather, need_table
-    )
-    return grad_x, grad_table.to(ctx.table_dtype) if need_table else None, None, None
+    return gather_add_backward(grad.contiguous(), *ctx.saved_tensors), None, None
 
 
 gather_add.register_autograd(_gather_add_grad, setup_context=_gather_add_setup)

@@ -13,8 +13,6 @@ from ijepa_fast.reference.attention import (
     varlen_self_attention_backward,
 )
 from ijepa_fast.reference.layers import (
-    bias_gelu,
-    bias_gelu_backward,
     layer_norm,
     layer_norm_backward,
 )
@@ -51,8 +49,6 @@ __all__ = [
     "SETTINGS",
     "accumulation_dtype",
     "adamw_ema_",
-    "bias_gelu",
-    "bias_gelu_backward",
     "ema_",
     "gather_add",
     "gather_add_backward",

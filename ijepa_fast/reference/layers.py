@@ -1,4 +1,4 @@
-"""What stands between the matrix products of a block: layer norm with the residual sum, GELU with its bias.
+"""What stands between the matrix products of a block: layer norm with the residual sum, and GELU's derivative.
 
 Legend: T packed rows, D width.
 """
@@ -6,7 +6,6 @@ Legend: T packed rows, D width.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ijepa_fast.reference.precision import accumulation_dtype
@@ -79,20 +78,6 @@ def layer_norm_backward(
         grad_out.sum(0) if need_bias else empty.clone(),
         total.sum(0) if need_x_bias else empty.clone(),
     )
-
-
-def bias_gelu(x: Tensor, bias: Tensor | None) -> Tensor:
-    """GELU in its exact (erf) form of ``x + bias`` (arXiv 1606.08415): [T, D] in the dtype of x; bias [D] or None."""
-    h = x.to(accumulation_dtype(x.dtype))
-    return F.gelu(h if bias is None else h + bias.to(h.dtype)).to(x.dtype)
-
-
-def bias_gelu_backward(grad: Tensor, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Gradients of ``bias_gelu`` into x [T, D] and bias [D] (fp32, or fp64 for fp64; empty if there is no bias)."""
-    wide = accumulation_dtype(x.dtype)
-    h = x.to(wide) if bias is None else x.to(wide) + bias.to(wide)
-    grad_x = grad.to(wide) * gelu_slope(h)
-    return grad_x.to(x.dtype), grad_x.new_empty(0) if bias is None else grad_x.sum(0)
 
 
 def gelu_slope(h: Tensor) -> Tensor:

@@ -50,39 +50,27 @@ def gather_patches(
     return F.pad(x, (0, padded_patch_width(channels, patch_size) - x.shape[1]))
 
 
-def gather_add(x: Tensor, table: Tensor, indices: Tensor, gather: bool) -> Tensor:
+def gather_add(x: Tensor, table: Tensor, indices: Tensor) -> Tensor:
     """Rows of ``x`` plus the position of their patch.
 
-    ``out[t] = x[indices[t] if gather else t] + table[indices[t] % N]``
+    ``out[t] = x[t] + table[indices[t] % N]``
 
     Args:
-        x: [R, D]; without ``gather`` R = T.
-        table: [N, D] positions.
+        x: [T, D].
+        table: [N, D] positions; they get no gradient.
         indices: int32 [T]; -1 for padding.
 
     Returns:
         [T, D] in the dtype of ``x``.
     """
     rows = indices.clamp(min=0).long()
-    values = x.index_select(0, rows) if gather else x
-    out = values + table.index_select(0, rows % table.shape[0]).to(x.dtype)
+    out = x + table.index_select(0, rows % table.shape[0]).to(x.dtype)
     return out.masked_fill((indices < 0)[:, None], 0)
 
 
-def gather_add_backward(
-    grad: Tensor, indices: Tensor, num_rows: int, num_positions: int, gather: bool, need_table: bool
-) -> tuple[Tensor, Tensor]:
-    """Gradients of ``gather_add`` into ``x`` [num_rows, D] and, if wanted, ``table`` [N, D] (fp32, else empty)."""
-    grad = grad.masked_fill((indices < 0)[:, None], 0)
-    rows = indices.clamp(min=0).long()
-    wide = grad.to(accumulation_dtype(grad.dtype))
-    grad_table = wide.new_zeros(0)
-    if need_table:
-        grad_table = wide.new_zeros(num_positions, grad.shape[1]).index_add_(0, rows % num_positions, wide)
-    if not gather:
-        return grad, grad_table
-    grad_x = wide.new_zeros(num_rows, grad.shape[1]).index_add_(0, rows, wide)
-    return grad_x.to(grad.dtype), grad_table
+def gather_add_backward(grad: Tensor, indices: Tensor) -> Tensor:
+    """Gradient of ``gather_add`` into ``x`` [T, D]: zero on padding rows."""
+    return grad.masked_fill((indices < 0)[:, None], 0)
 
 
 def predictor_tokens(

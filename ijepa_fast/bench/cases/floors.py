@@ -166,12 +166,11 @@ def _target_loss_backward(w: Workload, part: str) -> Cost:
     return Cost(w.target_rows * (3 * w.itemsize * w.model.embed_dim + INDEX))
 
 
-def _rows_of_width(count: int, hidden: bool = False) -> Callable[[Workload, str], Cost]:
-    """``count`` activations per row, as wide as the encoder or its MLP."""
+def _rows_of_width(count: int) -> Callable[[Workload, str], Cost]:
+    """``count`` activations per row, as wide as the encoder."""
 
     def cost(w: Workload, part: str) -> Cost:
-        width = hidden_width(w.model) if hidden else w.model.embed_dim
-        return Cost(count * w.itemsize * w.rows(part) * width)
+        return Cost(count * w.itemsize * w.rows(part) * w.model.embed_dim)
 
     return cost
 
@@ -227,7 +226,6 @@ FORWARD: dict[str, Callable[[Workload, str], Cost]] = {
     "target_loss": _target_loss,
     "layer_norm": _rows_of_width(2),
     "layer_norm with residual": _rows_of_width(4),
-    "bias_gelu": _rows_of_width(2, hidden=True),
     "quantize_fp8": _quantize_fp8,
     "linear_gelu": _first_layer(1),
     "linear_gelu with pre": _first_layer(2),
@@ -245,7 +243,6 @@ BACKWARD: dict[str, Callable[[Workload, str], Cost]] = {
     "target_loss": _target_loss_backward,
     "layer_norm": _rows_of_width(3),
     "layer_norm with residual": _rows_of_width(4),
-    "bias_gelu": _rows_of_width(3, hidden=True),
     "varlen_attention": _attention(8, 5),
 }
 MODES = ("forward", "backward", "both")

@@ -139,7 +139,6 @@ def row_cases(batch: Batch) -> list[Case]:
         target_loss(batch),
         layer_norm(batch),
         layer_norm_with_residual(batch),
-        *(bias_gelu(batch, part) for part in parts),
         quantize_fp8(batch),
     ]
 
@@ -182,10 +181,10 @@ def gather_add(batch: Batch, part: str) -> Case:
         return batch.normal(generator, len(indices), width), sincos_positions(width, (side, side)).to(batch.device)
 
     def ours(x, table):
-        return ops.gather_add(x, table, indices, False)
+        return ops.gather_add(x, table, indices)
 
     def exact(x, table):
-        return reference.gather_add(x, table, indices, False)
+        return reference.gather_add(x, table, indices)
 
     def eager(x, table):
         return x + table.index_select(0, rows % patches)
@@ -286,23 +285,6 @@ def layer_norm_with_residual(batch: Batch) -> Case:
     providers = with_compiled(ours, Provider(eager, low_precision(2)))
     costs = batch.costs("layer_norm with residual", "context")
     return Case("layer_norm", "context, with residual", costs, draw, 5, exact, providers)
-
-
-def bias_gelu(batch: Batch, part: str) -> Case:
-    width, rows = hidden_width(batch.model), len(batch.indices(part))
-
-    def draw(generator):
-        return batch.normal(generator, rows, width), TABLE_STD * batch.normal(generator, width, dtype=torch.float32)
-
-    def ours(x, bias):
-        return ops.bias_gelu(x, bias)
-
-    def eager(x, bias):
-        return F.gelu(x + bias)
-
-    modes = MODES if part == "context" else ["forward"]  # the target encoder has no backward pass
-    providers = with_compiled(ours, Provider(eager, low_precision(1)))
-    return Case("bias_gelu", part, batch.costs("bias_gelu", part, modes), draw, 2, reference.bias_gelu, providers)
 
 
 def quantize_fp8(batch: Batch) -> Case:
