@@ -40,8 +40,8 @@ for step in range(arguments.steps):
     with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
         loss, metrics = model(batch)
     loss.backward()
-    optimizer.step()  # the target encoder has followed
-    optimizer.zero_grad()
+    optimizer.step()
+    optimizer.zero_grad()  # nothing else: the target encoder follows
     if step % 20 == 0 or step == arguments.steps - 1:
         print(step, metrics)
 

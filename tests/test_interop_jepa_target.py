@@ -3,7 +3,6 @@
 import copy
 import gc
 import itertools
-import logging
 import math
 import pickle
 
@@ -14,8 +13,7 @@ from tiny_jepa import images, same, tiny, train, trained, weights
 from torch import nn
 
 from ijepa_fast import FusedAdamW, JEPAModel, parameter_groups
-from ijepa_fast.jepa_model import model as jepa_model
-from ijepa_fast.jepa_model import optimizer_steps
+from ijepa_fast.jepa_model.following import holds
 from ijepa_fast.optim.schedules import Schedules
 
 
@@ -69,14 +67,16 @@ OPTIMIZERS = {
 
 
 class TestTargetEncoder:
+    @pytest.mark.parametrize("follow", [False, True])
     @pytest.mark.parametrize("accumulate", [1, 2])
     @pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
-    def test_it_follows_once_per_step(self, make, accumulate):
+    def test_it_follows_once_per_step(self, make, accumulate, follow):
         model = tiny(total_steps=2)
         optimizers = make(model)
         schedule = Schedules(total_steps=2, momentum=0.9)
         expected = [w.double() for w in weights(model.target_encoder)]
-        held = model.target_encoder  # nobody asks the model for it again
+        if follow:
+            model.follow(*(o for o in optimizers if holds(o, model.context_encoder)))
         for step in range(3):
             momentum = schedule.momentum_at(step)
             for part in range(accumulate):
@@ -90,25 +90,11 @@ class TestTargetEncoder:
                 momentum * target + (1 - momentum) * source.double()
                 for target, source in zip(expected, weights(model.context_encoder), strict=True)
             ]
-            assert int(model.updates) == step + 1
-            for ours, theirs in zip(held.parameters(), expected, strict=True):
+            for ours, theirs in zip(model.target_encoder.parameters(), expected, strict=True):
                 torch.testing.assert_close(ours.double(), theirs, rtol=0, atol=1e-6)
-        assert momentum == 1.0 and model.calls == 3 * accumulate
-        assert not any(p.requires_grad or p.grad is not None for p in held.parameters())
-
-    def test_a_closure(self):
-        model = tiny()
-        optimizer = torch.optim.LBFGS(trained(model), 0.1, max_iter=3)
-
-        def closure():
-            optimizer.zero_grad()
-            loss, _ = model(images())
-            loss.backward()
-            return loss
-
-        for step in range(3):
-            optimizer.step(closure)
             assert int(model.updates) == step + 1
+        assert momentum == 1.0 and model.calls == 3 * accumulate
+        assert not any(p.requires_grad or p.grad is not None for p in model.target_encoder.parameters())
 
     @pytest.mark.parametrize(
         "make",
@@ -117,13 +103,16 @@ class TestTargetEncoder:
             lambda model: torch.optim.AdamW(model.parameters(), 1e-2, fused=True),
             lambda model: FusedAdamW(model.parameters(), 1e-2),
             lambda model: FusedAdamW(parameter_groups(model), 1e-2),
+            lambda model: FusedAdamW(model.context_encoder.parameters(), ema=model.target_encoder.parameters()),
         ],
-        ids=["sgd", "adamw fused", "ours", "ours with ema"],
+        ids=["sgd", "adamw fused", "ours", "ours with ema", "ours with ema by hand"],
     )
-    @pytest.mark.parametrize("explicit", [False, True])
-    def test_steps_that_the_scaler_leaves_out_are_left_out(self, make, explicit):
+    @pytest.mark.parametrize("how", ["by itself", "update_target", "follow"])
+    def test_steps_that_the_scaler_leaves_out_are_left_out(self, make, how):
         model = tiny()
         optimizer, scaler = make(model), torch.amp.GradScaler("cpu", init_scale=8.0)
+        if how == "follow":
+            model.follow(optimizer)
         for step, bad in enumerate([False, True, False, True, False]):
             before = weights(model.target_encoder)
             scaler.scale(model(images(step))[0]).backward()
@@ -132,59 +121,44 @@ class TestTargetEncoder:
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad()
-            if explicit:
+            if how == "update_target":
                 model.update_target()
             assert same(weights(model.target_encoder), before) == bad
         assert int(model.updates) == 3
 
-    def test_a_blocked_step_of_ours_is_left_out(self):
+    @pytest.mark.parametrize("follow", [False, True])
+    def test_a_blocked_step_of_ours_is_left_out(self, follow):
         model = tiny()
         optimizer = FusedAdamW(model.parameters(), 1e-2)
         optimizer.blocked = torch.ones(())
+        if follow:
+            model.follow(optimizer)
         before = weights(model.target_encoder)
         model(images())[0].backward()
         optimizer.step()
-        assert int(model.updates) == 0 and same(weights(model.target_encoder), before)
-
-    def test_an_interrupted_step_leaves_nothing_behind(self):
-        class Interrupted(torch.optim.SGD):
-            broken = True
-
-            def step(self, closure=None):
-                super().step(closure)
-                if self.broken:
-                    raise KeyboardInterrupt
-
-        model = tiny()
-        optimizer = Interrupted(trained(model), 0.1)
-        model(images())[0].backward()
-        with pytest.raises(KeyboardInterrupt):
-            optimizer.step()
-        assert int(model.updates) == 0
-        optimizer.broken = False
-        optimizer.step()
-        assert int(model.updates) == 1
+        assert same(weights(model.target_encoder), before) and int(model.updates) == 0
 
     def test_other_optimizers_do_not_matter(self):
         model, other = tiny(), nn.Linear(2, 2)
+        model(images())[0].backward()
         for parameters in (other.parameters(), model.predictor.parameters()):
             optimizer = torch.optim.SGD(parameters, 0.1)
             other(torch.ones(2)).sum().backward()
             optimizer.step()
+        model.update_target()
         assert int(model.updates) == 0
+        with pytest.raises(ValueError, match="SGD holds no parameters of the context encoder"):
+            model.follow(optimizer)
 
-    def test_two_models_in_one_optimizer_and_one_that_is_gone(self):
-        first, second = tiny(), tiny()
-        gone = tiny()
-        gc.collect()  # models of earlier tests
-        before = len(optimizer_steps._watchers)
-        del gone
-        gc.collect()
-        assert len(optimizer_steps._watchers) == before - 1
-        optimizer = torch.optim.SGD([*first.parameters(), *second.parameters()], 0.1)
-        (first(images())[0] + second(images())[0]).backward()
+    def test_two_models_in_one_optimizer(self):
+        models = [tiny(), tiny()]
+        optimizer = torch.optim.SGD([p for model in models for p in model.parameters()], 0.1)
+        models[0].follow(optimizer)
+        (models[0](images())[0] + models[1](images())[0]).backward()
         optimizer.step()
-        assert int(first.updates) == int(second.updates) == 1
+        for model in models:
+            model.update_target()
+            assert int(model.updates) == 1
 
     def test_weights_that_move_and_change_type_are_found_again(self):
         model = tiny()
@@ -199,61 +173,118 @@ class TestTargetEncoder:
             for ours, theirs in zip(model.target_encoder.parameters(), expected, strict=True):
                 torch.testing.assert_close(ours.detach(), theirs)
 
+    def test_a_cast_is_no_step(self):
+        model = tiny()
+        model(images())
+        for cast in (model.double, model.bfloat16, model.float):
+            cast()
+            model.update_target()
+        assert int(model.updates) == 0
 
-def half_stepped() -> tuple[JEPAModel, list[torch.Tensor]]:
-    """A model of which one of two optimizers has stepped, and what its target encoder then has to be."""
+
+class TestFollow:
+    def test_a_closure(self):
+        model = tiny()
+        optimizer = torch.optim.LBFGS(trained(model), 0.1, max_iter=3)
+        model.follow(optimizer)
+
+        def closure():
+            optimizer.zero_grad()
+            loss, _ = model(images())
+            loss.backward()
+            return loss
+
+        for step in range(3):
+            optimizer.step(closure)
+            model.update_target()
+            assert int(model.updates) == step + 1
+
+    @pytest.mark.parametrize("make", ["sgd", "subclass", "two", "ours with ema"])
+    @pytest.mark.parametrize("follow", [False, True])
+    def test_several_steps_without_a_call_in_between(self, make, follow):
+        model = tiny()
+        optimizers = OPTIMIZERS[make](model)
+        if follow:
+            model.follow(*optimizers)
+            model.follow(*optimizers)  # a second time changes nothing
+        model(images())[0].backward()
+        expected = weights(model.target_encoder)
+        for step in range(3):
+            for optimizer in optimizers:
+                optimizer.step()
+            if follow or make == "ours with ema" or step == 2:
+                now = weights(model.context_encoder)
+                expected = [0.9 * e + 0.1 * w for e, w in zip(expected, now, strict=True)]
+        for ours, theirs in zip(model.target_encoder.parameters(), expected, strict=True):
+            torch.testing.assert_close(ours.detach(), theirs)
+        assert int(model.updates) == (3 if follow else 1) or make == "ours with ema"
+
+    def test_when_the_optimizer_is_gone_the_model_looks_by_itself_again(self):
+        model = tiny()
+        model.follow(torch.optim.SGD(model.parameters(), 0.1))
+        gc.collect()
+        train(model, torch.optim.SGD(model.parameters(), 0.1), range(2))
+        model.update_target()
+        assert int(model.updates) == 2
+
+    def test_loading_other_weights_forgets_the_step(self):
+        model = tiny()
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        model.follow(optimizer)
+        train(model, optimizer, range(1))
+        model.load_state_dict(tiny(seed=1).state_dict())
+        model.update_target()
+        assert int(model.updates) == 0
+
+
+def stepped() -> tuple[JEPAModel, list[torch.Tensor]]:
+    """A model whose optimizer has stepped, and what its target encoder then has to be."""
     model = tiny()
-    first, _ = halves(model)
-    model(images())[0].backward()
-    first.step()
-    held = model._modules["target_encoder"]
-    pairs = zip(weights(held), weights(model.context_encoder), strict=True)
-    expected = [0.9 * target + 0.1 * source for target, source in pairs]
-    assert int(model.updates) == 0
-    return model, expected
+    train(model, torch.optim.SGD(model.parameters(), 0.1), range(1))
+    pairs = zip(weights(model._modules["target_encoder"]), weights(model.context_encoder), strict=True)
+    return model, [0.9 * target + 0.1 * source for target, source in pairs]
+
+
+def in_inference_mode(model: JEPAModel) -> dict:
+    with torch.inference_mode():
+        model.target_encoder(images())
+    return cut(model.state_dict())
 
 
 class TestNothingIsMissed:
-    """Where only a part of the parameters was stepped, the update happens when something needs it."""
-
     READERS = {
         "target_encoder": lambda model: model.target_encoder.state_dict(),
+        "inference": in_inference_mode,
         "state_dict": lambda model: cut(model.state_dict()),
         "the state dict of a wrapper": lambda model: cut(nn.ModuleDict({"m": model}).state_dict(), "m."),
         "deepcopy": lambda model: copy.deepcopy(model).target_encoder.state_dict(),
         "pickle": lambda model: pickle.loads(pickle.dumps(model)).target_encoder.state_dict(),
         "update_target": lambda model: [model.update_target(), cut(model.state_dict())][1],
         "a call": lambda model: [model(images()), cut(model.state_dict())][1],
+        "a call in eval mode": lambda model: [model.eval()(images()), cut(model.state_dict())][1],
     }
 
     @pytest.mark.parametrize("read", READERS.values(), ids=READERS)
     def test_readers(self, read):
-        model, expected = half_stepped()
+        model, expected = stepped()
         found = read(model)
         for (name, _), theirs in zip(model.target_encoder.named_parameters(), expected, strict=True):
             torch.testing.assert_close(found[name], theirs)
         assert int(model.updates) == 1
 
-    def test_loading_other_weights_forgets_the_step(self):
-        model, _ = half_stepped()
-        loaded = tiny(seed=1).state_dict()
-        model.load_state_dict(loaded)
-        assert same(weights(model.target_encoder), [loaded[f"target_encoder.{n}"] for n, _ in named(model)])
+    @pytest.mark.parametrize("whole", [False, True])
+    def test_loading_other_weights_is_no_step(self, whole):
+        model, _ = stepped()
+        loaded = tiny(seed=1)
+        for part in ("context_encoder", "target_encoder"):
+            model.get_submodule(part).load_state_dict(loaded.get_submodule(part).state_dict())
+        if whole:
+            model.load_state_dict(loaded.state_dict())
+        assert same(model.target_encoder.parameters(), loaded.target_encoder.parameters())
         assert int(model.updates) == 0
-
-    def test_the_same_optimizer_twice(self):
-        model = tiny()
-        optimizer, _ = halves(model)
-        model(images())[0].backward()
-        optimizer.step()
-        optimizer.step()
-        assert int(model.updates) == 1  # of the first, which was due before the second
+        train(model, torch.optim.SGD(model.parameters(), 0.1), range(1))
         model.update_target()
-        assert int(model.updates) == 2
-
-
-def named(model: JEPAModel):
-    return model.target_encoder.named_parameters()
+        assert int(model.updates) == 1
 
 
 def cut(state: dict, prefix: str = "") -> dict:
@@ -269,15 +300,15 @@ class TestUpdateTarget:
             for step in range(3):
                 one(images(step))[0].backward()
                 optimizer.step()
-                with torch.no_grad():  # somebody clips weights
-                    one.context_encoder.norm.weight.clamp_(max=0.9)
                 optimizer.zero_grad()
                 if one is model:
                     one.update_target()
-        assert int(model.updates) == 3 and same(model.parameters(), alone.parameters())
+        alone.update_target()
+        assert int(model.updates) == int(alone.updates) == 3 and same(model.parameters(), alone.parameters())
 
     def test_weights_that_were_changed_by_hand(self):
         model = tiny()
+        model(images())
         with torch.no_grad():
             model.context_encoder.norm.bias += 1
         model.update_target()
@@ -287,25 +318,12 @@ class TestUpdateTarget:
 
     def test_without_auto_ema_only_calls_count(self):
         model = tiny(auto_ema=False)
-        optimizer = torch.optim.SGD(model.parameters(), 0.1)
         before = weights(model.target_encoder)
-        model(images())[0].backward()
-        optimizer.step()
+        train(model, torch.optim.SGD(model.parameters(), 0.1), range(2))
         assert int(model.updates) == 0 and same(weights(model.target_encoder), before)
         model.update_target()
         model.update_target()
         assert int(model.updates) == 2 and not same(weights(model.target_encoder), before)
-
-    def test_a_target_that_never_moves_is_reported(self, monkeypatch, caplog):
-        monkeypatch.setattr(jepa_model, "_PATIENCE", 3)
-        model = tiny()
-        with caplog.at_level(logging.WARNING):
-            for _ in range(2):
-                model(images())
-            assert not caplog.records
-            for _ in range(5):
-                model(images())
-        assert len(caplog.records) == 1 and "auto_ema=False" in caplog.text
 
 
 def distributed(model: JEPAModel, how: str) -> nn.Module:
@@ -332,6 +350,9 @@ def rank_main(rank: int, how: str, store: str, queue) -> None:
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
+        with torch.no_grad():  # FSDP leaves the gathered parameters of the outermost module behind
+            model.eval()(images(step)[:2])
+        model.train()
     state = {name: v.full_tensor() if hasattr(v, "full_tensor") else v for name, v in inner.state_dict().items()}
     queue.put((rank, {name: value.numpy() for name, value in state.items()}))
     dist.destroy_process_group()

@@ -14,9 +14,10 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
+from ijepa_fast.jepa_model.following import averages_into, holds, performed
 from ijepa_fast.jepa_model.model import JEPAModel
-from ijepa_fast.jepa_model.optimizer_steps import averages_into, changed_weights, parameter_ids, watch
 from ijepa_fast.masks.sampler import MaskConfig, MaskSampler
 from ijepa_fast.optim import EMA, FusedAdamW, parameter_groups
 from ijepa_fast.optim.schedules import Schedules, interpolate
@@ -165,6 +166,7 @@ class IJEPACallback(L.Callback):
         self.calls = self.updates = 0
         self._total_steps: int | None = None
         self._changed: Tensor | bool = False
+        self._hooks: list[RemovableHandle] = []
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if stage != "fit":
@@ -176,8 +178,6 @@ class IJEPACallback(L.Callback):
         if grid is None:
             raise ValueError(f"{self.context} has no attribute grid: give IJEPACallback(grid=(rows, columns))")
         self._sampler = MaskSampler(self.masks, grid)
-        self._changed = False
-        watch(self)
 
     @staticmethod
     def _part(pl_module: L.LightningModule, name: str) -> nn.Module:
@@ -192,6 +192,15 @@ class IJEPACallback(L.Callback):
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._total_steps = _total_steps(trainer)
         self._ema = EMA(self._average, self._source)  # now that the parameters are where they stay
+        self._changed = False
+        for optimizer in trainer.optimizers:
+            if averages_into(optimizer, self._average):
+                raise ValueError(
+                    f"{type(optimizer).__name__} has the parameters of {self.target} as its EMA, and IJEPACallback "
+                    'would average into them a second time: leave "ema" out of the parameter groups'
+                )
+            if holds(optimizer, self._source):
+                self._hooks.append(optimizer.register_step_post_hook(self._after_step))
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
@@ -213,18 +222,12 @@ class IJEPACallback(L.Callback):
     def _next_momentum(self) -> float:
         return interpolate("linear", self.momentum, self.final_momentum, self.updates / self._total_steps)
 
-    def is_stepped_by(self, optimizer: Optimizer) -> bool:
-        return not parameter_ids(optimizer).isdisjoint(id(p) for p in self._source.parameters())
+    def _after_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
+        self._changed = self._changed | performed(optimizer)
 
-    def before_step(self, optimizer: Optimizer) -> None:
-        if averages_into(optimizer, self._average):
-            raise ValueError(
-                f"{type(optimizer).__name__} has the parameters of {self.target} as its EMA, and IJEPACallback would "
-                'average into them a second time: leave "ema" out of the parameter groups'
-            )
-
-    def after_step(self, optimizer: Optimizer) -> None:
-        self._changed = self._changed | changed_weights(optimizer)
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        while self._hooks:
+            self._hooks.pop().remove()
 
     def state_dict(self) -> dict[str, int]:
         return {"calls": self.calls, "updates": self.updates}

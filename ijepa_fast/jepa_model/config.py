@@ -41,8 +41,8 @@ class JEPAConfig:
         final_momentum: at the end of total_steps.
         total_steps: optimizer steps over which the momentum goes linearly from ema_momentum to final_momentum. None:
             it stays where it is.
-        auto_ema: update the target encoder by itself after each step of a torch optimizer. False: only when
-            ``update_target`` is called, as is needed with optimizers that hold copies of the parameters.
+        auto_ema: average into the target encoder whenever the context encoder was stepped. False: only when
+            ``update_target`` is called.
         seed: of the masks. Weights come from torch's global generator.
         mean, std: per channel, of images in [0, 1]; uint8 images are normalised with them. By default ImageNet's for
             three channels, otherwise 0.5.

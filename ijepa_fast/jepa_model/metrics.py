@@ -19,7 +19,17 @@ from ijepa_fast.ragged import Ragged
 
 
 class Encoder(VisionTransformer):
-    """``VisionTransformer`` that also takes a mask of patches."""
+    """``VisionTransformer`` that also takes a mask of patches.
+
+    Attributes:
+        loads: how many times weights were loaded, which an optimizer's step is told from by it.
+    """
+
+    loads = 0
+
+    def _load_from_state_dict(self, *args, **kwargs) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.loads += 1
 
     def forward(
         self,

@@ -6,7 +6,7 @@ Legend: B images, N patches per image.
 from __future__ import annotations
 
 import json
-import logging
+import weakref
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ijepa_fast.jepa_model.config import JEPAConfig
+from ijepa_fast.jepa_model.following import averages_into, differ, first_values, holds, performed
 from ijepa_fast.jepa_model.metrics import Encoder, Metrics, cosine_similarity
-from ijepa_fast.jepa_model.optimizer_steps import averages_into, changed_weights, parameter_ids, watch
 from ijepa_fast.masks.sampler import Masks, MaskSampler
 from ijepa_fast.model.jepa import IJEPA, Losses, Objective
 from ijepa_fast.model.vit import Predictor
@@ -26,24 +26,21 @@ from ijepa_fast.optim import EMA
 from ijepa_fast.run.files import write_tensors
 from ijepa_fast.weights.reading import WeightsError, check_fit, description_in, load_weights, read_safetensors
 
-log = logging.getLogger(__name__)
-
 FORMAT = "ijepa_fast-jepa_model-1"
 _EVALUATION_STEP = 2**32 - 1
 """The step whose masks are drawn in eval mode: the last one, which no training call gets to."""
-_PATIENCE = 1000
-"""Training calls without an update of the target encoder after which the log says so."""
+_OF_THE_WATCH = ("_ema", "_addresses", "_followed", "_noted", "_stepped", "_performed", "_averaged")
+"""Attributes that are not copied with a model."""
 
 
 class JEPAModel(IJEPA):
     """I-JEPA in one module: ``loss, metrics = model(images)``, ``loss.backward()``, and any torch optimizer.
 
-    The target encoder follows by itself after each optimizer step: torch tells the model of the steps of every
-    ``torch.optim.Optimizer`` that holds its parameters (see ``optimizer_steps``). Where the parameters of the context
-    encoder are divided among several optimizers, the update waits until all of them were stepped, or until the next
-    thing that needs it: a call of the model, ``target_encoder``, ``state_dict``, copying, pickling. Steps that
-    ``GradScaler`` leaves out are left out here too. ``FusedAdamW(parameter_groups(model))`` updates the target encoder
-    in its own pass; the model then only gives it the momentum.
+    The target encoder follows by itself, once per optimizer step: at the next call of the model, or as soon as it is
+    needed (``target_encoder``, ``state_dict``, ``save``, a copy, a pickle), the context encoder is averaged into it if
+    its weights have changed since the last training call. ``follow(optimizer)`` averages after each step of an
+    optimizer instead, ``update_target`` at once. ``FusedAdamW(parameter_groups(model))`` averages in its own pass over
+    the weights and is followed from the start: it gets the momentum from here.
 
     Args:
         config: keys of ``JEPAConfig``, all optional.
@@ -57,7 +54,7 @@ class JEPAModel(IJEPA):
         sampler: draws the masks.
         calls: training calls whose masks were drawn here. The masks are a function of it, the seed, the rank and the
             image's place in the batch. In the state dict as ``_extra_state``.
-        updates: int64 scalar on the device, updates of the target encoder; the momentum follows it.
+        updates: int64 scalar on the device, updates of the target encoder so far; the momentum follows it.
 
     Raises:
         ValueError: unknown keys (with the nearest known ones), or values that do not fit together.
@@ -99,12 +96,21 @@ class JEPAModel(IJEPA):
         self.sampler = MaskSampler(config.mask_config(encoder.grid[0] * encoder.grid[1]), encoder.grid)
         self.calls = 0
         self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
-        self._average: EMA | None = None
-        self._addresses: tuple[int, ...] = ()
-        self._forget_steps()
-        watch(self)
+        self._start_watching()
 
     # Loss
+
+    # Before FSDP's hooks, which replace parameters by gathered ones for the time of the call.
+    @torch.compiler.disable(recursive=False)
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self._catch_up()
+        if self.training and torch.is_grad_enabled() and self.config.auto_ema and not self._followed:
+            self._note()
+        self._calling = True
+        try:
+            return super().__call__(*args, **kwargs)
+        finally:
+            self._calling = False
 
     # torch.compile passes over this frame and compiles `_compute`, which it calls, into one graph.
     @torch.compiler.disable(recursive=False)
@@ -121,11 +127,8 @@ class JEPAModel(IJEPA):
         Raises:
             ValueError: images of another shape.
         """
-        self._update_if_pending()
         if masks is None:
             masks = self.draw_masks(images)
-        if self.training and torch.is_grad_enabled():
-            self._note_training_call()
         losses, pooled, similarity = self._compute(images, masks)
         return losses.total, self._metrics(losses, pooled, similarity, masks)
 
@@ -171,7 +174,8 @@ class JEPAModel(IJEPA):
 
     @property
     def target_encoder(self) -> Encoder:
-        self._update_if_pending()
+        if not (torch.compiler.is_compiling() or self._calling):
+            self._catch_up()
         return self._modules["target_encoder"]
 
     @torch.no_grad()
@@ -183,90 +187,110 @@ class JEPAModel(IJEPA):
         return start + (end - start) * (self.updates.double() / steps).clamp(max=1)
 
     def update_target(self) -> None:
-        """Fold the context encoder into the target encoder now.
+        """Average the context encoder into the target encoder now.
 
-        With ``auto_ema`` this may be called after each optimizer step or not at all: what was folded in by itself is
-        not folded in twice, and nothing is where the weights have not changed (a step that ``GradScaler`` left out).
-        Without ``auto_ema`` each call is an update.
+        Where the model looks for steps by itself (``auto_ema``) and has been called in training, this averages only
+        what has changed since, so that nothing is averaged twice. Otherwise each call is an update.
         """
-        if self._pending:
-            self._update_if_pending()
-        elif not self.config.auto_ema or not (self._followed or self._versions == self._current_versions()):
-            self._fold(True)
+        if self._followed or (self.config.auto_ema and self._noted is not None):
+            self._catch_up()
+        else:
+            self._average(True)
 
-    def is_stepped_by(self, optimizer: Optimizer) -> bool:
-        return self.config.auto_ema and not self._trained().isdisjoint(parameter_ids(optimizer))
+    def follow(self, *optimizers: Optimizer) -> None:
+        """From now on, average after the steps of these optimizers, told by hooks of their own.
 
-    def before_step(self, optimizer: Optimizer) -> None:
-        if not self._pending.isdisjoint(parameter_ids(optimizer)):
-            self._update_if_pending()  # its second step without a call in between
+        Needed for optimizers that call the model during their step (LBFGS), and for several steps without a call of
+        the model in between. Of several optimizers over the encoder give all: there is one update when each has
+        stepped. An optimizer that averages into the target encoder itself is given the momentum.
+
+        Raises:
+            ValueError: an optimizer that does not step the context encoder.
+        """
+        for optimizer in optimizers:
+            if not holds(optimizer, self.context_encoder):
+                raise ValueError(f"this {type(optimizer).__name__} holds no parameters of the context encoder")
+            if optimizer not in self._followed:
+                self._followed.add(optimizer)
+                optimizer.register_step_pre_hook(self._before_step)
+                optimizer.register_step_post_hook(self._after_step)
+
+    @torch.compiler.disable
+    def _before_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
+        # A step within a step, as of a subclass that calls super().step(), has its hooks called twice. So what a step
+        # did is averaged when the next one begins, or when the model is used, and not when the first hook is called.
+        if id(optimizer) in self._stepped:
+            self._catch_up()
         if averages_into(optimizer, self._modules["target_encoder"]):
             optimizer.momentum = self.momentum()
 
-    def after_step(self, optimizer: Optimizer) -> None:
-        self._followed = True
-        if averages_into(optimizer, self._modules["target_encoder"]):
-            self._note_update(changed_weights(optimizer))
-            return
-        trained = self._trained()
-        self._pending |= trained & parameter_ids(optimizer)
-        self._performed = self._performed | changed_weights(optimizer)
-        if self._pending >= trained:
-            self._update_if_pending()
-
-    def _trained(self) -> set[int]:
-        return {id(parameter) for parameter in self.context_encoder.parameters() if parameter.requires_grad}
-
-    def _update_if_pending(self) -> None:
-        if self._pending:
-            self._fold(self._performed)
+    @torch.compiler.disable
+    def _after_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
+        self._stepped.add(id(optimizer))
+        self._performed = self._performed | performed(optimizer)
+        self._averaged = averages_into(optimizer, self._modules["target_encoder"])
 
     @torch.compiler.disable
-    @torch.no_grad()
-    def _fold(self, performed: Tensor | bool) -> None:
-        self._pending, self._performed = set(), False
-        source, target = self.context_encoder, self.target_encoder
-        addresses = tuple(p.data_ptr() for module in (source, target) for p in module.parameters())
-        if self._average is None or addresses != self._addresses:  # new, moved to a device, or cast
-            self._average, self._addresses = EMA(target, source), addresses
-        momentum = self.momentum()
-        # Momentum 1 leaves the target as it is, to the bit, and the host need not know.
-        self._average.update(momentum if performed is True else torch.where(performed, momentum, 1.0))
-        self._note_update(performed)
+    def _catch_up(self) -> None:
+        """Average if the context encoder was stepped since the last time."""
+        source, target = self.context_encoder, self._modules["target_encoder"]
+        for module in (self, source, target):
+            if hasattr(module, "reshard"):  # FSDP2 leaves gathered parameters behind after a call without gradients
+                module.reshard()
+        if self._loads != source.loads + target.loads:
+            self._forget_steps()
+        if self._followed:
+            if self._performed is not False:
+                self._average(self._performed, self._averaged)
+        elif self._noted is not None:
+            of_source, of_target = self._noted
+            moved, averaged = differ(first_values(source), of_source), differ(first_values(target), of_target)
+            # On the CPU nothing is lost by looking. Elsewhere the host does not wait: see `_average`.
+            if moved.device.type != "cpu" or moved:
+                self._average(moved, averaged)
+            self._note()
 
+    @torch.compiler.disable
+    @torch.inference_mode(False)
     @torch.no_grad()
-    def _note_update(self, performed: Tensor | bool) -> None:
+    def _average(self, performed: Tensor | bool, averaged: Tensor | bool = False) -> None:
+        """One update, if a step was ``performed``; only counted, if the optimizer has ``averaged`` by itself."""
+        source, target = self.context_encoder, self._modules["target_encoder"]
+        if averaged is not True:
+            addresses = tuple(p.data_ptr() for module in (source, target) for p in module.parameters())
+            if self._ema is None or addresses != self._addresses:  # new, moved to a device, or cast
+                self._ema, self._addresses = EMA(target, source), addresses
+            # Momentum 1 leaves the target as it is, to the bit, and the host need not know.
+            pending = performed if averaged is False else performed & ~averaged
+            momentum = self.momentum()
+            self._ema.update(momentum if pending is True else torch.where(pending, momentum, 1.0))
         self.updates += performed
-        self._versions = self._current_versions()
-        self._calls_without_update = 0
-
-    def _current_versions(self) -> list[int]:
-        return [parameter._version for parameter in self.context_encoder.parameters()]
+        self._stepped, self._performed = set(), False
 
     @torch.compiler.disable
-    def _note_training_call(self) -> None:
-        self._followed = False
-        self._calls_without_update += 1
-        if self._calls_without_update == _PATIENCE:
-            log.warning(
-                "the target encoder has not been updated in %d training calls: no torch optimizer over the parameters "
-                "of this model has stepped. With an optimizer that holds copies of them, set auto_ema=False and call "
-                "update_target() after its steps",
-                _PATIENCE,
-            )
+    def _note(self) -> None:
+        """Remember the weights, to see later whether they were stepped."""
+        self._noted = tuple(first_values(self._modules[name]) for name in ("context_encoder", "target_encoder"))
 
     def _forget_steps(self) -> None:
         """As if no optimizer had stepped since the last update."""
-        self._pending: set[int] = set()  # ids of the parameters that were stepped
+        self._noted: tuple[Tensor, ...] | None = None  # of the last training call or update
+        self._stepped: set[int] = set()  # ids of the followed optimizers that have stepped since the last update
         self._performed: Tensor | bool = False  # whether one of these steps did anything
-        self._followed = False  # an update followed a step by itself since the last training call
-        self._versions = self._current_versions()
-        self._calls_without_update = 0
+        self._averaged = False  # whether they averaged by themselves
+        self._loads = self.context_encoder.loads + self._modules["target_encoder"].loads
+
+    def _start_watching(self) -> None:
+        self._ema: EMA | None = None
+        self._addresses: tuple[int, ...] = ()
+        self._followed: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+        self._calling = False
+        self._forget_steps()
 
     # Saving
 
     def state_dict(self, *args, **kwargs):
-        self._update_if_pending()
+        self._catch_up()
         return super().state_dict(*args, **kwargs)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False):
@@ -285,18 +309,15 @@ class JEPAModel(IJEPA):
     def set_extra_state(self, state: Tensor) -> None:
         self.calls = int(state)
 
-    def _load_from_state_dict(self, *args, **kwargs) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
-        self._forget_steps()
-
     def __getstate__(self) -> dict:
-        self._update_if_pending()
-        return {**super().__getstate__(), "_average": None, "_addresses": ()}
+        self._catch_up()
+        # A copy begins to watch anew: the optimizers that are followed do not step it.
+        state = super().__getstate__()
+        return {name: value for name, value in state.items() if name not in _OF_THE_WATCH}
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
-        self._forget_steps()
-        watch(self)
+        self._start_watching()
 
     def save(self, path: Path | str) -> None:
         """Write the model, its configuration and its counters to one safetensors file. Nothing else appears under

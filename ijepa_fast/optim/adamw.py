@@ -46,6 +46,7 @@ class FusedAdamW(torch.optim.Optimizer):
         momentum: float or scalar tensor, of the EMA, read at every step.
         grad_norm: scalar on the device, total norm of the last step's (unscaled) gradients before clipping.
         skipped: fp32 scalar on the device, number of steps left out because of non-finite gradients.
+        performed: whether the last step changed anything, a bool scalar on the device (False before the first).
         blocked: scalar on the device or None; while it is not 0, steps change nothing.
         averages: parameter -> its EMA tensor; not to be changed.
         generation: how many times tensors of the state were replaced, by ``load_state_dict`` or ``add_param_group``.
@@ -74,6 +75,7 @@ class FusedAdamW(torch.optim.Optimizer):
         self.momentum, self.max_grad_norm, self.flat_gradients = momentum, max_grad_norm, flat_gradients
         self.grad_norm: Tensor | None = None
         self.blocked: Tensor | None = None
+        self.performed: Tensor | bool = False
         self.averages: dict[nn.Parameter, Tensor] = {}
         self._flat_buffers: list[Tensor] = []
         self._flat_views: dict[nn.Parameter, Tensor] = {}
@@ -108,6 +110,8 @@ class FusedAdamW(torch.optim.Optimizer):
         if self.flat_gradients:
             self._flatten(trained)
         self._replaced()
+        if hasattr(averaged, "model"):
+            averaged.model.follow(self)
 
     def _replaced(self) -> None:
         """Addresses of the state's tensors are not what they were."""
@@ -244,6 +248,7 @@ class FusedAdamW(torch.optim.Optimizer):
             raise RuntimeError("run at least one step before a CUDA graph captures one")
         plan = self._current_plan()
         if plan is None:
+            self.performed = False
             return loss
         if not capturing:
             self.upload_scalars()
@@ -265,6 +270,7 @@ class FusedAdamW(torch.optim.Optimizer):
         self.skipped += apply.logical_not()
         if self.blocked is not None:
             apply = apply & (self.blocked == 0)
+        self.performed = apply
         if self.max_grad_norm is not None:
             scale = scale * (self.max_grad_norm / (norm + 1e-6)).clamp(max=1)
         plan.steps += apply

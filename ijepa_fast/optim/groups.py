@@ -7,6 +7,16 @@ import re
 from torch import Tensor, nn
 
 
+class Twins(list):
+    """Target encoder parameters under the "ema" of a group. Where their ``model`` has a ``follow``, as ``JEPAModel``,
+    ``FusedAdamW`` hands itself to it."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        if hasattr(model, "follow"):
+            self.model = model
+
+
 def decays(parameter: Tensor) -> bool:
     """Whether weight decay applies: to everything but biases and norms, which are 1-D (the mask token is 3-D)."""
     return parameter.ndim > 1
@@ -42,7 +52,7 @@ def parameter_groups(model: nn.Module, layer_decay: float = 1.0) -> list[dict]:
                 group = groups.setdefault(key, {"params": [], "name": key, "decays": wanted, "lr_scale": scale})
                 group["params"].append(parameter)
                 if part == "encoder":
-                    group.setdefault("ema", []).append(model.target_encoder.get_parameter(name))
+                    group.setdefault("ema", Twins(model)).append(model.target_encoder.get_parameter(name))
     order = ("encoder-decay", "predictor-decay", "encoder-nodecay", "predictor-nodecay")
     return sorted(groups.values(), key=lambda g: [g["name"].startswith(prefix) for prefix in order].index(True))
 
