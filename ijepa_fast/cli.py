@@ -239,7 +239,9 @@ def _evaluate(parser, argv: list[str], figure: str) -> int:
     if parsed.layers == "last4" and config.model.depth < 4:
         raise ValueError(f"--layers last4 needs an encoder of 4 blocks; {parsed.checkpoint} has {config.model.depth}")
     config = replace(config, evaluation=replace(config.evaluation, layers=parsed.layers))
-    sources = open_sources(parsed.data or config.data, None if parsed.data else config.evaluation.data)
+    sources = open_sources(
+        parsed.data or config.data, None if parsed.data else config.evaluation.data, config.loader.max_pixels
+    )
     if sources.test is None:
         raise ValueError(f"{parsed.data or config.data} has no labelled test images (folders train/ and val/ or test/)")
     encoder = model.target_encoder if parsed.encoder == "target" else model.context_encoder
@@ -265,7 +267,7 @@ def _masks(argv: list[str]) -> int:
     from ijepa_fast.data.datasets import open_sources
     from ijepa_fast.evaluate.encoder import draw_masks
 
-    draw_masks(config, open_sources(config.data).train, parsed.out, parsed.count)
+    draw_masks(config, open_sources(config.data, max_pixels=config.loader.max_pixels).train, parsed.out, parsed.count)
     print(parsed.out)
     return 0
 
@@ -429,7 +431,8 @@ def _import(argv: list[str]) -> int:
     from ijepa_fast.run.folder import holds_run
 
     holds_run(parsed.out)
-    sources = open_sources(config.data, config.evaluation.data) if config.data is not None else None
+    limit = config.loader.max_pixels
+    sources = open_sources(config.data, config.evaluation.data, limit) if config.data is not None else None
     fingerprint = None if sources is None else sources.train.fingerprint
     config, said = import_weights(parsed.source, parsed.out, config, parsed.num_heads, fingerprint)
     (parsed.out / "config.yaml").write_text(yaml.safe_dump(as_dict(config), sort_keys=False))

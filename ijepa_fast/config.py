@@ -108,6 +108,7 @@ class LoaderConfig:
         workers: decoding processes per rank, at most as many as there are cores for it; "auto" takes that many, up to
             16; 0 decodes in the training process.
         timeout: seconds after which waiting for a batch is given up and the run ends.
+        max_pixels: width times height above which an image counts as undecodable, for it may not fit into memory.
         max_bad_share: share of undecodable images above which the run ends with an error.
         epoch_images: images that count as an epoch where shards come from URLs, which are not counted; needed there.
         shuffle: images in each worker's shuffle buffer, for shards from URLs.
@@ -118,6 +119,7 @@ class LoaderConfig:
     flip: float = 0.0
     workers: int | Literal["auto"] = "auto"
     timeout: float = 600.0
+    max_pixels: int = 89_478_485  # Pillow's limit
     max_bad_share: float = 0.05
     epoch_images: int | None = None
     shuffle: int = 1000
@@ -337,6 +339,7 @@ class RunConfig:
 
 
 CHANGEABLE = {
+    "data",
     "output",
     "resume",
     "overwrite",

@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ijepa_fast.config import RunConfig, as_dict, flatten
 from ijepa_fast.data import DevicePrefetcher
 from ijepa_fast.data.datasets import Sources, open_sources, train_loader
+from ijepa_fast.data.survey import announce
 from ijepa_fast.evaluate import HealthBuffer, OnlineKNN
 from ijepa_fast.evaluate.encoder import draw_pictures, judge
 from ijepa_fast.masks.sampler import MaskSampler
@@ -68,7 +69,9 @@ def pretrain(config: RunConfig, to_yaml: Callable[[RunConfig], str] | None = Non
         NotFinite: the loss was not finite; the checkpoints on disk are from before.
     """
     with ranks(config.train.device) as me:
-        sources = open_sources(config.data, config.evaluation.data)
+        sources = open_sources(config.data, config.evaluation.data, config.loader.max_pixels)
+        if me.is_main:
+            announce(*sources)
         return _run(config, me, sources, to_yaml or (lambda c: json.dumps(as_dict(c), indent=2)))
 
 

@@ -1,6 +1,7 @@
 """Images for tests, made on the spot."""
 
 import io
+import struct
 
 import numpy as np
 from PIL import Image
@@ -52,3 +53,29 @@ def bad_files() -> dict[str, bytes]:
         "ghost.jpg": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n",
         "float.tiff": encoded(Image.new("F", (20, 20), 0.5), "TIFF"),
     }
+
+
+def tiff(values, photometric, extra_samples=(), bits=None) -> bytes:
+    """A plain little-endian TIFF of `values` [h, w, bands], uint8 or uint16 (TIFF 6.0, sections 2 and 8).
+
+    With `bits` 12, rows of an even number of uint16 values are packed to 12 bits each.
+    """
+    height, width, bands = values.shape
+    data = values.astype(values.dtype.newbyteorder("<")).tobytes()
+    if bits == 12:
+        pairs = values.reshape(-1, 2).astype(int)
+        data = b"".join(bytes([a >> 4, (a & 15) << 4 | b >> 8, b & 255]) for a, b in pairs)
+    bits = [bits or values.itemsize * 8] * bands
+    tags = {256: [width], 257: [height], 258: bits, 259: [1], 262: [photometric], 273: [0], 277: [bands]}
+    tags |= {278: [height], 279: [len(data)]} | ({338: list(extra_samples)} if extra_samples else {})
+    packed = {tag: struct.pack(f"<{len(numbers)}I", *numbers) for tag, numbers in tags.items()}
+    tail = 8 + 2 + 12 * len(tags) + 4  # where values that do not fit into the directory lie
+    outside = {tag: content for tag, content in packed.items() if len(content) > 4}
+    packed[273] = struct.pack("<I", tail + sum(map(len, outside.values())))
+    directory, place = b"", tail
+    for tag, content in packed.items():
+        directory += struct.pack("<HHI", tag, 4, len(content) // 4)
+        directory += content if tag not in outside else struct.pack("<I", place)
+        place += len(content) if tag in outside else 0
+    head = b"II*\0" + struct.pack("<IH", 8, len(tags)) + directory + bytes(4)
+    return head + b"".join(outside.values()) + data

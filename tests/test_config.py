@@ -90,11 +90,10 @@ def test_files_that_are_no_recipes(tmp_path, text, message):
 
 def test_changes_are_told_apart():
     old = RunConfig(data="a")
-    new = replace(
-        old, seed=1, loader=replace(old.loader, workers=4), evaluation=EvaluationConfig(bank=5), output="elsewhere"
-    )
+    loader = replace(old.loader, workers=4)
+    new = replace(old, seed=1, loader=loader, evaluation=EvaluationConfig(bank=5), output="elsewhere", data="a/")
     allowed, refused = changes(flatten(old), flatten(new))
-    assert set(allowed) == {"loader.workers", "evaluation.bank", "output"}
+    assert set(allowed) == {"loader.workers", "evaluation.bank", "output", "data"}
     assert refused == {"seed": (0, 1)}
     names = set(flatten(old))
     assert all(name in names or any(n.startswith(name + ".") for n in names) for name in CHANGEABLE)

@@ -4,11 +4,11 @@ import time
 import numpy as np
 import pytest
 import torch
-from image_files import coordinate_image, encoded, smooth_image
-from PIL import Image, ImageOps
+from image_files import coordinate_image, encoded, smooth_image, tiff
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ijepa_fast.data.crops import as_height_width, check_crop, eval_crop, random_box, random_resized_crop
-from ijepa_fast.data.decode import open_image
+from ijepa_fast.data.decode import bands_of, open_image
 
 RATIO = (3 / 4, 4 / 3)
 
@@ -292,12 +292,45 @@ def test_first_frame_of_an_animation():
     assert whole(data, 8)[:, 4, 4].tolist() == [200, 0, 0]
 
 
-@pytest.mark.parametrize("limit", [15 * 15, 20 * 20])
-def test_decompression_bombs_are_errors_before_decoding(limit, monkeypatch):
+@pytest.mark.parametrize("limit", [15 * 15, 24 * 24 - 1])
+def test_too_many_pixels_are_an_error_before_decoding_unless_they_are_allowed(limit, monkeypatch):
     data = encoded(smooth_image(24, 24))
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)  # beyond it Pillow warns, beyond twice it raises
-    with pytest.raises((Image.DecompressionBombWarning, Image.DecompressionBombError)):
-        reopened(data)
+    words = rf"24x24 pixels are more than loader.max_pixels \({limit}\) allows"
+    with pytest.raises(ValueError, match=words):
+        open_image(io.BytesIO(data), limit)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+    with pytest.raises(ValueError, match=words):
+        open_image(io.BytesIO(data))
+    with open_image(io.BytesIO(data), 24 * 24) as image:
+        image.load()
+    assert Image.MAX_IMAGE_PIXELS == limit
+
+
+@pytest.mark.parametrize("extra", [(), (0,), (1,), (2,)])
+@pytest.mark.parametrize("bands", [4, 5])
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_bands_of_a_tiff_beyond_the_third_change_nothing(extra, bands, dtype):
+    if bands == 5 and (not extra or dtype == np.uint16):
+        pytest.skip("Pillow refuses this one")
+    values = np.random.default_rng(0).integers(0, np.iinfo(dtype).max, (8, 8, bands), dtype, endpoint=True)
+    data = tiff(values, 2, (*extra, 0)[: bands - 3] if extra else ())
+    expected = values[..., :3] >> (8 if dtype == np.uint16 else 0)  # Pillow takes the high byte
+    assert np.array_equal(whole(data, 8).permute(1, 2, 0).numpy(), expected)
+    assert bands_of(reopened(data)) == bands
+
+
+@pytest.mark.parametrize("white_is_zero", [False, True])
+@pytest.mark.parametrize("bits", [8, 12, 16])
+def test_grey_tiff_of_any_depth_and_sense(bits, white_is_zero):
+    values = np.linspace(0, 2**bits - 1, 64).round().astype(np.uint8 if bits == 8 else np.uint16).reshape(8, 8, 1)
+    data = tiff(values, 0 if white_is_zero else 1, bits=bits)
+    if bits == 12 and white_is_zero:
+        with pytest.raises(UnidentifiedImageError):
+            whole(data, 8)
+        return
+    expected = values[..., 0].astype(float) * 255 / (2**bits - 1)
+    expected = 255 - expected if white_is_zero else expected
+    assert np.abs(whole(data, 8)[0].numpy() - expected).max() <= 0.5
 
 
 def test_an_image_in_memory_is_cropped_like_its_file():

@@ -3,11 +3,13 @@ import pickle
 
 import numpy as np
 import pytest
-from image_files import encoded, smooth_image, write_folder
+from image_files import encoded, smooth_image, tiff, write_folder
 from PIL import Image
 
 from ijepa_fast.data import ImageFolder, Source, find_split
+from ijepa_fast.data.datasets import open_sources
 from ijepa_fast.data.decode import image_extensions
+from ijepa_fast.data.survey import announce
 
 PNG = encoded(smooth_image(8, 8))
 
@@ -72,9 +74,28 @@ def test_usual_formats_open(tmp_path, file_format):
         image.load()
 
 
-def test_hidden_names_are_passed_over(tmp_path):
-    put(tmp_path, "a.png", "._a.png", ".thumbnails/a.png")
+def test_hidden_names_and_what_systems_leave_behind_are_passed_over(tmp_path):
+    put(tmp_path, "a.png", "._a.png", ".thumbnails/a.png", "__MACOSX/a.png", "lost+found/a.png", "@eaDir/a.png")
     assert names(ImageFolder(tmp_path)) == ["a.png"]
+
+
+def test_what_is_passed_over_is_counted_by_kind(tmp_path):
+    put(tmp_path, "a.png", "b.HEIC", "c.heic", "readme")
+    (tmp_path / "d.jpg").symlink_to(tmp_path / "nowhere.jpg")
+    assert ImageFolder(tmp_path).passed_over == {".heic": 2, "no extension": 1, "dangling link": 1}
+    (tmp_path / "a.png").unlink()
+    with pytest.raises(ValueError, match=r"4 other files are 2 \.heic, 1 dangling link, 1 no ext"):
+        ImageFolder(tmp_path)
+
+
+def test_class_names_are_printable(tmp_path):
+    for name in (b"caf\xe9", "th\u00e9".encode()):
+        os.mkdir(os.path.join(os.fsencode(tmp_path), name))
+        with open(os.path.join(os.fsencode(tmp_path), name, b"a.png"), "wb") as file:
+            file.write(PNG)
+    folder = ImageFolder(tmp_path)
+    assert folder.classes == ["caf\u00e9", "th\u00e9"]
+    assert ImageFolder(tmp_path, classes=folder.classes).labels.tolist() == folder.labels.tolist()
 
 
 def test_links_are_followed_but_not_in_circles(tmp_path):
@@ -155,3 +176,87 @@ def test_train_without_evaluation_is_a_split_only_if_alone(tmp_path):
 def test_test_without_train_is_no_split(tmp_path):
     put(tmp_path, "test/ant/a.png", "val/ant/a.png")
     assert find_split(tmp_path) == (tmp_path, None)
+
+
+@pytest.mark.parametrize(
+    ("files", "train", "evaluation"),
+    [
+        (["train2017/a.png", "val2017/a.png", "test2017/a.png"], "train2017", "val2017"),
+        (["training/ant/a.png", "validation/ant/a.png"], "training", "validation"),
+        (
+            ["images/train/a.png", "images/val/a.png", "labels/train/a.txt", "labels/val/a.txt"],
+            "images/train",
+            "images/val",
+        ),
+        (
+            ["Data/CLS-LOC/train/n1/a.png", "Data/CLS-LOC/val/a.png", "Annotations/CLS-LOC/train/n1/a.xml"],
+            "Data/CLS-LOC/train",
+            "Data/CLS-LOC/val",
+        ),
+        (["set/images/train_256/a.png", "set/images/val_256/a.png"], "set/images/train_256", "set/images/val_256"),
+        (["train/ant/a.png", "annotations/a.json", "__MACOSX/train/a.png"], "train", None),
+    ],
+)
+def test_splits_of_usual_layouts(tmp_path, files, train, evaluation):
+    put(tmp_path, *files)
+    assert find_split(f"{tmp_path}/") == (tmp_path / train, evaluation and tmp_path / evaluation)
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        ["train2014/a.png", "train2017/a.png", "val2017/a.png"],
+        ["cup/train/a.png", "cup/test/a.png", "pen/train/a.png", "pen/test/a.png"],
+    ],
+)
+def test_several_splits_are_not_chosen_from(tmp_path, files):
+    put(tmp_path, *files)
+    with pytest.raises(ValueError, match=r"several folders of training images .*train.*, .*train.*\): name one"):
+        find_split(tmp_path)
+
+
+@pytest.mark.parametrize("stray", ["val/a.png", "val/cat/a.png"])
+def test_test_images_without_fitting_classes_are_left_out_unless_they_are_named(tmp_path, stray, caplog):
+    put(tmp_path, "train/ant/a.png", "train/bee/a.png", "val/ant/a.png", stray)
+    assert open_sources(str(tmp_path)).test is None
+    assert "probe and final k-NN are left out" in caplog.text and "outside the classes" in caplog.text
+    with pytest.raises(ValueError, match="outside the classes"):
+        open_sources(str(tmp_path / "train"), str(tmp_path / "val"))
+
+
+def announced(caplog, root):
+    caplog.clear()
+    with caplog.at_level("INFO"):
+        announce(*open_sources(str(root)))
+    lines = [record for record in caplog.records if record.name == "ijepa_fast.data.survey"]
+    return lines[0].getMessage(), [record.getMessage() for record in lines[1:]]
+
+
+def test_one_line_says_what_is_trained_on(tmp_path, caplog):
+    put(tmp_path, "train/ant/a.png", "train/bee/a.png", "val/ant/a.png")
+    line, warnings = announced(caplog, tmp_path)
+    assert line.startswith(f"images: 2 in 2 classes below {tmp_path}/train; test images: 1 in 2 classes below ")
+    assert "PNG, 3 bands of 8 bits, values " in line and not warnings
+    put(tmp_path, *(f"train/ant/{number}.heic" for number in range(40)), "train/ant/x.txt")
+    (tmp_path / "train" / "bee" / "link.jpg").symlink_to("nowhere.jpg")
+    line, warnings = announced(caplog, tmp_path)
+    assert line.endswith("passed over: 40 .heic, 1 .txt, 1 dangling link")
+    assert "40 .heic files are not trained on" in warnings[0] and "1 links point to nothing" in warnings[1]
+
+
+def test_pixels_of_an_unusual_kind_are_announced(tmp_path, caplog):
+    rng = np.random.default_rng(0)
+    put(tmp_path / "dark", "a.png", data=encoded(Image.fromarray(rng.integers(0, 4096, (8, 8), np.uint16))))
+    line, (warning,) = announced(caplog, tmp_path / "dark")
+    assert "1 bands of 16 bits, values 0 to 15 of 255" in line and "multiply their values by 64, 16 or 4" in warning
+    put(tmp_path / "bands", "a.tif", data=tiff(rng.integers(0, 256, (8, 8, 5), np.uint8), 2, (0, 0)))
+    line, (warning,) = announced(caplog, tmp_path / "bands")
+    assert "TIFF, 5 bands of 8 bits" in line and "the first three are used" in warning
+    put(tmp_path / "broken", "a.png", data=b"no image")
+    assert announced(caplog, tmp_path / "broken") == (f"images: 1 below {tmp_path}/broken", [])
+
+
+def test_the_pixel_limit_reaches_every_source(tmp_path):
+    put(tmp_path, "train/a.png", "val/a.png")
+    with pytest.raises(ValueError, match="8x8 pixels are more than loader.max_pixels"):
+        open_sources(str(tmp_path), max_pixels=63).train.open(0)

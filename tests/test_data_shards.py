@@ -126,6 +126,39 @@ def test_the_index_is_kept_and_made_anew_when_the_shard_changes(four, cache, mon
     assert len(calls) == 2 and len(changed) == 2 and changed.fingerprint != first.fingerprint
 
 
+def test_without_a_home_there_is_no_cache(four, monkeypatch):
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr("pathlib.Path.home", no_home)
+    assert len(TarShards([str(four / "set-0.tar")])) == PER_SHARD
+
+
+def test_names_with_dots_are_told_once_with_their_reason(tmp_path):
+    image = encoded(smooth_image(8, 8))
+    dotted = [(f"photo.{number:03d}.png", image) for number in range(5)]
+    path = write_tar(tmp_path / "x.tar", [("a.png", image), *dotted, ("b.png", image), ("b.left.png", image)])
+    source = TarShards([path])
+    assert [source.describe(index).partition(": ")[2] for index in range(len(source))] == ["a.png", "b.png"]
+    assert source.damaged == {
+        path: "photo.004.png is passed over: a name ends at its first dot, so the extension is '004.png'"
+    }
+    path = write_tar(tmp_path / "y.tar", [(f"{number}.image.png", image) for number in range(5)])
+    with pytest.raises(
+        ValueError, match=r"no images in 1 shards.*\n.*: 0.image.png is .* 'image.png' .and 4 more"
+    ):
+        TarShards([path])
+
+
+def test_classes_in_words_are_told_once(tmp_path):
+    image = encoded(smooth_image(8, 8))
+    files = [member for n in range(9) for member in ((f"{n}.png", image), (f"{n}.cls", b"cat"))]
+    source = TarShards([write_tar(tmp_path / "x.tar", files)])
+    assert list(source.damaged.values()) == ["0.cls holds no class number: b'cat' (and 8 more like it)"]
+    assert len(source) == 9 and source.labels is None
+
+
 def test_a_cache_that_cannot_be_written_is_done_without(four, caplog):
     (four / "file").write_bytes(b"")
     assert len(TarShards([str(four / "set-0.tar")], cache=str(four / "file" / "below"))) == PER_SHARD
@@ -217,6 +250,10 @@ def test_patterns(four):
     wanted = [str(four / f"set-{n}.tar") for n in range(4)]
     assert expand_shards(str(four / "set-{0..3}.tar")) == expand_shards(str(four / "*.tar")) == wanted
     assert expand_shards("::".join([wanted[2], wanted[0]])) == [wanted[2], wanted[0]]
+    (four / "a[1]").mkdir()
+    shard = str((four / "set-0.tar").rename(four / "a[1]" / "set-0.tar"))
+    assert expand_shards(str(four / "a[1]" / "*.tar")) == expand_shards(shard) == [shard]
+    assert expand_shards(str(four / "set-[12].tar")) == wanted[1:3]
     assert expand_shards("http://host/{a,b}.tar") == ["http://host/a.tar", "http://host/b.tar"]
 
 

@@ -24,17 +24,18 @@ class Sources(NamedTuple):
     test: Source | None
 
 
-def open_sources(data: str | None, evaluation_data: str | None = None) -> Sources:
+def open_sources(data: str | None, evaluation_data: str | None = None, max_pixels: int | None = None) -> Sources:
     """The training and test images of a run.
 
     Args:
         data: "rendered" for the embedded set, else a folder (of one with train/ and val/ or test/, these) or tar shards
             (a path that ends in .tar, braces and "*" included, or URLs, of which classes and test images are not used).
         evaluation_data: folder or shards of labelled test images, instead of the ones found beside the training images.
+        max_pixels: see `open_image`.
 
     Raises:
-        ValueError, OSError: no data is given; as ``ImageFolder`` and ``TarShards``; or the test images have classes
-            that the training images lack.
+        ValueError, OSError: no data is given; as ``ImageFolder`` and ``TarShards``; or the images of
+            ``evaluation_data`` have classes that the training images lack (those found beside are left out).
     """
     if data is None:
         raise ValueError('no images are given: set data to a folder of images (--data PATH), or to "rendered"')
@@ -42,17 +43,22 @@ def open_sources(data: str | None, evaluation_data: str | None = None) -> Source
         from ijepa_fast.data.rendered import RenderedTextures
 
         return Sources(RenderedTextures("train"), RenderedTextures("test"))
-    train, beside = _open_training(data)
-    test = evaluation_data or beside
+    train, beside = _open_training(data, max_pixels)
     if train.labels is None:
         if evaluation_data:
             raise ValueError(f"{evaluation_data} cannot be used for evaluation: the images of {data} have no classes")
         log.info("the images of %s have no classes: k-NN and linear probe are left out", data)
         return Sources(train, None)
-    if test is None:
+    if evaluation_data:
+        return Sources(train, _open_labelled(evaluation_data, train.classes, max_pixels))
+    if beside is None:
         log.info("there are no test images beside those of %s: probe and final k-NN are left out", data)
         return Sources(train, None)
-    return Sources(train, _open_labelled(str(test), train.classes))
+    try:
+        return Sources(train, _open_labelled(str(beside), train.classes, max_pixels))
+    except ValueError as error:
+        log.warning("probe and final k-NN are left out: %s", error)
+        return Sources(train, None)
 
 
 def train_loader(source: Source, *, epoch_images: int | None, shuffle: int, **settings) -> TrainLoader | StreamLoader:
@@ -74,22 +80,22 @@ def _are_shards(data: str) -> bool:
     return names_shards(data) and not Path(data).is_dir()
 
 
-def _open_training(data: str) -> tuple[Source, Path | None]:
+def _open_training(data: str, max_pixels: int | None) -> tuple[Source, Path | None]:
     """Training images, and where test images lie beside them."""
     if not _are_shards(data):
         split = find_split(data)
-        return ImageFolder(split.train), split.evaluation
+        return ImageFolder(split.train, max_pixels=max_pixels), split.evaluation
     shards = expand_shards(data)
-    return (StreamedShards(shards) if is_remote(shards[0]) else TarShards(shards)), None
+    return (StreamedShards if is_remote(shards[0]) else TarShards)(shards, max_pixels=max_pixels), None
 
 
-def _open_labelled(data: str, classes: list[str]) -> Source:
+def _open_labelled(data: str, classes: list[str], max_pixels: int | None) -> Source:
     if not _are_shards(data):
-        return ImageFolder(data, classes=classes)
+        return ImageFolder(data, classes=classes, max_pixels=max_pixels)
     shards = expand_shards(data)
     if is_remote(shards[0]):
         raise ValueError(f"{data} cannot be used for evaluation, which reads images in any order: use local shards")
-    source = TarShards(shards, classes=classes)
+    source = TarShards(shards, classes=classes, max_pixels=max_pixels)
     if source.labels is None:
         raise ValueError(f"{data} cannot be used for evaluation: its images have no .cls")
     return source

@@ -1,17 +1,19 @@
 """From a file to RGB or grey 8-bit pixels, for everything Pillow reads.
 
 What becomes of unusual images: CMYK, YCbCr and palettes are converted to RGB; transparent ones are laid on white, as
-a viewer shows them; 16-bit grey is scaled to 8 bits (not clipped); of animations and multi-page files the first frame
-is used; colour profiles are ignored. Floating-point images and 32-bit ones beyond the 16-bit range are refused, for
-their scale is unknown. Pillow's limit on pixels (`PIL.Image.MAX_IMAGE_PIXELS`) is an error, not a warning.
+a viewer shows them; of a TIFF the first three bands (or the only one) are used, because a fourth is as often
+near-infrared as transparency, whatever its tags say; 12- and 16-bit grey is scaled to 8 bits (not clipped) and
+inverted where white is zero; of animations and multi-page files the first frame is used; colour profiles are ignored.
+Floating-point images and 32-bit ones beyond the 16-bit range are refused, for their scale is unknown, and so are
+images with more pixels than the limit.
 """
 
-import warnings
 from functools import cache
 
 import numpy as np
 from PIL import ExifTags, Image
 from PIL.JpegImagePlugin import JpegImageFile
+from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION, SAMPLESPERPIXEL, TiffImageFile
 
 # EPS starts Ghostscript on the file, WMF needs Windows; the others are containers that Pillow names but cannot decode.
 _UNREADABLE_FORMATS = frozenset({"EPS", "WMF", "BUFR", "GRIB", "HDF5", "MPEG", "IPTC"})
@@ -44,16 +46,48 @@ def image_extensions() -> frozenset[str]:
     return frozenset(extension for extension, name in Image.registered_extensions().items() if name in formats)
 
 
-def open_image(file) -> Image.Image:
+def open_image(file, max_pixels: int | None = None) -> Image.Image:
     """Open a path or binary file without decoding it.
 
+    Args:
+        file: the path or file.
+        max_pixels: width times height up to which images are taken; None for PIL.Image.MAX_IMAGE_PIXELS.
+
     Raises:
-        Exception: whatever Pillow raises for a file that is no image, and Image.DecompressionBombWarning or
-            Image.DecompressionBombError for one with more pixels than Image.MAX_IMAGE_PIXELS.
+        Exception: whatever Pillow raises for a file that is no image; ValueError for one with too many pixels.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        return Image.open(file, formats=readable_formats())
+    limit = Image.MAX_IMAGE_PIXELS
+    Image.MAX_IMAGE_PIXELS = None  # its errors cannot be told from a broken file's, and name no setting
+    try:
+        image = Image.open(file, formats=readable_formats())
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
+    limit = limit if max_pixels is None else max_pixels
+    if limit is not None and image.width * image.height > limit:
+        image.close()
+        raise ValueError(f"{image.width}x{image.height} pixels are more than loader.max_pixels ({limit}) allows")
+    if isinstance(image, TiffImageFile):
+        _keep_bands_apart(image)
+    return image
+
+
+def _keep_bands_apart(image: TiffImageFile) -> None:
+    """Have colours not divided by the band that a TIFF declares to be premultiplied transparency."""
+
+    def plain(arguments):
+        return (arguments[0].replace("RGBa", "RGBA").replace("La", "LA"), *arguments[1:])
+
+    image.tile = [
+        tile._replace(args=plain(tile.args)) if isinstance(tile.args, tuple) and tile.args else tile
+        for tile in image.tile
+    ]
+
+
+def bands_of(image: Image.Image) -> int:
+    """Number of values that the file holds for each pixel, those that are not used included."""
+    if isinstance(image, TiffImageFile):
+        return image.tag_v2.get(SAMPLESPERPIXEL, 1)
+    return len(image.getbands())
 
 
 class StoredImage:
@@ -96,7 +130,7 @@ class StoredImage:
         if reduced_decode:
             box = _decode_reduced(image, box, size)
         image.load()
-        resized = _flatten(image).resize(size, Image.Resampling.BICUBIC, box=box).convert("RGB")
+        resized = flatten(image).resize(size, Image.Resampling.BICUBIC, box=box).convert("RGB")
         turn = _TURNS.get(self._orientation)
         return resized if turn is None else resized.transpose(turn)
 
@@ -138,10 +172,13 @@ def _decode_reduced(image: Image.Image, box, size: tuple[int, int]):
     return tuple(edge * reduced_width / width for edge in box)
 
 
-def _flatten(image: Image.Image) -> Image.Image:
+def flatten(image: Image.Image) -> Image.Image:
     """The decoded image in mode L or RGB, as the module says."""
     if image.mode.startswith("I"):
         return _sixteen_to_eight_bits(image)
+    if isinstance(image, TiffImageFile) and image.mode in ("LA", "La", "RGBA"):
+        bands = image.split()
+        return Image.merge("RGB", bands[:3]) if len(bands) > 2 else bands[0]
     if image.mode == "F":
         raise ValueError("a floating-point image has no agreed range: convert it to 8 or 16 bits")
     if image.has_transparency_data:
@@ -155,8 +192,13 @@ def _flatten(image: Image.Image) -> Image.Image:
 
 
 def _sixteen_to_eight_bits(image: Image.Image) -> Image.Image:
-    """Grey 16-bit values (modes I;16 and I) scaled by 255/65535 and rounded, mode L."""
+    """Grey values of 16 bits (modes I;16 and I), or of the 12 bits that a TIFF declares, scaled and rounded, mode L."""
     values = np.asarray(image).astype(np.int64)
     if values.min() < 0 or values.max() > 65535:
         raise ValueError(f"32-bit grey image with values {values.min()} to {values.max()}: only 0 to 65535 is scaled")
-    return Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8))
+    white = 65535
+    if isinstance(image, TiffImageFile):
+        white = 4095 if image.tag_v2.get(BITSPERSAMPLE) == (12,) else white
+        if image.tag_v2.get(PHOTOMETRIC_INTERPRETATION) == 0:  # Pillow inverts up to 8 bits, and no more
+            values = white - values
+    return Image.fromarray(((values * 255 + white // 2) // white).astype(np.uint8))

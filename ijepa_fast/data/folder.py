@@ -2,8 +2,9 @@
 
 import hashlib
 import os
+import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
@@ -13,14 +14,22 @@ from PIL import Image
 
 from ijepa_fast.data.decode import image_extensions, open_image
 
-_EVALUATION_NAMES = ("val", "valid", "validation", "test")
+# Names such as train2017 and val_256. The order is that of preference.
+_SPLIT_NAME = "(?:{})(?:[-_ ]?(?:[0-9]+|set|images|data))?$"
+_TRAINING_NAMES = (re.compile(_SPLIT_NAME.format("train|training"), re.IGNORECASE),)
+_EVALUATION_NAMES = tuple(
+    re.compile(_SPLIT_NAME.format(name), re.IGNORECASE) for name in ("val", "valid|validation", "test|testing")
+)
+# What archive programs, file systems and storage devices leave beside data.
+_NOT_DATA = {"__MACOSX", "lost+found", "@eaDir", "$RECYCLE.BIN", "System Volume Information"}
+_DEEPEST_SPLIT, _MOST_FOLDERS, _MOST_FILES = 3, 20, 5000
 
 
 class ImageFolder:
     """All images below a folder, in the byte order of their relative paths. A `Source`.
 
     A file is an image if its extension, in any case, is one that Pillow reads. Links are followed, loops of links are
-    not, and names that begin with a dot are passed over.
+    not. Names that begin with a dot are passed over, and so are folders such as `__MACOSX` and `lost+found`.
 
     Where all images lie in subfolders, of which there are two or more, the first-level subfolders are the classes,
     sorted by name; folders below them belong to the class. Otherwise there are no labels.
@@ -29,21 +38,31 @@ class ImageFolder:
         root: the folder.
         class_folders: False ignores class folders.
         classes: names and order of the classes, such as those of the training folder when this is the test folder.
+        max_pixels: see `open_image`.
 
     Attributes:
         root: absolute path.
         labels: int64 [n] or None. classes: list of names or None.
+        passed_over: count of the other files by extension, "dangling link" among them.
 
     Raises:
         FileNotFoundError, NotADirectoryError: `root` is missing or no folder.
         ValueError: no images; or `classes` is given and an image lies in none of them.
     """
 
-    def __init__(self, root, *, class_folders: bool = True, classes: Sequence[str] | None = None):
+    def __init__(
+        self,
+        root,
+        *,
+        class_folders: bool = True,
+        classes: Sequence[str] | None = None,
+        max_pixels: int | None = None,
+    ):
         self.root = _existing_folder(root)
-        paths, others = _scan(self.root)
+        self._max_pixels = max_pixels
+        paths, self.passed_over = _scan(self.root)
         if not paths:
-            raise ValueError(f"no images below {self.root}: {_seen(others)}")
+            raise ValueError(f"no images below {self.root}: {_seen(self.passed_over)}")
         self._paths = PackedStrings(os.fsencode(path) for path in sorted(paths, key=os.fsencode))
         self.labels: np.ndarray | None = None
         self.classes: list[str] | None = None
@@ -51,7 +70,7 @@ class ImageFolder:
             self._label(classes)
 
     def _label(self, wanted: Sequence[str] | None) -> None:
-        folders = [path.partition("/")[0] if "/" in path else None for path in self._relative_paths()]
+        folders = [_printable(path.partition("/")[0]) if "/" in path else None for path in self._relative_paths()]
         found = set(folders)
         if wanted is None:
             if None in found or len(found) < 2:
@@ -78,7 +97,7 @@ class ImageFolder:
 
     def open(self, index: int) -> Image.Image:
         """The image, not decoded yet. To be used as a context manager, which closes the file."""
-        return open_image(self.path(index))
+        return open_image(self.path(index), self._max_pixels)
 
     def describe(self, index: int) -> str:
         return self.path(index)
@@ -103,18 +122,64 @@ class Splits(NamedTuple):
 
 
 def find_split(root) -> Splits:
-    """The train and val (valid, validation, test: the first of these that exists) folders of an image set.
+    """The folders of training and of evaluation images of an image set.
 
-    A folder without both is all training data, unless `train` is the only thing in it: `train` alone beside others
+    They are called train or training, and val, valid, validation or test (the first of these that exists), in any case
+    and with a number or such behind: train2017, val_256. They may lie deeper, as in images/ or Data/CLS-LOC/. A folder
+    without both is all training data, unless `train` is the only folder in it that holds images: `train` beside others
     may be a class.
+
+    Raises:
+        ValueError: there are several to choose from.
     """
     root = _existing_folder(root)
-    folders = {entry.name.lower(): Path(entry.path) for entry in _visible_entries(root) if entry.is_dir()}
-    train = folders.pop("train", None)
-    evaluation = next((folders[name] for name in _EVALUATION_NAMES if name in folders), None)
-    if train is None or (evaluation is None and folders):
-        return Splits(root, None)
-    return Splits(train, evaluation)
+    pairs = list(_pairs(root, _DEEPEST_SPLIT))
+    if len(pairs) > 1:
+        names = ", ".join(sorted(str(pair.train.relative_to(root)) for pair in pairs)[:5])
+        raise ValueError(
+            f"{root} holds several folders of training images beside test images ({names}): name one of them as data, "
+            "and its test images as evaluation.data"
+        )
+    if pairs:
+        return pairs[0]
+    folders = _folders(root)
+    trains = _called(folders, _TRAINING_NAMES)
+    if len(trains) == 1 and not any(_holds_images(folder) for folder in folders if folder not in trains):
+        return Splits(trains[0], None)
+    return Splits(root, None)
+
+
+def _pairs(folder: Path, depth: int) -> Iterator[Splits]:
+    """Training and evaluation folders beside each other in this folder, or else below it."""
+    folders = _folders(folder)
+    trains = [train for train in _called(folders, _TRAINING_NAMES) if _holds_images(train)]
+    evaluation = next(iter(_called(folders, _EVALUATION_NAMES)), None)
+    if trains and evaluation:
+        yield from (Splits(train, evaluation) for train in trains)
+    elif depth > 1 and len(folders) <= _MOST_FOLDERS:  # more are classes
+        for below in folders:
+            yield from _pairs(below, depth - 1)
+
+
+def _folders(folder: Path) -> list[Path]:
+    return sorted(Path(entry.path) for entry in _visible_entries(folder) if entry.is_dir())
+
+
+def _called(folders: list[Path], names: Iterable[re.Pattern]) -> list[Path]:
+    return [folder for name in names for folder in folders if name.match(folder.name)]
+
+
+def _holds_images(folder: Path) -> bool:
+    """Whether one of the first files below the folder is an image, so that trees of annotations are told apart."""
+    extensions, seen = image_extensions(), 0
+    for _, below, files in os.walk(folder, followlinks=True):
+        below[:] = [name for name in below if _is_visible(name)]
+        if any(os.path.splitext(name)[1].lower() in extensions for name in files if _is_visible(name)):
+            return True
+        seen += len(files)
+        if seen > _MOST_FILES:
+            break
+    return False
 
 
 class PackedStrings:
@@ -145,9 +210,18 @@ def _existing_folder(root) -> Path:
     return path.resolve()
 
 
+def _is_visible(name: str) -> bool:
+    return not name.startswith(".") and name not in _NOT_DATA
+
+
 def _visible_entries(folder) -> list[os.DirEntry]:
     with os.scandir(folder) as entries:
-        return [entry for entry in entries if not entry.name.startswith(".")]
+        return [entry for entry in entries if _is_visible(entry.name)]
+
+
+def _printable(name: str) -> str:
+    """The name with bytes that are not UTF-8 read as Latin-1: no picture or page can show them otherwise."""
+    return name if name.isprintable() else os.fsencode(name).decode("latin-1")
 
 
 def _scan(root: Path) -> tuple[list[str], Counter]:
@@ -166,6 +240,8 @@ def _scan(root: Path) -> tuple[list[str], Counter]:
             extension = os.path.splitext(entry.name)[1].lower()
             if extension in extensions and entry.is_file():
                 images.append(prefix + entry.name)
+            elif entry.is_symlink() and not os.path.exists(entry.path):
+                others["dangling link"] += 1
             else:
                 others[extension or "no extension"] += 1
     return images, others
@@ -177,7 +253,10 @@ def _identity(folder) -> tuple[int, int]:
 
 
 def _seen(others: Counter) -> str:
-    if not others:
-        return "it holds no files"
-    kinds = ", ".join(f"{count} {extension}" for extension, count in others.most_common(5))
-    return f"its {others.total()} other files are {kinds}{', ...' if len(others) > 5 else ''}"
+    return f"its {others.total()} other files are {kinds(others)}" if others else "it holds no files"
+
+
+def kinds(counts: Counter) -> str:
+    """The most frequent kinds of files with their numbers, as words."""
+    named = [f"{count} {kind}{'s' * (kind == 'dangling link' and count > 1)}" for kind, count in counts.most_common(5)]
+    return ", ".join([*named, "..."] if len(counts) > 5 else named)

@@ -24,7 +24,7 @@ from ijepa_fast.data.tar import UNLABELLED, Damage, read_samples
 
 log = logging.getLogger(__name__)
 
-_INDEX_FORMAT = 1
+_INDEX_FORMAT = 2
 _REMOTE = re.compile(r"^(pipe:|[A-Za-z][A-Za-z0-9+.-]*://)")
 _TAR = re.compile(r"\.(tar|tgz|tar\.[a-z0-9]+)$", re.IGNORECASE)
 
@@ -60,7 +60,9 @@ def expand_shards(data: str) -> list[str]:
             shards.append(url)
             continue
         path = str(Path(url).expanduser().absolute())
-        found = sorted(glob.glob(path)) if glob.has_magic(path) and not os.path.exists(path) else [path]
+        found = [path]
+        if glob.has_magic(path) and not os.path.exists(path):  # brackets may be a pattern or part of a name
+            found = sorted(glob.glob(path) or glob.glob(path.replace("[", "[[]")))
         if not found:
             raise ValueError(f"no shard fits the pattern {url}")
         if missing := [name for name in found if not os.path.isfile(name)]:
@@ -83,7 +85,8 @@ class TarShards:
     Args:
         shards: paths of plain (not compressed) tar files.
         classes: names of the classes, such as those of the training shards when these are the test shards.
-        cache: folder for the index; by default ``ijepa_fast/shards`` in $XDG_CACHE_HOME or ~/.cache.
+        cache: folder for the index; by default ``ijepa_fast/shards`` in $XDG_CACHE_HOME or ~/.cache, if there is one.
+        max_pixels: see `open_image`.
 
     Attributes:
         labels: int64 [n], from ``.cls`` members, -1 where an image has none; None where no image has one.
@@ -95,7 +98,15 @@ class TarShards:
         OSError: a shard cannot be read at all.
     """
 
-    def __init__(self, shards: Sequence[str], *, classes: Sequence[str] | None = None, cache: str | None = None):
+    def __init__(
+        self,
+        shards: Sequence[str],
+        *,
+        classes: Sequence[str] | None = None,
+        cache: str | None = None,
+        max_pixels: int | None = None,
+    ):
+        self._max_pixels = max_pixels
         folder = Path(cache) if cache is not None else _default_cache()
         self.shards = [str(shard) for shard in shards]
         indexes = [_index_of(shard, folder) for shard in self.shards]
@@ -134,7 +145,7 @@ class TarShards:
             content = file.read(self._sizes[index])
         if len(content) < self._sizes[index]:
             raise EOFError(f"the shard ends within {self.describe(index)}")
-        return open_image(io.BytesIO(content))
+        return open_image(io.BytesIO(content), self._max_pixels)
 
     def describe(self, index: int) -> str:
         return f"{self._shard_of(index)}: {os.fsdecode(self._names[index])}"
@@ -165,13 +176,18 @@ class _Index(NamedTuple):
     damage: list[str]
 
 
-def _default_cache() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+def _default_cache() -> Path | None:
+    try:
+        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    except RuntimeError:  # there is no HOME, and the user is unknown to the system
+        return None
     return Path(base, "ijepa_fast", "shards")
 
 
-def _index_of(shard: str, cache: Path) -> _Index:
-    """From the cache, or else from the shard itself."""
+def _index_of(shard: str, cache: Path | None) -> _Index:
+    """The index from the cache, or else from the shard itself."""
+    if cache is None:
+        return _build_index(shard)
     status = os.stat(shard)
     identity = f"{_INDEX_FORMAT} {os.path.realpath(shard)} {status.st_size} {status.st_mtime_ns}"
     path = cache / f"{hashlib.sha256(os.fsencode(identity)).hexdigest()[:40]}.npz"

@@ -40,13 +40,14 @@ class StreamedShards:
 
     Args:
         shards: URLs, or "pipe:" with a command whose output is a tar.
+        max_pixels: see `open_image`.
     """
 
     labels = None
     classes = None
 
-    def __init__(self, shards: Sequence[str]):
-        self.shards = list(shards)
+    def __init__(self, shards: Sequence[str], *, max_pixels: int | None = None):
+        self.shards, self.max_pixels = list(shards), max_pixels
         self.fingerprint = f"stream:{len(shards)}:{hashlib.sha256(' '.join(shards).encode()).hexdigest()[:32]}"
 
     def __len__(self) -> int:
@@ -56,7 +57,7 @@ class StreamedShards:
         return f"StreamedShards({len(self.shards)} shards from {self.shards[0]!r})"
 
     def open(self, index: int) -> Image.Image:
-        return open_image(io.BytesIO(self._preview[index].content))
+        return open_image(io.BytesIO(self._preview[index].content), self.max_pixels)
 
     def describe(self, index: int) -> str:
         return self._preview[index].name
@@ -168,7 +169,7 @@ class StreamLoader:
         self.steps_per_epoch = steps_per_epoch(epoch_images, global_batch)
         crop = {"size": as_height_width(image_size), "scale": tuple(scale), "ratio": tuple(ratio), "flip": flip}
         self._batches = _StreamBatches(
-            source.shards,
+            source,
             seed,
             rank,
             world_size,
@@ -204,8 +205,9 @@ class StreamLoader:
 class _StreamBatches(IterableDataset):
     """Whole batches of one rank, in a worker."""
 
-    def __init__(self, shards, seed, rank, world_size, batch, shuffle, crop, start_step, num_steps):
-        self._shards, self._seed, self._rank, self._world_size = shards, seed, rank, world_size
+    def __init__(self, source, seed, rank, world_size, batch, shuffle, crop, start_step, num_steps):
+        self._shards, self._max_pixels = source.shards, source.max_pixels
+        self._seed, self._rank, self._world_size = seed, rank, world_size
         self._batch, self._shuffle, self._crop = batch, shuffle, crop
         self._start, self._stop = start_step, None if num_steps is None else start_step + num_steps
 
@@ -277,5 +279,5 @@ class _StreamBatches(IterableDataset):
         return Batch(images, shared(torch.from_numpy(labels)), shared(torch.from_numpy(indices)), told)
 
     def _crop_of(self, sample: Sample, reader: int, index: int, view: int) -> torch.Tensor:
-        with open_image(io.BytesIO(sample.content)) as image:
+        with open_image(io.BytesIO(sample.content), self._max_pixels) as image:
             return random_resized_crop(image, seed=self._seed, epoch=reader, index=index, view=view, **self._crop)

@@ -2,7 +2,8 @@
 
 A sample is what consecutive members with one key have in common, the key being a name up to the first dot of its last
 part: ``a/0001.jpg`` and ``a/0001.cls`` are one sample. It needs a member with an image's extension; its class is the
-whole number in its ``.cls``, if it has one.
+whole number in its ``.cls``, if it has one. A sample whose only image has a dot in its name (``a/0001.left.jpg``, with
+the extension ``left.jpg``) is passed over and told as damage, and so are classes in words.
 
 Python's tarfile takes a damaged header behind the first for the end of the archive, in silence; hence a reader that
 looks for the next header and says what it passed over. The format: POSIX.1-2017, pax, "ustar Interchange Format".
@@ -10,6 +11,7 @@ looks for the next header and says what it passed over. The format: POSIX.1-2017
 
 from __future__ import annotations
 
+import os
 import re
 import tarfile
 from collections.abc import Callable, Iterator
@@ -59,28 +61,39 @@ def read_samples(file: BinaryIO, contents: bool) -> Iterator[Sample | Damage]:
     def wanted(name: str, size: int) -> bool:
         return (contents and is_image(name)) or (name.lower().endswith(".cls") and size <= _MOST_CLS_BYTES)
 
-    current, image, label = None, None, UNLABELLED
+    current, image, dotted, label = None, None, None, UNLABELLED
+    passed_over: list[str] = []
+    classless: list[str] = []
     for found in read_members(file, wanted):
         if isinstance(found, Damage):
             yield found
             continue
         key, extension = base_plus_ext(found.name)
-        if key is None or _META.match(found.name):
+        if key is None or _META.match(found.name) or os.path.basename(found.name).startswith("."):
             continue
         if key != current:
             if image is not None:
                 yield Sample(*image, label)
-            current, image, label = key, None, UNLABELLED
+            elif dotted is not None:
+                passed_over.append(dotted)
+            current, image, dotted, label = key, None, None, UNLABELLED
         if extension.lower() == "cls":
             number = (found.content or b"").strip()
             if number.isdigit() and len(number) < 10:
                 label = int(number)
             else:
-                yield Damage(f"{found.name} holds no class number: {number[:20]!r}")
-        elif image is None and is_image(found.name):
-            image = found
+                classless.append(f"{found.name} holds no class number: {number[:20]!r}")
+        elif is_image(found.name):
+            image = image or found
+        elif os.path.splitext(found.name)[1].lower() in extensions:
+            dotted = f"{found.name} is passed over: a name ends at its first dot, so the extension is {extension!r}"
     if image is not None:
         yield Sample(*image, label)
+    elif dotted is not None:
+        passed_over.append(dotted)
+    for told in (passed_over, classless):
+        if told:
+            yield Damage(told[0] + (f" (and {len(told) - 1} more like it)" if len(told) > 1 else ""))
 
 
 def read_members(file: BinaryIO, wanted: Callable[[str, int], bool]) -> Iterator[Member | Damage]:

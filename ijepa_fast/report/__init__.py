@@ -58,7 +58,7 @@ def write_report(
         for row, column in patches:
             if not (0 <= row < side and 0 <= column < side):
                 raise ValueError(f"patch {row},{column} is outside the {side} x {side} grid (rows, columns from 0)")
-        sources = attempt(open_sources, config.value.data, config.value.evaluation.data)
+        sources = attempt(open_sources, config.value.data, config.value.evaluation.data, config.value.loader.max_pixels)
     pictures = all_pictures(run, trained, sources, config, images=images, patches=patches, candidates=candidates)
     warnings = findings(run)
     if trained.value and sources.value and trained.value.data != sources.value.train.fingerprint:
