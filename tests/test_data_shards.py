@@ -145,9 +145,7 @@ def test_names_with_dots_are_told_once_with_their_reason(tmp_path):
         path: "photo.004.png is passed over: a name ends at its first dot, so the extension is '004.png'"
     }
     path = write_tar(tmp_path / "y.tar", [(f"{number}.image.png", image) for number in range(5)])
-    with pytest.raises(
-        ValueError, match=r"no images in 1 shards.*\n.*: 0.image.png is .* 'image.png' .and 4 more"
-    ):
+    with pytest.raises(ValueError, match=r"no images in 1 shards.*\n.*: 0.image.png is .* 'image.png' .and 4 more"):
         TarShards([path])
 
 

@@ -8,6 +8,9 @@ Floating-point images and 32-bit ones beyond the 16-bit range are refused, for t
 images with more pixels than the limit.
 """
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 
 import numpy as np
@@ -69,6 +72,14 @@ def open_image(file, max_pixels: int | None = None) -> Image.Image:
     if isinstance(image, TiffImageFile):
         _keep_bands_apart(image)
     return image
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Without Pillow's warnings, of which a damaged EXIF block alone gives several; what cannot be decoded raises."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def _keep_bands_apart(image: TiffImageFile) -> None:

@@ -21,6 +21,7 @@ from ijepa_fast.data.crops import (
     eval_crop,
     random_resized_crop,
 )
+from ijepa_fast.data.decode import quietly
 from ijepa_fast.data.order import sample_indices, steps_per_epoch
 from ijepa_fast.data.source import Source, warn_once
 from ijepa_fast.data.workers import (
@@ -288,7 +289,7 @@ class _EvalSamples(Dataset):
 def _decode(source: Source, index: int, crop, options: dict, failures: list) -> Tensor | None:
     """The crop of image `index`, or None and one more entry in `failures`."""
     try:
-        with source.open(index) as image:
+        with quietly(), source.open(index) as image:
             return crop(image, **options)
     except Exception as error:  # damaged files make decoders raise nearly anything
         message = str(error).partition("\n")[0][:200]

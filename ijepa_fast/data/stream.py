@@ -23,7 +23,7 @@ from PIL import Image
 from torch.utils.data import IterableDataset, get_worker_info
 
 from ijepa_fast.data.crops import ASPECT_RATIO, OFFICIAL_SCALE, as_height_width, check_crop, random_resized_crop
-from ijepa_fast.data.decode import open_image
+from ijepa_fast.data.decode import open_image, quietly
 from ijepa_fast.data.loader import BadFilesError, Batch
 from ijepa_fast.data.order import epoch_permutation, steps_per_epoch
 from ijepa_fast.data.tar import Damage, Sample, read_samples
@@ -279,5 +279,5 @@ class _StreamBatches(IterableDataset):
         return Batch(images, shared(torch.from_numpy(labels)), shared(torch.from_numpy(indices)), told)
 
     def _crop_of(self, sample: Sample, reader: int, index: int, view: int) -> torch.Tensor:
-        with open_image(io.BytesIO(sample.content), self._max_pixels) as image:
+        with quietly(), open_image(io.BytesIO(sample.content), self._max_pixels) as image:
             return random_resized_crop(image, seed=self._seed, epoch=reader, index=index, view=view, **self._crop)

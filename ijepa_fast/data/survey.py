@@ -7,7 +7,7 @@ from collections import Counter
 
 import numpy as np
 
-from ijepa_fast.data.decode import bands_of, flatten
+from ijepa_fast.data.decode import bands_of, flatten, quietly
 from ijepa_fast.data.folder import kinds
 from ijepa_fast.data.source import Source
 from ijepa_fast.data.stream import StreamedShards
@@ -82,7 +82,7 @@ def _listed(values: tuple) -> str:
 def _look(source: Source, index: int) -> tuple[str, int, int, int, int] | None:
     """Format, bands, bits per value, lowest and highest value (of 255) of an image; None if it cannot be decoded."""
     try:
-        with source.open(index) as image:
+        with quietly(), source.open(index) as image:
             bands, file_format = bands_of(image), image.format or "images in memory"
             image.draft("RGB", (512, 512))
             bits = 16 if image.mode.startswith("I") or ";16" in str(image.tile) else 8
