@@ -25,9 +25,9 @@ struct Outputs {
 
   Outputs(const ijepa::Batch& batch, const ijepa::Rows& rows, const Tensor& like)
       : context(ints(like, rows.context)),
-        context_cu_seqlens(ints(like, batch.num_images * batch.plan.num_contexts + 1)),
+        context_cu_seqlens(ints(like, batch.num_masks * batch.plan.num_contexts + 1)),
         targets(ints(like, rows.targets)),
-        target_cu_seqlens(ints(like, batch.num_images * batch.plan.num_targets + 1)) {}
+        target_cu_seqlens(ints(like, batch.num_masks * batch.plan.num_targets + 1)) {}
 
   ijepa::Packed pointers() const {
     return {context.mutable_data_ptr<int32_t>(), context_cu_seqlens.mutable_data_ptr<int32_t>(),
@@ -54,9 +54,9 @@ ijepa::Batch read_batch(const Tensor& seed, const Tensor& step, int64_t first_im
                         const std::vector<int64_t>& plan) {
   check_scalar(seed, "seed");
   check_scalar(step, "step");
-  const ijepa::Batch batch{ijepa::read_plan(plan.data(), plan.size()), first_image, num_images};
-  ijepa::check_images(batch.plan, first_image, num_images);
-  return batch;
+  const ijepa::Plan read = ijepa::read_plan(plan.data(), plan.size());
+  ijepa::check_images(read, first_image, num_images);
+  return {read, first_image, num_images * read.per_image};
 }
 
 // The rows that a device needs to be told, since it cannot be asked.
@@ -74,10 +74,10 @@ struct Drawn {
   ijepa::Rows tokens;
 
   Drawn(const ijepa::Batch& batch, const Tensor& seed, const Tensor& step)
-      : memory(torch::stable::new_empty(seed, {workspace.lay_out(batch.plan, batch.num_images, 0)}, ScalarType::Byte)) {
-    workspace.lay_out(batch.plan, batch.num_images, reinterpret_cast<uintptr_t>(memory.mutable_data_ptr()));
+      : memory(torch::stable::new_empty(seed, {workspace.lay_out(batch.plan, batch.num_masks, 0)}, ScalarType::Byte)) {
+    workspace.lay_out(batch.plan, batch.num_masks, reinterpret_cast<uintptr_t>(memory.mutable_data_ptr()));
     ijepa::draw_on_cpu(batch, *seed.const_data_ptr<int64_t>(), *step.const_data_ptr<int64_t>(), workspace);
-    tokens = {workspace.context_starts[batch.num_images], workspace.target_starts[batch.num_images]};
+    tokens = {workspace.context_starts[batch.num_masks], workspace.target_starts[batch.num_masks]};
   }
 };
 
@@ -130,11 +130,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> block_masks_cuda(const Tensor& seed, 
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
 
   ijepa::Workspace workspace;
-  const int64_t drawn_bytes = workspace.lay_out(batch.plan, num_images, 0);
-  const int64_t scratch_bytes = num_images * batch.plan.scratch_words * static_cast<int64_t>(sizeof(uint32_t));
+  const int64_t drawn_bytes = workspace.lay_out(batch.plan, batch.num_masks, 0);
+  const int64_t scratch_bytes = batch.num_masks * batch.plan.scratch_words * static_cast<int64_t>(sizeof(uint32_t));
   const Tensor memory = torch::stable::new_empty(seed, {drawn_bytes + scratch_bytes}, ScalarType::Byte);
   char* const base = static_cast<char*>(memory.mutable_data_ptr());
-  workspace.lay_out(batch.plan, num_images, reinterpret_cast<uintptr_t>(base));
+  workspace.lay_out(batch.plan, batch.num_masks, reinterpret_cast<uintptr_t>(base));
 
   const Outputs outputs(batch, rows, seed);
   const char* error = ijepa::launch_on_cuda(

@@ -1,7 +1,7 @@
-// Masks of one image, drawn by a team of lanes (team.h), to the bit as ijepa_fast/masks/sampling.py defines them. Choices
+// One mask of an image, drawn by a team of lanes (team.h), to the bit as ijepa_fast/masks/sampling.py defines it. Choices
 // depend on integers only.
 //
-// Legend: B images, H x W patch grid, N = H * W patches, C context and M target blocks per image. A set of patches is
+// Legend: B masks, H x W patch grid, N = H * W patches, C context and M target blocks per mask. A set of patches is
 // held as words of 32 columns: word row * words_per_row + s has the columns from 32 * s on.
 //
 // Loops over words give each to one lane (for_own_words), always the same one, which can read without a sync what it
@@ -123,11 +123,11 @@ IJEPA_FN Block place(const Plan& plan, const Size& size, const Words& words) {
           static_cast<int>(below(words.w1, plan.max_width + 1 - size.width)), size.height, size.width};
 }
 
-// ---- One image
+// ---- One mask
 
-// Where one image's masks go: the image's part of a Workspace, and scratch.
-struct Image {
-  uint32_t index;  // in the global batch
+// Where one mask goes: its part of a Workspace, and scratch.
+struct Mask {
+  uint32_t index;  // of its image in the global batch
   Block* targets;
   int32_t* context_lengths;
   int32_t* target_lengths;
@@ -138,10 +138,10 @@ struct Image {
   IJEPA_FN uint32_t* hidden() const { return scratch; }
 };
 
-IJEPA_FN Image image_of(const Plan& plan, const Workspace& workspace, int64_t b, uint32_t first_image,
-                        uint32_t* scratch) {
+IJEPA_FN Mask mask_of(const Plan& plan, const Workspace& workspace, int64_t b, uint32_t first_image,
+                      uint32_t* scratch) {
   const int64_t first_block = b * plan.num_targets, first_context = b * plan.num_contexts;
-  return {first_image + static_cast<uint32_t>(b),
+  return {first_image + static_cast<uint32_t>(b / plan.per_image),
           workspace.targets + first_block,
           workspace.context_lengths + first_context,
           workspace.target_lengths + first_block,
@@ -178,12 +178,12 @@ IJEPA_FN Threshold find_threshold(Team& team, const uint32_t* keys, int num_keys
 // The keys are the words of draws block << 16 | n / 4. Syncs before it reads words and after it wrote them.
 template <class Team, class Candidates, class Taken>
 IJEPA_FN void select_smallest(Team& team, const Plan& plan, const RandomSource& source, Stream stream,
-                              const Image& image, int block, int count, Candidates candidates, Taken taken,
+                              const Mask& mask, int block, int count, Candidates candidates, Taken taken,
                               uint32_t* selected) {
-  uint32_t* const keys = image.scratch + plan.num_words;
+  uint32_t* const keys = mask.scratch + plan.num_words;
   for (int call = team.lane(); 4 * call < plan.num_patches; call += team.size()) {
     const uint32_t draw = static_cast<uint32_t>(block) << kBlockShift | static_cast<uint32_t>(call);
-    const Words words = random_words(source, stream, image.index, draw);
+    const Words words = random_words(source, stream, mask.index, draw);
     const int n = 4 * call, left = plan.num_patches - n;
     keys[n] = words.w0;
     if (left > 1) keys[n + 1] = words.w1;
@@ -213,12 +213,12 @@ IJEPA_FN void select_smallest(Team& team, const Plan& plan, const RandomSource& 
 
 template <class Team>
 IJEPA_FN int place_targets(Team& team, const Plan& plan, const RandomSource& source, const StepSizes& sizes,
-                           const Image& image) {
+                           const Mask& mask) {
   int tokens = 0;
   for (int m = team.lane(); m < plan.num_targets; m += team.size()) {
-    const Size size = target_size(plan, source, sizes, image.index, m);
-    image.targets[m] = place(plan, size, random_words(source, Stream::mask_position, image.index, m));
-    image.target_lengths[m] = size.height * size.width;
+    const Size size = target_size(plan, source, sizes, mask.index, m);
+    mask.targets[m] = place(plan, size, random_words(source, Stream::mask_position, mask.index, m));
+    mask.target_lengths[m] = size.height * size.width;
     tokens += size.height * size.width;
   }
   team.sync();
@@ -227,8 +227,8 @@ IJEPA_FN int place_targets(Team& team, const Plan& plan, const RandomSource& sou
 
 // The quadrants that are not the context.
 template <class Team>
-IJEPA_FN int place_quadrants(Team& team, const Plan& plan, const RandomSource& source, const Image& image) {
-  const int context = below(random_words(source, Stream::mask_context_position, image.index, 0).w0, 4);
+IJEPA_FN int place_quadrants(Team& team, const Plan& plan, const RandomSource& source, const Mask& mask) {
+  const int context = below(random_words(source, Stream::mask_context_position, mask.index, 0).w0, 4);
   const int row = plan.height / 2, column = plan.width / 2;
   int tokens = 0;
   for (int m = team.lane(); m < 3; m += team.size()) {
@@ -236,8 +236,8 @@ IJEPA_FN int place_quadrants(Team& team, const Plan& plan, const RandomSource& s
     const bool lower = quadrant >= 2, right = quadrant % 2;
     const Block block{lower ? row : 0, right ? column : 0, lower ? plan.height - row : row,
                       right ? plan.width - column : column};
-    image.targets[m] = block;
-    image.target_lengths[m] = block.height * block.width;
+    mask.targets[m] = block;
+    mask.target_lengths[m] = block.height * block.width;
     tokens += block.height * block.width;
   }
   team.sync();
@@ -246,14 +246,14 @@ IJEPA_FN int place_quadrants(Team& team, const Plan& plan, const RandomSource& s
 
 template <class Team>
 IJEPA_FN int scatter_targets(Team& team, const Plan& plan, const RandomSource& source, const StepSizes& sizes,
-                             const Image& image) {
+                             const Mask& mask) {
   int tokens = 0;
   for (int m = 0; m < plan.num_targets; ++m) {
-    const int area = target_size(plan, source, sizes, image.index, m).area;
+    const int area = target_size(plan, source, sizes, mask.index, m).area;
     select_smallest(
-        team, plan, source, Stream::mask_position, image, m, area, [](int, int) { return UINT32_MAX; },
-        [](int, int) { return 0u; }, image.target_words + static_cast<int64_t>(m) * plan.num_words);
-    if (team.lane() == 0) image.target_lengths[m] = area;
+        team, plan, source, Stream::mask_position, mask, m, area, [](int, int) { return UINT32_MAX; },
+        [](int, int) { return 0u; }, mask.target_words + static_cast<int64_t>(m) * plan.num_words);
+    if (team.lane() == 0) mask.target_lengths[m] = area;
     tokens += area;
   }
   return tokens;
@@ -261,14 +261,14 @@ IJEPA_FN int scatter_targets(Team& team, const Plan& plan, const RandomSource& s
 
 // hidden = the patches of the first `counting` targets.
 template <class Team>
-IJEPA_FN void hide_targets(Team& team, const Plan& plan, const Image& image, int counting) {
+IJEPA_FN void hide_targets(Team& team, const Plan& plan, const Mask& mask, int counting) {
   for_own_words(team, plan, [&](int word, int row, int first) {
     uint32_t bits = 0;
     for (int m = 0; m < counting; ++m) {
-      bits |= plan.strategy == Strategy::random ? image.target_words[static_cast<int64_t>(m) * plan.num_words + word]
-                                                : block_bits(image.targets[m], row, first);
+      bits |= plan.strategy == Strategy::random ? mask.target_words[static_cast<int64_t>(m) * plan.num_words + word]
+                                                : block_bits(mask.targets[m], row, first);
     }
-    image.hidden()[word] = bits;
+    mask.hidden()[word] = bits;
   });
 }
 
@@ -287,19 +287,19 @@ IJEPA_FN int look(Team& team, const Plan& plan, const Block& block, const uint32
 // The first acceptable place of context block c, or the best: what is seen from there, and how many patches that is.
 template <class Team>
 IJEPA_FN int place_context(Team& team, const Plan& plan, const RandomSource& source, const StepSizes& sizes,
-                           const Image& image, int c, uint32_t* seen) {
-  const Size size = context_size(plan, source, sizes, image.index, c);
+                           const Mask& mask, int c, uint32_t* seen) {
+  const Size size = context_size(plan, source, sizes, mask.index, c);
   const auto look_from = [&](int attempt) {
     const uint32_t draw = static_cast<uint32_t>(c) << kBlockShift | static_cast<uint32_t>(attempt);
-    const Block block = place(plan, size, random_words(source, Stream::mask_context_position, image.index, draw));
-    return look(team, plan, block, image.hidden(), seen);
+    const Block block = place(plan, size, random_words(source, Stream::mask_context_position, mask.index, draw));
+    return look(team, plan, block, mask.hidden(), seen);
   };
   const int last =
       plan.context == ContextMode::fixed ? kAttemptsPerLevel - 1 : kAttemptsPerLevel * plan.last_level;
   int best = 0, most = -1;
   for (int attempt = 0; attempt <= last; ++attempt) {
     if (attempt > 0 && attempt % kAttemptsPerLevel == 0) {
-      hide_targets(team, plan, image, plan.num_targets - attempt / kAttemptsPerLevel);
+      hide_targets(team, plan, mask, plan.num_targets - attempt / kAttemptsPerLevel);
     }
     const int count = look_from(attempt);
     if (count >= plan.needed) return count;
@@ -314,9 +314,9 @@ IJEPA_FN int place_context(Team& team, const Plan& plan, const RandomSource& sou
 // context = fixed_count patches, chosen by (class, key, n): of `count` seen first, then of those neither seen nor
 // hidden, then of the hidden.
 template <class Team>
-IJEPA_FN void choose_subset(Team& team, const Plan& plan, const RandomSource& source, const Image& image, int c,
+IJEPA_FN void choose_subset(Team& team, const Plan& plan, const RandomSource& source, const Mask& mask, int c,
                             int count, uint32_t* context) {
-  const auto hidden_in = [&](int word) { return plan.allow_overlap ? 0u : image.hidden()[word]; };
+  const auto hidden_in = [&](int word) { return plan.allow_overlap ? 0u : mask.hidden()[word]; };
   int others = 0;
   for_own_words(team, plan, [&](int word, int, int first) {
     others += count_bits(~(context[word] | hidden_in(word)) & column_bits(0, plan.width, first));
@@ -342,40 +342,43 @@ IJEPA_FN void choose_subset(Team& team, const Plan& plan, const RandomSource& so
     const uint32_t before = last_class == 0 ? 0 : last_class == 1 ? seen : seen | ~hidden;
     return before & column_bits(0, columns, 0);
   };
-  select_smallest(team, plan, source, Stream::mask_subset, image, c, wanted, candidates, taken, context);
+  select_smallest(team, plan, source, Stream::mask_subset, mask, c, wanted, candidates, taken, context);
 }
 
 // context = every patch outside all targets; their number.
 template <class Team>
-IJEPA_FN int see_the_rest(Team& team, const Plan& plan, const Image& image, uint32_t* context) {
+IJEPA_FN int see_the_rest(Team& team, const Plan& plan, const Mask& mask, uint32_t* context) {
   int count = 0;
   for_own_words(team, plan, [&](int word, int, int first) {
-    const uint32_t bits = ~image.hidden()[word] & column_bits(0, plan.width, first);
+    const uint32_t bits = ~mask.hidden()[word] & column_bits(0, plan.width, first);
     context[word] = bits;
     count += count_bits(bits);
   });
   return team.sum(count);
 }
 
-// Draws image b: blocks, words and lengths, and into context_starts, target_starts and context_limits its own numbers.
+// Draws mask b: blocks, words and lengths, and into context_starts, target_starts and context_limits its own numbers.
+// `batch_source` has 0 for the number of the mask, as `sizes`, which all masks share, were drawn with.
 template <class Team>
-IJEPA_FN void draw_image(Team& team, const Plan& plan, const RandomSource& source, const StepSizes& sizes,
-                         const Workspace& workspace, int64_t b, uint32_t first_image, uint32_t* scratch) {
-  const Image image = image_of(plan, workspace, b, first_image, scratch);
-  const int target_tokens = plan.strategy == Strategy::random       ? scatter_targets(team, plan, source, sizes, image)
-                            : plan.strategy == Strategy::rasterized ? place_quadrants(team, plan, source, image)
-                                                                    : place_targets(team, plan, source, sizes, image);
+IJEPA_FN void draw_mask(Team& team, const Plan& plan, const RandomSource& batch_source, const StepSizes& sizes,
+                        const Workspace& workspace, int64_t b, uint32_t first_image, uint32_t* scratch) {
+  const Mask mask = mask_of(plan, workspace, b, first_image, scratch);
+  RandomSource source = batch_source;
+  source.mask = static_cast<uint32_t>(b % plan.per_image);
+  const int target_tokens = plan.strategy == Strategy::random       ? scatter_targets(team, plan, source, sizes, mask)
+                            : plan.strategy == Strategy::rasterized ? place_quadrants(team, plan, source, mask)
+                                                                    : place_targets(team, plan, source, sizes, mask);
   int context_tokens = 0, shortest = INT32_MAX;
   for (int c = 0; c < plan.num_contexts; ++c) {
-    uint32_t* const context = image.context_words + static_cast<int64_t>(c) * plan.num_words;
-    hide_targets(team, plan, image, plan.num_targets);
-    int count = plan.strategy == Strategy::multiblock ? place_context(team, plan, source, sizes, image, c, context)
-                                                      : see_the_rest(team, plan, image, context);
+    uint32_t* const context = mask.context_words + static_cast<int64_t>(c) * plan.num_words;
+    hide_targets(team, plan, mask, plan.num_targets);
+    int count = plan.strategy == Strategy::multiblock ? place_context(team, plan, source, sizes, mask, c, context)
+                                                      : see_the_rest(team, plan, mask, context);
     if (plan.context == ContextMode::fixed) {
-      choose_subset(team, plan, source, image, c, count, context);
+      choose_subset(team, plan, source, mask, c, count, context);
       count = plan.fixed_count;
     }
-    if (team.lane() == 0) image.context_lengths[c] = count;
+    if (team.lane() == 0) mask.context_lengths[c] = count;
     context_tokens += count;
     shortest = count < shortest ? count : shortest;
   }

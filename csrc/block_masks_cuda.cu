@@ -1,4 +1,4 @@
-// Masks on a CUDA device: one warp per image. Three launches: draw, find every image's start, pack.
+// Masks on a CUDA device: one warp each. Three launches: draw, find where each starts, pack.
 //
 // No header of torch: nvcc compiles this file beside any build of it.
 #undef NDEBUG  // the assertion below is the only way to report tokens that do not fit
@@ -47,38 +47,38 @@ class Warp {
   int lane_;
 };
 
-// Four blocks to a multiprocessor: enough for 2,048 images at once on 132 of them, and registers to spare.
+// Four blocks to a multiprocessor: enough for 2,048 masks at once on 132 of them, and registers to spare.
 __global__ void __launch_bounds__(kWarp * kWarpsPerBlock, 4)
     draw_kernel(Batch batch, const int64_t* seed, const int64_t* step, Workspace workspace, uint32_t* scratch) {
   const int64_t b = static_cast<int64_t>(blockIdx.x) * kWarpsPerBlock + threadIdx.x / kWarp;
-  if (b >= batch.num_images) return;
+  if (b >= batch.num_masks) return;
   Warp warp;
   const RandomSource source = random_source(*seed, *step);
   const StepSizes sizes = step_sizes(batch.plan, source);
-  draw_image(warp, batch.plan, source, sizes, workspace, b, static_cast<uint32_t>(batch.first_image),
+  draw_mask(warp, batch.plan, source, sizes, workspace, b, static_cast<uint32_t>(batch.first_image),
              scratch + b * batch.plan.scratch_words);
 }
 
-// Block 0 finds the starts of the contexts, block 1 those of the targets; a segment of the images per warp.
+// Block 0 finds the starts of the contexts, block 1 those of the targets; a segment of the masks per warp.
 __global__ void __launch_bounds__(kWarp * kSegments) starts_kernel(Batch batch, Workspace workspace, Rows rows) {
   __shared__ int32_t sums[kSegments];
   Warp warp;
   const int own = static_cast<int>(threadIdx.x) / kWarp;
   const bool context = blockIdx.x == 0;
   if (context && batch.plan.context == ContextMode::batch_min) {
-    for (int64_t g = own; g * batch.plan.group_size < batch.num_images; g += kSegments) {
+    for (int64_t g = own; g * batch.plan.group_size < batch.num_masks; g += kSegments) {
       truncate_group(warp, batch.plan, workspace, g);
     }
     __syncthreads();
   }
   int32_t* const starts = context ? workspace.context_starts : workspace.target_starts;
-  const Segment segment = segment_of(batch.num_images, own, kSegments);
+  const Segment segment = segment_of(batch.num_masks, own, kSegments);
   const int sum = segment_sum(warp, starts, segment);
   if (warp.lane() == 0) sums[own] = sum;
   __syncthreads();
   const int end = segment_starts(warp, starts, segment, sum_of_segments_before(warp, sums, own));
   if (own == kSegments - 1 && warp.lane() == 0) {
-    starts[batch.num_images] = end;
+    starts[batch.num_masks] = end;
     assert(end <= (context ? rows.context : rows.targets) && "mask tokens do not fit the capacity");
   }
 }
@@ -92,18 +92,18 @@ __device__ void pad(int32_t* tokens, int64_t used, int64_t rows) {
 
 __global__ void __launch_bounds__(kWarp * kWarpsPerBlock)
     pack_kernel(Batch batch, Workspace workspace, Packed packed, Rows rows) {
-  const int64_t images = batch.num_images;
-  const int32_t context_tokens = workspace.context_starts[images], target_tokens = workspace.target_starts[images];
+  const int64_t masks = batch.num_masks;
+  const int32_t context_tokens = workspace.context_starts[masks], target_tokens = workspace.target_starts[masks];
   pad(packed.context, context_tokens, rows.context);
   pad(packed.targets, target_tokens, rows.targets);
   if (blockIdx.x == 0 && threadIdx.x == 0) {
-    packed.context_cu_seqlens[images * batch.plan.num_contexts] = context_tokens;
-    packed.target_cu_seqlens[images * batch.plan.num_targets] = target_tokens;
+    packed.context_cu_seqlens[masks * batch.plan.num_contexts] = context_tokens;
+    packed.target_cu_seqlens[masks * batch.plan.num_targets] = target_tokens;
   }
   const int64_t b = static_cast<int64_t>(blockIdx.x) * kWarpsPerBlock + threadIdx.x / kWarp;
-  if (b >= images) return;
+  if (b >= masks) return;
   Warp warp;
-  pack_image(warp, batch.plan, workspace, b, packed);
+  pack_mask(warp, batch.plan, workspace, b, packed);
 }
 
 }  // namespace
@@ -111,7 +111,7 @@ __global__ void __launch_bounds__(kWarp * kWarpsPerBlock)
 const char* launch_on_cuda(const Batch& batch, const int64_t* seed, const int64_t* step, const Workspace& workspace,
                            uint32_t* scratch, const Packed& packed, const Rows& rows, void* stream) {
   const auto on = static_cast<cudaStream_t>(stream);
-  const auto blocks = static_cast<unsigned>((batch.num_images + kWarpsPerBlock - 1) / kWarpsPerBlock);
+  const auto blocks = static_cast<unsigned>((batch.num_masks + kWarpsPerBlock - 1) / kWarpsPerBlock);
   constexpr int kThreads = kWarp * kWarpsPerBlock;
   draw_kernel<<<blocks, kThreads, 0, on>>>(batch, seed, step, workspace, scratch);
   starts_kernel<<<2, kWarp * kSegments, 0, on>>>(batch, workspace, rows);

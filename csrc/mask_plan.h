@@ -31,16 +31,18 @@ struct Plan {
   int32_t shared_scale_aspect;
   SizeRule target_rule, context_rule;
   int32_t needed, last_level, fixed_count;
+  int32_t per_image;  // masks of every image
   // From here on derived.
   int32_t num_patches;
   int32_t words_per_row, num_words;  // a set of patches: 32 columns of a grid row per word
-  int32_t scratch_words;  // what drawing one image needs: hidden patches, and keys where it chooses single patches
+  int32_t scratch_words;  // what drawing one mask needs: hidden patches, and keys where it chooses single patches
 };
 
 // Raised by the numbers below when their meaning changes, so that a library built before is refused.
-constexpr int64_t kPlanFormat = 1;
-constexpr size_t kPlanNumbers = 24;
+constexpr int64_t kPlanFormat = 2;
+constexpr size_t kPlanNumbers = 25;
 constexpr int64_t kMaxPatches = 1 << 16;
+constexpr int64_t kMaxPerImage = 1 << 24;
 
 // What Python turns into a ValueError.
 [[noreturn]] inline void refuse(const std::string& reason) { throw std::runtime_error("block_masks: " + reason); }
@@ -100,6 +102,7 @@ inline Plan read_plan(const int64_t* numbers, size_t count) {
   plan.needed = reader.take("needed", 1, plan.num_patches);
   plan.last_level = reader.take("last_level", 0, plan.num_targets);
   plan.fixed_count = reader.take("fixed_count", 0, plan.num_patches);
+  plan.per_image = reader.take("per_image", 1, kMaxPerImage);
   plan.words_per_row = (plan.width + 31) / 32;
   plan.num_words = plan.height * plan.words_per_row;
   const bool keys = plan.strategy == Strategy::random || plan.context == ContextMode::fixed;
@@ -109,7 +112,7 @@ inline Plan read_plan(const int64_t* numbers, size_t count) {
 
 inline void check_images(const Plan& plan, int64_t first_image, int64_t num_images) {
   const int64_t blocks = plan.num_targets > plan.num_contexts ? plan.num_targets : plan.num_contexts;
-  if (num_images < 1 || num_images > INT32_MAX / (blocks * plan.num_patches)) {
+  if (num_images < 1 || num_images > INT32_MAX / (blocks * plan.num_patches * plan.per_image)) {
     refuse(std::to_string(num_images) + " images do not fit 32-bit token indices, or are none");
   }
   if (first_image < 0 || first_image > UINT32_MAX) {
@@ -125,19 +128,19 @@ struct alignas(16) Block {
   int32_t top, left, height, width;
 };
 
-// What is drawn for B images, between drawing and packing. C contexts and M targets per image.
+// B masks between drawing and packing: all those of the first image, then of the next. C contexts and M targets each.
 struct Workspace {
   Block* targets;          // [B, M]; not for strategy random
-  int32_t* context_starts; // [B + 1] tokens of each image, then their prefix sums
+  int32_t* context_starts; // [B + 1] tokens of each mask, then their prefix sums
   int32_t* target_starts;  // [B + 1] likewise
-  int32_t* context_limits; // [B] the shortest context of the image, for batch_min then of its group
+  int32_t* context_limits; // [B] the shortest context of the mask, for batch_min then of its group
   int32_t* context_lengths;  // [B, C]
   int32_t* target_lengths;   // [B, M]
   uint32_t* context_words;   // [B, C, num_words]
   uint32_t* target_words;    // [B, M, num_words]; only for strategy random
 
   // Lays the arrays out from `base` on (16-byte aligned); the number of bytes.
-  int64_t lay_out(const Plan& plan, int64_t num_images, uintptr_t base) {
+  int64_t lay_out(const Plan& plan, int64_t num_masks, uintptr_t base) {
     int64_t used = 0;
     const auto carve = [&](auto*& array, int64_t count) {
       using Element = std::remove_reference_t<decltype(*array)>;
@@ -145,11 +148,11 @@ struct Workspace {
       used += (count * static_cast<int64_t>(sizeof(Element)) + 15) / 16 * 16;
     };
     const bool scattered = plan.strategy == Strategy::random;
-    const int64_t contexts = num_images * plan.num_contexts, blocks = num_images * plan.num_targets;
+    const int64_t contexts = num_masks * plan.num_contexts, blocks = num_masks * plan.num_targets;
     carve(targets, scattered ? 0 : blocks);
-    carve(context_starts, num_images + 1);
-    carve(target_starts, num_images + 1);
-    carve(context_limits, num_images);
+    carve(context_starts, num_masks + 1);
+    carve(target_starts, num_masks + 1);
+    carve(context_limits, num_masks);
     carve(context_lengths, contexts);
     carve(target_lengths, blocks);
     carve(context_words, contexts * plan.num_words);

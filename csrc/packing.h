@@ -1,4 +1,4 @@
-// From the masks of single images to Ragged: where each image's tokens start, and the token indices. As block_masks.h,
+// From single masks to Ragged: where the tokens of each start, and the token indices. As block_masks.h,
 // for a team of lanes.
 #pragma once
 
@@ -6,28 +6,30 @@
 
 namespace ijepa {
 
-// Cuts the contexts of group g to the shortest of them.
+// Cuts the contexts of group g, the masks of one number of its images, to the shortest of them.
 template <class Team>
 IJEPA_FN void truncate_group(Team& team, const Plan& plan, const Workspace& workspace, int64_t g) {
-  const int64_t begin = g * plan.group_size, end = begin + plan.group_size;
+  const int64_t masks = int64_t{plan.group_size} * plan.per_image, step = int64_t{team.size()} * plan.per_image;
+  const int64_t begin = g / plan.per_image * masks + g % plan.per_image, end = begin + masks;
+  const int64_t own = begin + int64_t{team.lane()} * plan.per_image;
   int shortest = INT32_MAX;
-  for (int64_t b = begin + team.lane(); b < end; b += team.size()) {
+  for (int64_t b = own; b < end; b += step) {
     shortest = workspace.context_limits[b] < shortest ? workspace.context_limits[b] : shortest;
   }
   shortest = team.least(shortest);
-  for (int64_t b = begin + team.lane(); b < end; b += team.size()) {
+  for (int64_t b = own; b < end; b += step) {
     workspace.context_limits[b] = shortest;
     workspace.context_starts[b] = plan.num_contexts * shortest;
   }
 }
 
-// The images [begin, end) of one of several segments of a scan.
+// The masks [begin, end) of one of several segments of a scan.
 struct Segment {
   int64_t begin, end;
 };
 
-IJEPA_FN Segment segment_of(int64_t num_images, int segment, int num_segments) {
-  return {num_images * segment / num_segments, num_images * (segment + 1) / num_segments};
+IJEPA_FN Segment segment_of(int64_t num_masks, int segment, int num_segments) {
+  return {num_masks * segment / num_segments, num_masks * (segment + 1) / num_segments};
 }
 
 template <class Team>
@@ -86,30 +88,30 @@ IJEPA_FN void pack_block(Team& team, const Plan& plan, const Block& block, int f
   }
 }
 
-// Packs image b, whose starts are known.
+// Packs mask b, whose starts are known.
 template <class Team>
-IJEPA_FN void pack_image(Team& team, const Plan& plan, const Workspace& workspace, int64_t b, const Packed& packed) {
-  const Image image = image_of(plan, workspace, b, 0, nullptr);
-  const int first_token = static_cast<int>(b) * plan.num_patches;
+IJEPA_FN void pack_mask(Team& team, const Plan& plan, const Workspace& workspace, int64_t b, const Packed& packed) {
+  const Mask mask = mask_of(plan, workspace, b, 0, nullptr);
+  const int first_token = static_cast<int>(b / plan.per_image) * plan.num_patches;
   const int limit = plan.context == ContextMode::batch_min ? workspace.context_limits[b] : plan.num_patches;
   int start = workspace.context_starts[b];
   for (int c = 0; c < plan.num_contexts; ++c) {
-    const uint32_t* const words = image.context_words + static_cast<int64_t>(c) * plan.num_words;
+    const uint32_t* const words = mask.context_words + static_cast<int64_t>(c) * plan.num_words;
     pack_words(team, plan, words, first_token, limit, packed.context + start);
     if (team.lane() == 0) packed.context_cu_seqlens[b * plan.num_contexts + c] = start;
-    start += image.context_lengths[c] < limit ? image.context_lengths[c] : limit;
+    start += mask.context_lengths[c] < limit ? mask.context_lengths[c] : limit;
   }
   start = workspace.target_starts[b];
   for (int m = 0; m < plan.num_targets; ++m) {
     int32_t* const tokens = packed.targets + start;
     if (plan.strategy == Strategy::random) {
-      const uint32_t* const words = image.target_words + static_cast<int64_t>(m) * plan.num_words;
+      const uint32_t* const words = mask.target_words + static_cast<int64_t>(m) * plan.num_words;
       pack_words(team, plan, words, first_token, plan.num_patches, tokens);
     } else {
-      pack_block(team, plan, image.targets[m], first_token, tokens);
+      pack_block(team, plan, mask.targets[m], first_token, tokens);
     }
     if (team.lane() == 0) packed.target_cu_seqlens[b * plan.num_targets + m] = start;
-    start += image.target_lengths[m];
+    start += mask.target_lengths[m];
   }
 }
 

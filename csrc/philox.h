@@ -27,18 +27,18 @@ struct Words {
   uint32_t w0, w1, w2, w3;
 };
 
-// Everything of key and counter that is the same for a whole batch.
+// Key and counter but for what differs from call to call. `mask`, the number of an image's mask, is 0 for a whole batch.
 struct RandomSource {
-  uint32_t seed_low, seed_high, step;
+  uint32_t seed_low, seed_high, step, mask;
 };
 
 IJEPA_FN RandomSource random_source(int64_t seed, int64_t step) {
-  return {static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32), static_cast<uint32_t>(step)};
+  return {static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32), static_cast<uint32_t>(step), 0};
 }
 
 // The four words of call number `draw` for item `index`.
 IJEPA_FN Words random_words(const RandomSource& source, Stream stream, uint32_t index, uint32_t draw) {
-  uint32_t c0 = draw, c1 = index, c2 = source.step, c3 = static_cast<uint32_t>(stream);
+  uint32_t c0 = draw, c1 = index, c2 = source.step, c3 = static_cast<uint32_t>(stream) | source.mask << 8;
   uint32_t k0 = source.seed_low, k1 = source.seed_high;
   for (int round = 0; round < 10; ++round) {
     const uint64_t product_0 = static_cast<uint64_t>(c0) * 0xD2511F53u;

@@ -6,8 +6,9 @@ workers, ranks or restarts. One layout serves the whole project:
     key     = (seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF)
     counter = (draw, index, step, stream)
 
-`stream` (a `Stream`) says what the number is for, `step` is the training step or epoch, `index` the image, group or
-sample within it, and `draw` numbers the calls made for that index. One call gives four 32-bit words.
+`stream` (a `Stream`, below 256) says what the number is for, `step` is the training step or epoch, `index` the image,
+group or sample within it, and `draw` numbers the calls made for that index. One call gives four 32-bit words. Where an
+image has several masks, the number of the mask stands in the upper 24 bits of the stream's word.
 
 Source: Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011; checked against the
 known-answer vectors of its Random123 library.
@@ -78,11 +79,11 @@ def random_words(seed, stream, step, index, draw):
 
     Args:
         seed: 64-bit integer, signed or unsigned, or an int64 tensor.
-        stream: a `Stream`.
+        stream: a `Stream`, or `Stream | number << 8`.
         step: training step or epoch, in [0, 2^32).
         index: image, group or sample, in [0, 2^32).
         draw: number of the call for this index, in [0, 2^32).
-    All but `stream` may be int64 tensors or numpy int64 arrays; they broadcast.
+    All may be int64 tensors or numpy int64 arrays; they broadcast.
 
     Raises:
         ValueError: an int is out of range (a tensor is cut to 32 bits instead: checking it would need its value).
@@ -92,7 +93,7 @@ def random_words(seed, stream, step, index, draw):
         if not -(1 << 63) <= seed < 1 << 64:
             raise ValueError(f"seed must fit 64 bits, got {seed}")
     key = (seed & WORD_MASK, (seed >> 32) & WORD_MASK)
-    counter = (_as_word("draw", draw), _as_word("index", index), _as_word("step", step), int(stream))
+    counter = (_as_word("draw", draw), _as_word("index", index), _as_word("step", step), _as_word("stream", stream))
     return philox4x32(counter, key)
 
 

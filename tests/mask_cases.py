@@ -31,6 +31,7 @@ def samplers(draw, largest_side=16):
         "shared_scale_aspect": draw(st.booleans()),
         "draw_last_row_col": draw(st.booleans()),
         "group_size": draw(st.integers(1, 3)),
+        "per_image": draw(st.sampled_from([1, 1, 2, 3])),
     }
     if multiblock:
         config["num_contexts"] = draw(st.integers(1, 3))
@@ -57,4 +58,6 @@ HARD_CASES = [
     MaskConfig(context="fixed", mask_ratio=0.3),
     MaskConfig(context="fixed", mask_ratio=0.3, strategy="block", target_scale=(0.2, 0.6)),
     MaskConfig(strategy="random", target_scale=(0.15, 0.3), num_targets=2),
+    replace(CROWDED, num_contexts=2, context="batch_min", group_size=4, per_image=3),
+    MaskConfig.official(8, per_image=2),
 ]

@@ -36,25 +36,32 @@ class Oracle:
         self.fixed_count = round((1 - config.mask_ratio) * self.patches)
 
     def sample(self, batch_size, seed, step, first_image=0):
-        """Context sequences [B * C] and target sequences [B * M], lists of token indices b * N + n, b from 0."""
+        """Sequences of contexts [B * K * C] and of targets [B * K * M], lists of token indices b * N + n, b from 0."""
         self.key = (seed % WORD, seed // WORD % WORD)
         self.step = step
-        drawn = [self.image(first_image + b) for b in range(batch_size)]
-        if self.config.context == "batch_min":
-            group_size = self.config.group_size
-            for first in range(0, batch_size, group_size):
-                group = drawn[first : first + group_size]
-                shortest = min(len(context) for contexts, _ in group for context in contexts)
-                for contexts, _ in group:
-                    contexts[:] = [context[:shortest] for context in contexts]
+        of_mask = []
+        for mask in range(self.config.per_image):
+            self.mask = mask
+            of_mask.append([self.image(first_image + b) for b in range(batch_size)])
+            if self.config.context == "batch_min":
+                self.truncate(of_mask[-1])
         tokens = [[], []]
-        for b, image in enumerate(drawn):
-            for kind in range(2):
-                tokens[kind] += [[b * self.patches + n for n in sequence] for sequence in image[kind]]
+        for b in range(batch_size):
+            for drawn in of_mask:
+                for kind in range(2):
+                    tokens[kind] += [[b * self.patches + n for n in sequence] for sequence in drawn[b][kind]]
         return tokens
 
+    def truncate(self, drawn):
+        group_size = self.config.group_size
+        for first in range(0, len(drawn), group_size):
+            group = drawn[first : first + group_size]
+            shortest = min(len(context) for contexts, _ in group for context in contexts)
+            for contexts, _ in group:
+                contexts[:] = [context[:shortest] for context in contexts]
+
     def words(self, stream, index, draw):
-        return philox((draw, index, self.step, stream), self.key)
+        return philox((draw, index, self.step, self.mask * 2**8 + stream), self.key)
 
     def image(self, b):
         """Sorted patch numbers of every context block and of every target block of one image."""
@@ -76,8 +83,9 @@ class Oracle:
         return [sorted(context) for context in contexts], [sorted(target) for target in targets]
 
     def size_words(self, stream, b, j):
-        index, draw = {"block": (b, j), "image": (b, 0), "step": (0, 0)}[self.config.size_per]
-        return self.words(stream, index, draw)
+        if self.config.size_per == "step":  # the same for all masks
+            return philox((0, 0, self.step, stream), self.key)
+        return self.words(stream, b, j if self.config.size_per == "block" else 0)
 
     def area(self, word, scale):
         low, high = (math.ceil(Fraction(bound) * 2**24) for bound in scale)

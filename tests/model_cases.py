@@ -3,10 +3,12 @@
 Legend: B images, N patches per image.
 """
 
+from dataclasses import replace
+
 import torch
 from dense_jepa import DenseJEPA, covariance_term, randomize_, variance_term
 
-from ijepa_fast.masks.sampler import MaskConfig, Masks, MaskSampler
+from ijepa_fast.masks.sampler import MaskConfig, MaskSampler
 from ijepa_fast.model.jepa import IJEPA, Losses
 from ijepa_fast.model.vit import Predictor, VisionTransformer
 
@@ -62,19 +64,19 @@ def pad(masks, padding):
     """With ``padding`` more rows of context, and twice as many of targets."""
     context, targets = masks.context, masks.targets
     context, targets = context.padded(context.num_rows + padding), targets.padded(targets.num_rows + 2 * padding)
-    return Masks(context, targets, masks.num_contexts)
+    return replace(masks, context=context, targets=targets, tokens=None)
 
 
 def patches_per_image(masks, grid):
-    """Contexts and targets as [image][block] lists of patch numbers."""
+    """Contexts and targets as [mask][block] lists of patch numbers, the masks of an image one after another."""
     num_patches = grid[0] * grid[1]
 
-    def split(ragged, per_image):
+    def split(ragged, per_mask):
         blocks = []
         for s, tokens in enumerate(ragged.to_lists()):
-            assert all(token // num_patches == s // per_image for token in tokens)
+            assert all(token // num_patches == s // per_mask // masks.per_image for token in tokens)
             blocks.append([token % num_patches for token in tokens])
-        return [blocks[s : s + per_image] for s in range(0, len(blocks), per_image)]
+        return [blocks[s : s + per_mask] for s in range(0, len(blocks), per_mask)]
 
     return split(masks.context, masks.num_contexts), split(masks.targets, masks.num_targets)
 
@@ -85,13 +87,15 @@ def make_oracle(model):
     return DenseJEPA(*states, HEADS, objective.loss, objective.normalize_targets)
 
 
-def oracle_losses(oracle, objective, images, contexts, targets):
+def oracle_losses(oracle, objective, images, contexts, targets, per_image=1):
+    """With several masks per image: of each image as often as it has masks; regularised for each number of mask."""
+    images = images.repeat_interleave(per_image, 0)
     prediction = oracle.prediction_loss(images, contexts, targets)
     variance = covariance = torch.zeros_like(prediction)
     if objective.variance_weight or objective.covariance_weight:
-        pooled = oracle.pooled_context(images, contexts)
-        variance = variance_term(pooled, objective.target_std, objective.variance_eps)
-        covariance = covariance_term(pooled)
+        pooled = [oracle.pooled_context(images, contexts)[k::per_image] for k in range(per_image)]
+        variance = sum(variance_term(p, objective.target_std, objective.variance_eps) for p in pooled) / per_image
+        covariance = sum(map(covariance_term, pooled)) / per_image
     total = objective.prediction_weight * prediction
     total = total + objective.variance_weight * variance + objective.covariance_weight * covariance
     return Losses(total, prediction, variance, covariance)
@@ -124,7 +128,7 @@ def assert_equals_oracle(model, images, masks, grid, **options):
     """Losses and the gradient of every parameter."""
     contexts, targets = patches_per_image(masks, grid)
     oracle = make_oracle(model)
-    want = oracle_losses(oracle, model.objective, images, contexts, targets)
+    want = oracle_losses(oracle, model.objective, images, contexts, targets, masks.per_image)
     got, _ = model(images, masks, **options)
     for name in Losses._fields:
         assert_equal(getattr(got, name), getattr(want, name))

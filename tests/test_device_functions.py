@@ -95,6 +95,7 @@ def any_plan(random):
         *(num_targets, num_contexts, group_size, height, width),
         *(random.randint(1, height), random.randint(1, width), random.randrange(2), *rules),
         *(random.randint(1, height * width), random.randint(0, num_targets), random.randint(0, height * width)),
+        random.randint(1, 3),
     ]
 
 

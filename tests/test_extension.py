@@ -57,7 +57,8 @@ def assert_equal(masks, expected):
     for ours, theirs in zip(tensors(masks), tensors(expected), strict=True):
         assert ours.dtype == theirs.dtype and torch.equal(ours, theirs)
     bounds = [(masks.context.max_seqlen, masks.targets.max_seqlen) for masks in (masks, expected)]
-    assert bounds[0] == bounds[1] and masks.num_contexts == expected.num_contexts
+    assert bounds[0] == bounds[1]
+    assert (masks.num_contexts, masks.per_image) == (expected.num_contexts, expected.per_image)
 
 
 def assert_same_bits(sampler, seed, step, first_group, num_groups):
@@ -172,10 +173,10 @@ def test_calls_that_cannot_be_served_raise(library, arguments, message):
         sampler.sample(**({"batch_size": 8, "seed": 0, "step": 0} | arguments))
 
 
-@pytest.mark.parametrize("place", range(24))
+@pytest.mark.parametrize("place", range(25))
 def test_a_plan_that_could_leave_its_buffers_is_refused(library, place):
     numbers = extension.plan_numbers(MaskSampler(MaskConfig.official(8), GRID_14).plan)
-    assert len(numbers) == 24
+    assert len(numbers) == 25
     zero = torch.zeros((), dtype=torch.int64)
     for value in (-1, 2**31):
         wrong = [*numbers[:place], value, *numbers[place + 1 :]]

@@ -6,7 +6,7 @@ Legend: N patches per image.
 from dataclasses import dataclass, replace
 from typing import Literal, get_args, get_type_hints
 
-from ijepa_fast.masks.sampling import MAX_PATCHES
+from ijepa_fast.masks.sampling import MAX_PATCHES, MAX_PER_IMAGE
 
 _ASPECT_LIMIT = 64.0
 
@@ -40,11 +40,13 @@ class MaskConfig:
         allow_overlap: the context keeps the patches that are targets (multiblock only).
         mask_ratio: share of the image that a fixed context leaves out: it has round((1 - mask_ratio) * N) patches.
         size_per: whether sizes are drawn for every block, once per image for all its targets (and once for all its
-            context blocks), or once per step for the whole global batch.
+            context blocks; with several masks per image, once for each), or once per step for the whole global batch.
         shared_scale_aspect: scale and aspect come from one random number, so that larger blocks are taller.
         draw_last_row_col: blocks may reach the last row and column of the patch grid.
         group_size: number of consecutive images of the global batch that batch_min truncates together (the official
             batch per GPU). Required for batch_min, without effect otherwise.
+        per_image: K, masks of every image, drawn independently of one another: each is a context with target blocks of
+            its own. They share the image and one pass of the target encoder; the loss is the mean over all of them.
 
     Raises:
         ValueError: a value is outside its range, or options contradict each other.
@@ -65,6 +67,7 @@ class MaskConfig:
     shared_scale_aspect: bool = False
     draw_last_row_col: bool = True
     group_size: int | None = None
+    per_image: int = 1
 
     def __post_init__(self) -> None:
         for name in ("strategy", "context", "size_per"):
@@ -87,6 +90,8 @@ class MaskConfig:
             raise ValueError(f"mask_ratio must be between 0 and 1, got {self.mask_ratio}")
         if self.group_size is not None and self.group_size < 1:
             raise ValueError(f"group_size must be positive, got {self.group_size}")
+        if not 1 <= self.per_image <= MAX_PER_IMAGE:
+            raise ValueError(f"per_image must be in [1, {MAX_PER_IMAGE}], got {self.per_image}")
         if self.context == "batch_min" and self.group_size is None:
             raise ValueError("context batch_min needs group_size, the number of images that are truncated together")
         if self.strategy != "multiblock" and (self.allow_overlap or self.num_contexts != 1):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ijepa_fast.masks.sampling import Plan
 
-PLAN_FORMAT = 1
+PLAN_FORMAT = 2
 """Of `plan_numbers`; csrc/mask_plan.h refuses another one."""
 
 _STRATEGIES = ("multiblock", "block", "random", "rasterized")
@@ -68,6 +68,7 @@ def plan_numbers(plan: Plan) -> list[int]:
         plan.needed,
         plan.last_level,
         plan.fixed_count or 0,
+        plan.per_image,
     ]
 
 

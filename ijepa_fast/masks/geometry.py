@@ -2,7 +2,8 @@
 
 Integer arithmetic only, where a choice depends on it; the formulas stand in sampling.py. Two counts are float32
 matmuls of zeros and ones, whose sums are exact whatever the order and whether or not the hardware rounds the inputs.
-Legend: B images, H x W patch grid, N = H * W, M target blocks, A attempts, S blocks per image, T rows.
+Legend: B masks (per_image of each image), H x W patch grid, N = H * W, M target blocks, A attempts, S blocks per mask,
+T rows.
 """
 
 import math
@@ -168,7 +169,9 @@ def count_within(visible_BHW: Tensor, blocks_BA: Blocks) -> Tensor:
     return (per_column * blocks_BA.columns(num_columns)).sum(-1).long()
 
 
-def pack_mask(mask_BSN: Tensor, lengths_BS: Tensor, max_seqlen: int, num_rows: int | None) -> Ragged:
+def pack_mask(
+    mask_BSN: Tensor, lengths_BS: Tensor, max_seqlen: int, num_rows: int | None, per_image: int = 1
+) -> Ragged:
     """The True patches of each [N] of a mask as sequences, image-major.
 
     With `num_rows` the shapes are static and a CUDA device is never waited for; without it, it is.
@@ -183,20 +186,22 @@ def pack_mask(mask_BSN: Tensor, lengths_BS: Tensor, max_seqlen: int, num_rows: i
     else:
         flat = mask_BSN.flatten().nonzero_static(size=num_rows, fill_value=PADDING)
     token = flat.squeeze(1).to(torch.int32)
-    if num_blocks > 1:  # (b * S + s) * N + n -> b * N + n
-        image = token // (num_blocks * num_patches)
+    if num_blocks * per_image > 1:  # ((image * K + k) * S + s) * N + n -> image * N + n
+        image = token // (per_image * num_blocks * num_patches)
         token = torch.where(token < 0, PADDING, token % num_patches + image * num_patches)
     return Ragged(token, cu_seqlens, max_seqlen)
 
 
-def pack_blocks(blocks_BS: Blocks, grid: tuple[int, int], max_seqlen: int, num_rows: int | None) -> Ragged:
+def pack_blocks(
+    blocks_BS: Blocks, grid: tuple[int, int], max_seqlen: int, num_rows: int | None, per_image: int = 1
+) -> Ragged:
     """As `pack_mask`, for rectangles: packs runs of consecutive tokens, one per grid row, so that no mask is built."""
     height, width = grid
     cu_seqlens = _prefix_sums(blocks_BS.area, num_rows)
     total = cu_seqlens[-1:]
     num_rows = int(total) if num_rows is None else num_rows
     images_B, rows_H = (torch.arange(size, device=total.device) for size in (blocks_BS.top.shape[0], height))
-    first_token_BSH = (images_B[:, None, None] * height + rows_H) * width + blocks_BS.left[..., None]
+    first_token_BSH = ((images_B // per_image)[:, None, None] * height + rows_H) * width + blocks_BS.left[..., None]
     run_lengths = (blocks_BS.rows(height) * blocks_BS.width[..., None]).flatten()  # 0 where a block misses a grid row
     token_minus_row = first_token_BSH.flatten() - run_lengths.cumsum(0) + run_lengths
     # The rows that are left over form one more run.

@@ -3,7 +3,7 @@
 `MaskSampler(config, grid).sample(batch_size, seed=..., step=...)` gives `Masks`, a pure function of the configuration,
 the seed, the step and the image's number in the global batch. sampling.py defines every draw to the bit.
 
-Legend: B images, H x W patch grid, N = H * W patches, M target blocks and C context blocks per image.
+Legend: B images, K masks per image, H x W patch grid, N = H * W patches, M target blocks and C context blocks per mask.
 """
 
 from dataclasses import dataclass, replace
@@ -29,9 +29,10 @@ class Masks:
     """Context and target patches of a batch, as token indices b * N + n into the flattened [B * N] patch grid.
 
     Attributes:
-        context: sequence b * C + c is context block c of image b.
-        targets: sequence b * M + m is target block m of image b.
+        context: sequence (b * K + k) * C + c is context block c of mask k of image b.
+        targets: sequence (b * K + k) * M + m is target block m of mask k of image b.
         num_contexts: C.
+        per_image: K.
         tokens: numbers of context and of target tokens, rows of no token left out. None where the host does not know
             them: with a capacity, and in masks that no sampler drew.
     """
@@ -39,16 +40,17 @@ class Masks:
     context: Ragged
     targets: Ragged
     num_contexts: int = 1
+    per_image: int = 1
     tokens: tuple[int, int] | None = None
 
     @property
     def num_images(self) -> int:
-        return self.context.num_sequences // self.num_contexts
+        return self.context.num_sequences // (self.num_contexts * self.per_image)
 
     @property
     def num_targets(self) -> int:
         """M."""
-        return self.targets.num_sequences // self.num_images
+        return self.targets.num_sequences // (self.num_images * self.per_image)
 
     @property
     def device(self) -> torch.device:
@@ -70,7 +72,7 @@ class MaskSampler:
 
     Attributes:
         config: the configuration, resolved.
-        num_targets, num_contexts: M and C.
+        num_targets, num_contexts, per_image: M, C and K.
         max_target, max_context: static upper bounds of the sequence lengths.
         plan: the checked numbers that drawing reads.
 
@@ -100,6 +102,7 @@ class MaskSampler:
         self.num_patches = height * width
         self.num_targets = config.num_targets
         self.num_contexts = config.num_contexts
+        self.per_image = config.per_image
 
         def rule(scale: tuple[float, float], aspect: tuple[float, float]) -> SizeRule:
             return SizeRule.from_ranges(self.num_patches, extent, scale, aspect, config.shared_scale_aspect)
@@ -128,6 +131,7 @@ class MaskSampler:
             num_targets=config.num_targets,
             num_contexts=config.num_contexts,
             group_size=config.group_size,
+            per_image=config.per_image,
             grid=self.grid,
             extent=extent,
             target_rule=target_rule,
@@ -211,7 +215,7 @@ class MaskSampler:
 
         A GPU is never waited for where seed and step are ints: the host finds the numbers of tokens by drawing, too.
         Sets whose lengths are sure to be equal promise so (``Ragged.uniform``): a fixed context, contexts of one
-        batch_min group, targets of one size per step. The last two only in exact rows.
+        batch_min group with one mask per image, targets of one size per step. The last two only in exact rows.
 
         Args:
             batch_size: B.
@@ -240,11 +244,11 @@ class MaskSampler:
         context, targets = self._drawn_and_packed(batch_size, seed, step, first_image, device, capacity)
         if capacity is None:
             tokens = context.num_rows, targets.num_rows
-        one_group = self.config.context == "batch_min" and batch_size == self.config.group_size
+        one_group = self.config.context == "batch_min" and batch_size == self.config.group_size and self.per_image == 1
         one_size = self.config.size_per == "step" and self.config.strategy != "rasterized"
         context = _promise(context, self._constant_context, exact and one_group)
         targets = _promise(targets, self._constant_target, exact and one_size)
-        return Masks(context, targets, self.num_contexts, tokens)
+        return Masks(context, targets, self.num_contexts, self.per_image, tokens)
 
     def _drawn_and_packed(self, batch_size, seed, step, first_image, device, capacity) -> tuple[Ragged, Ragged]:
         self._check_images(batch_size, first_image)
@@ -254,11 +258,11 @@ class MaskSampler:
             )
             return Ragged(context, context_cu, self.max_context), Ragged(targets, target_cu, self.max_target)
         drawn = self._draw(batch_size, seed, step, first_image, device)
-        context_rows, target_rows = capacity or (None, None)
-        context = pack_mask(drawn.context_BCN, drawn.context_lengths_BC, self.max_context, context_rows)
+        rows, k = capacity or (None, None), self.per_image
+        context = pack_mask(drawn.context_BCN, drawn.context_lengths_BC, self.max_context, rows[0], k)
         if isinstance(drawn.targets, Blocks):
-            return context, pack_blocks(drawn.targets, self.grid, self.max_target, target_rows)
-        return context, pack_mask(drawn.targets, drawn.target_lengths_BM, self.max_target, target_rows)
+            return context, pack_blocks(drawn.targets, self.grid, self.max_target, rows[1], k)
+        return context, pack_mask(drawn.targets, drawn.target_lengths_BM, self.max_target, rows[1], k)
 
     def counts(self, batch_size: int, *, seed: int, step: int, first_image: int = 0) -> tuple[int, int]:
         """Exact numbers of context and target tokens that `sample` gives, found on the host."""
@@ -286,12 +290,14 @@ class MaskSampler:
                 f"context batch_min needs whole groups of group_size={group_size} images, "
                 f"got batch_size={batch_size} from first_image={first_image}"
             )
-        if batch_size * max(self.num_targets, self.num_contexts) * self.num_patches > _INT32_MAX:
-            raise ValueError(f"{batch_size} images of {self.num_patches} patches are too many for 32-bit token indices")
+        if batch_size * self.per_image * max(self.num_targets, self.num_contexts) * self.num_patches > _INT32_MAX:
+            times = f" with {self.per_image} masks each" if self.per_image > 1 else ""
+            raise ValueError(
+                f"{batch_size} images of {self.num_patches} patches{times} are too many for 32-bit token indices"
+            )
 
     def _draw(self, batch_size, seed, step, first_image, device) -> Drawn:
-        images = torch.arange(first_image, first_image + batch_size, device=device)
-        return draw(self.plan, Counter(seed, step, images))
+        return draw(self.plan, Counter.of(seed, step, first_image, batch_size, self.per_image, device))
 
 
 def rounded_up(counts: tuple[int, int], multiple: int) -> tuple[int, int]:

@@ -1,15 +1,18 @@
 """How masks are drawn: the definition, to the bit, for every device and language that draws them.
 
-Legend: B images, H x W patch grid, N = H * W patches (patch n is row n // W, column n % W), M target blocks and C
-context blocks per image. Strategies: the I-JEPA paper (arXiv 2301.08243), section 3 and its ablation of masking.
+Legend: K masks per image, B masks in all, H x W patch grid, N = H * W patches (patch n is row n // W, column n % W),
+M target blocks and C context blocks per mask.
+Strategies: the I-JEPA paper (arXiv 2301.08243), section 3 and its ablation of masking.
 
-**Random words.** `random_words(seed, stream, step, index, draw)` of philox.py gives words w0 to w3; b is an image's
-number in the global batch, and `below(w, n) = (w * n) >> 32`. All arithmetic is on integers; `>>`, `//` and isqrt
+**Random words.** `random_words(seed, stream | k << 8, step, index, draw)` of philox.py gives words w0 to w3; b is an
+image's number in the global batch, k from 0 to K - 1 the number of its mask, and `below(w, n) = (w * n) >> 32`. So mask
+k of an image is the same whatever K is, and K is at most 2^24. All arithmetic is on integers; `>>`, `//` and isqrt
 round down.
 
 **Sizes.** Target block m: stream MASK_SIZE, j = m. Context block c: stream MASK_CONTEXT_SIZE, j = c. The (index, draw)
-of the one call is (b, j) for size_per=block, (b, 0) for image, (0, 0) for step. Ranges are held in units of 2^-24, as
-ceil(bound * 2^24): rounding up, so that a bound like 0.15 of 100 patches does not lose one.
+of the one call is (b, j) for size_per=block, (b, 0) for image, and (0, 0) for step, there with 0 in place of k. Ranges
+are held in units of 2^-24, as ceil(bound * 2^24): rounding up, so that a bound like 0.15 of 100 patches does not lose
+one.
 
     scale  = scale_low + below(w0, scale_high - scale_low + 1)
     aspect = aspect_low + below(w1, aspect_high - aspect_low + 1)       (w0 in place of w1: shared_scale_aspect)
@@ -40,7 +43,7 @@ draw 0; the others are the targets, in order of q.
 **Context modes.** exact: every patch seen. fixed: the K patches with the smallest (class, key, n), where the class is 0
 if the patch is seen, 2 if it is in a target, else 1 (allow_overlap: 0 or 1), and the key of patch n is word n % 4 of
 stream MASK_SUBSET, index b, draw c << 16 | n // 4. batch_min: the first L patches seen, L the smallest number seen by
-any context block of any image in the group of group_size images.
+any context block of masks k of the group_size images of a group (each k has an L of its own).
 
 Within a sequence, patches are in row-major order.
 """
@@ -60,6 +63,9 @@ BLOCK_SHIFT = 16
 MAX_PATCHES = 1 << BLOCK_SHIFT
 KEY_BITS = 32 + BLOCK_SHIFT
 """Bits of a patch key: a random word above the patch number."""
+MASK_SHIFT = 8
+"""The number of an image's mask stands above this many bits of the stream's word."""
+MAX_PER_IMAGE = 1 << (32 - MASK_SHIFT)
 
 
 @dataclass(frozen=True)
@@ -67,7 +73,8 @@ class Plan:
     """A checked configuration on one grid, in the numbers that drawing needs.
 
     Attributes:
-        strategy, context, size_per, allow_overlap, num_targets, num_contexts, group_size: as in `MaskConfig`.
+        strategy, context, size_per, allow_overlap, num_targets, num_contexts, group_size, per_image: as in
+            `MaskConfig`.
         grid: (H, W).
         extent: (H', W'), the part of the grid that blocks may reach.
         target_rule, context_rule: block sizes.
@@ -84,6 +91,7 @@ class Plan:
     num_targets: int
     num_contexts: int
     group_size: int | None
+    per_image: int
     grid: tuple[int, int]
     extent: tuple[int, int]
     target_rule: SizeRule
@@ -112,16 +120,32 @@ class Plan:
 
 
 class Counter(NamedTuple):
-    """Where random words come from: seed and step are ints or 0-dim int64 tensors, images int64 [B] global numbers."""
+    """Where random words come from.
+
+    Attributes:
+        seed, step: ints or 0-dim int64 tensors.
+        images_B: int64, every mask's image in the global batch.
+        k_B: int64, its number among the masks of that image; 0 for all.
+    """
 
     seed: int | Tensor
     step: int | Tensor
     images_B: Tensor
+    k_B: Tensor | int
+
+    @classmethod
+    def of(cls, seed: int | Tensor, step: int | Tensor, first_image: int, images: int, per_image: int, device):
+        """Of `per_image` masks for each of these images, image-major."""
+        images_B = torch.arange(first_image, first_image + images, device=device)
+        if per_image == 1:
+            return cls(seed, step, images_B, 0)
+        images_B = images_B.repeat_interleave(per_image, output_size=images * per_image)
+        return cls(seed, step, images_B, torch.arange(per_image, device=device).repeat(images))
 
     def words(self, stream: Stream, draws: Tensor) -> tuple[Tensor, ...]:
         """Four int64 tensors [B, *draws.shape]."""
-        index = self.images_B.view(-1, *[1] * draws.dim())
-        return random_words(self.seed, stream, self.step, index, draws)
+        index, k = (x.view(-1, *[1] * draws.dim()) if isinstance(x, Tensor) else x for x in (self.images_B, self.k_B))
+        return random_words(self.seed, stream + (k << MASK_SHIFT), self.step, index, draws)
 
     def numbers(self, count: int, first: int = 0) -> Tensor:
         return torch.arange(first, first + count, device=self.images_B.device)
@@ -135,7 +159,7 @@ class Counter(NamedTuple):
 
 
 class Drawn(NamedTuple):
-    """What was drawn for B images: targets are rectangles [B, M], or bool [B, M, N] if their patches are scattered."""
+    """The B masks that were drawn: targets are rectangles [B, M], or bool [B, M, N] if their patches are scattered."""
 
     context_BCN: Tensor
     context_lengths_BC: Tensor
@@ -144,7 +168,7 @@ class Drawn(NamedTuple):
 
 
 def draw(plan: Plan, counter: Counter) -> Drawn:
-    """Context and targets of the counter's images, as the module's docstring defines them."""
+    """Context and targets of the counter's masks, as the module's docstring defines them."""
     device_type = counter.images_B.device.type
     if not torch.amp.is_autocast_available(device_type):
         return _draw(plan, counter)
@@ -170,7 +194,7 @@ def _draw(plan: Plan, counter: Counter) -> Drawn:
     else:
         lengths_BC = context_BCN.sum(-1)
     if plan.context == "batch_min":
-        context_BCN, lengths_BC = _truncate_to_group_minimum(context_BCN, lengths_BC, plan.group_size)
+        context_BCN, lengths_BC = _truncate_to_group_minimum(context_BCN, lengths_BC, plan)
     return Drawn(context_BCN, lengths_BC, targets, target_lengths_BM)
 
 
@@ -281,9 +305,9 @@ def _select_smallest(keys: Tensor, counts: Tensor | int) -> Tensor:
     return keys <= keys.sort(dim=-1).values.gather(-1, counts[..., None] - 1)
 
 
-def _truncate_to_group_minimum(mask_BCN: Tensor, lengths_BC: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
-    """The first L patches of every row, L the shortest row of each group of images; the new mask and lengths."""
-    shortest_G = lengths_BC.view(-1, group_size * lengths_BC.shape[1]).amin(dim=1)
-    shortest_B = shortest_G.repeat_interleave(group_size, output_size=lengths_BC.shape[0])
+def _truncate_to_group_minimum(mask_BCN: Tensor, lengths_BC: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
+    """The first L patches of every row, L the shortest row of masks k of each group; the new mask and lengths."""
+    groups = lengths_BC.view(-1, plan.group_size, plan.per_image, lengths_BC.shape[1])
+    shortest_B = groups.amin(dim=(1, 3), keepdim=True).expand(-1, plan.group_size, -1, -1).flatten()
     rank_BCN = mask_BCN.cumsum(dim=-1, dtype=torch.int32)
     return mask_BCN & (rank_BCN <= shortest_B[:, None, None]), shortest_B[:, None].expand_as(lengths_BC)

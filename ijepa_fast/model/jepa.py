@@ -33,7 +33,7 @@ class Objective:
     ``prediction_weight * prediction + variance_weight * variance + covariance_weight * covariance``. The last two
     regularise the average-pooled context features z over the global batch, as in VICReg (arXiv 2105.04906, section
     4.1): variance is the mean over dimensions of ``max(0, target_std - sqrt(var(z_d) + variance_eps))``, covariance
-    the sum of squared off-diagonal covariances over D. Pooling is over all context blocks of an image together. They
+    the sum of squared off-diagonal covariances over D. Pooling is over all context blocks of a mask together. They
     keep small data sets from collapsing; the official recipes do not use them.
 
     Args:
@@ -213,7 +213,8 @@ class IJEPA(nn.Module):
 
         Args:
             images: [B, C, h, w], uint8 or normalised float.
-            masks: context and target blocks of these images.
+            masks: context and target blocks of these images, or several such masks of each (``Masks.per_image``): the
+                loss is then the mean over them, and the target encoder sees each image once for all of them.
             all_targets: compute the target encoder's last block for every patch. False leaves out the rows that no
                 target block reads; the pooled features are then over target patches alone. Without effect where the
                 target encoder does not see whole images, or where the blocks have more rows than the images patches.
@@ -260,13 +261,14 @@ class IJEPA(nn.Module):
         total = objective.prediction_weight * prediction_loss
         variance = covariance = torch.zeros_like(prediction_loss)
         if objective.regularised or pooled is None:
-            # Without a target encoder the monitors watch the context encoder's features.
-            features = mean_pool(predicted.context, masks.context.every(masks.num_contexts))
-            pooled = features.detach() if pooled is None else pooled
+            features = mean_pool(predicted.context, masks.context.every(masks.num_contexts))  # a row for every mask
+        if pooled is None:  # without a target encoder the monitors watch the context encoder's features
+            pooled = features.detach().unflatten(0, (-1, masks.per_image)).mean(1)
         if objective.regularised:
-            variance, covariance = variance_covariance(
-                gather_ranks(features), objective.target_std, objective.variance_eps
-            )
+            # As for the prediction, the mean over the masks of an image: each number of mask is a batch of its own.
+            batches = gather_ranks(features).unflatten(0, (-1, masks.per_image)).unbind(1)
+            terms = [variance_covariance(batch, objective.target_std, objective.variance_eps) for batch in batches]
+            variance, covariance = (torch.stack(values).mean() for values in zip(*terms, strict=True))
             total = total + objective.variance_weight * variance + objective.covariance_weight * covariance
         return Losses(total, prediction_loss.detach(), variance.detach(), covariance.detach()), pooled
 
@@ -285,7 +287,7 @@ class IJEPA(nn.Module):
             dtype = accumulation_dtype(encoder.patch_embed.proj.weight.dtype)
             pixels = encoder.patch_embed.pixels(images, targets.indices, dtype)
             return pixels[:, : self.predictor.predictor_proj.out_features].contiguous(), layout.target_rows, None
-        per_image = targets.every(masks.num_targets)
+        per_image = targets.every(masks.per_image * masks.num_targets)
         grid = encoder.grid_of(*images.shape[2:])
         # The last block of the encoder need only compute the rows that are read. But a patch in several target blocks
         # is read as often: where they have more rows than there are patches, all patches once cost less.

@@ -1,7 +1,7 @@
 """Where every row of the predictor's input comes from, computed on the device from the masks.
 
-Legend: B images, C context blocks and M target blocks per image, Tc, Tt, Tp packed rows of context, targets and
-predictor.
+Legend: B masks (one or several of each image), C context blocks and M target blocks per mask, Tc, Tt, Tp packed rows of
+context, targets and predictor.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ijepa_fast.ragged import PADDING, Ragged
 
 @dataclass(frozen=True)
 class PredictorLayout:
-    """The predictor's sequences: number ``(b * C + c) * M + m`` is context block c of image b, then its target block m.
+    """The predictor's sequences: number ``(b * C + c) * M + m`` is context block c of mask b, then its target block m.
 
     Attributes:
         tokens: the predictor's input; ``indices`` are token indices (image * N + patch) in context and target part.
@@ -56,29 +56,30 @@ def _int32(values: Tensor, padding: Tensor) -> Tensor:
 def predictor_layout(
     context: Ragged, targets: Ragged, num_contexts: int, num_targets: int, num_rows: int | None = None
 ) -> PredictorLayout:
-    """Join every context block of an image with every target block of it.
+    """Join every context block of a mask with every target block of it.
 
     Args:
-        context: B * C sequences, image-major; targets: B * M sequences, image-major.
+        context: B * C sequences, mask-major; targets: B * M sequences, mask-major.
         num_contexts: C; num_targets: M.
         num_rows: Tp; by default what full inputs without padding need, ``M * Tc + C * Tt``.
 
     Raises:
-        ValueError: the sequence counts do not belong to one number of images.
+        ValueError: the sequence counts do not belong to one number of masks.
     """
-    images = context.num_sequences // max(num_contexts, 1)
+    masks = context.num_sequences // max(num_contexts, 1)
     rest = context.num_sequences % max(num_contexts, 1)  # torch.compile knows no divmod of sizes that vary
-    if rest or min(num_contexts, num_targets) < 1 or targets.num_sequences != images * num_targets:
+    if rest or min(num_contexts, num_targets) < 1 or targets.num_sequences != masks * num_targets:
         raise ValueError(
             f"{context.num_sequences} context and {targets.num_sequences} target sequences do not fit "
-            f"{num_contexts} context and {num_targets} target blocks per image"
+            f"{num_contexts} context and {num_targets} target blocks per mask"
         )
     if num_rows is None:
         num_rows = num_targets * context.num_rows + num_contexts * targets.num_rows
     device = context.device
-    shape = (images, num_contexts, num_targets)
-    context_of = torch.arange(images * num_contexts, device=device).view(images, num_contexts, 1).expand(shape)
-    target_of = torch.arange(images * num_targets, device=device).view(images, 1, num_targets).expand(shape)
+    # Predictor sequence (b, c, m) takes context sequence (b, c) and target sequence (b, m).
+    shape = (masks, num_contexts, num_targets)
+    context_of = torch.arange(masks * num_contexts, device=device).view(masks, num_contexts, 1).expand(shape)
+    target_of = torch.arange(masks * num_targets, device=device).view(masks, 1, num_targets).expand(shape)
     context_of, target_of = context_of.flatten(), target_of.flatten()
     context_length, target_length = context.lengths[context_of], targets.lengths[target_of]
     cu_seqlens = _prefix_sums(context_length + target_length)

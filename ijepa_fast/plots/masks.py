@@ -23,7 +23,7 @@ _HIDDEN_OPACITY = np.float32(0.12)
 def plot_masks(
     images: Tensor, masks: Masks, grid: tuple[int, int], out: str | Path | None = None, *, max_images: int = 8
 ) -> Figure:
-    """A sheet with one row per image: the picture, its context, and its targets, with their numbers of patches.
+    """A sheet with one row per mask: the picture, its context, and its targets, with their numbers of patches.
 
     Args:
         images: [B, 3, h, w], uint8 or float in [0, 1]; at most ``max_images`` of them are drawn.
@@ -35,11 +35,12 @@ def plot_masks(
         ValueError: the images cannot be cut into this grid, or there are fewer masks than images.
     """
     pictures = pictures_of(images[:max_images])
+    if masks.num_images < len(pictures):
+        raise ValueError(f"there are masks of {masks.num_images} images, but {len(pictures)} images to draw")
+    pictures = pictures.repeat(masks.per_image, axis=0)
     count = len(pictures)
-    if masks.num_images < count:
-        raise ValueError(f"there are masks of {masks.num_images} images, but {count} images to draw")
-    contexts = _block_masks(masks.context, count, masks.num_contexts, grid)
-    targets = _block_masks(masks.targets, count, masks.num_targets, grid)
+    contexts = _block_masks(masks.context, count, masks.num_contexts, masks.per_image, grid)
+    targets = _block_masks(masks.targets, count, masks.num_targets, masks.per_image, grid)
     visible = np.concatenate([contexts, targets], axis=1)
     context_colour, *target_colours = COLOURS
     colours = [context_colour] * masks.num_contexts
@@ -58,16 +59,17 @@ def plot_masks(
     return written(sheet.figure, out)
 
 
-def _block_masks(blocks: Ragged, num_images: int, per_image: int, grid: tuple[int, int]) -> np.ndarray:
-    """bool [num_images, per_image, H, W]: which patches each sequence holds."""
+def _block_masks(blocks: Ragged, count: int, per_mask: int, per_image: int, grid: tuple[int, int]) -> np.ndarray:
+    """bool [count, per_mask, H, W]: which patches each sequence of the first ``count`` masks holds."""
     height, width = grid
     bounds = blocks.cu_seqlens.tolist()
     indices = blocks.indices.cpu().numpy()
-    masks = np.zeros((num_images, per_image, height * width), dtype=bool)
-    for sequence in range(num_images * per_image):
-        image, block = divmod(sequence, per_image)
-        masks[image, block, indices[bounds[sequence] : bounds[sequence + 1]] - image * height * width] = True
-    return masks.reshape(num_images, per_image, height, width)
+    shown = np.zeros((count, per_mask, height * width), dtype=bool)
+    for sequence in range(count * per_mask):
+        mask, block = divmod(sequence, per_mask)
+        first = mask // per_image * height * width
+        shown[mask, block, indices[bounds[sequence] : bounds[sequence + 1]] - first] = True
+    return shown.reshape(count, per_mask, height, width)
 
 
 def _faded(picture: np.ndarray, mask: np.ndarray) -> np.ndarray:

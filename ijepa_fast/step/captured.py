@@ -23,7 +23,8 @@ from ijepa_fast.step.train_step import StepResult, TrainStep
 
 MOST_GRAPHS = 32
 BUCKETS_PER_BATCH = 64
-"""A bucket is a 64th of all patches of a batch wide: 2 to 3 % of the tokens, half of which is wasted on average."""
+"""A bucket is a 64th of all patches of a batch wide, times the masks of an image: 2 to 3 % of the tokens, half of which
+is wasted on average."""
 
 Work = Callable[[], StepResult]
 
@@ -126,7 +127,8 @@ class CapturedStep(TrainStep):
         # Shapes follow from the counts, which the host finds by drawing the masks too; their contents are drawn by the
         # graph itself, from the step in device memory.
         tokens = self.sampler.counts(len(images), seed=self.seed, step=step, first_image=first_image)
-        capacity = rounded_up(tokens, self.round_rows or bucket_rows(len(images), self.sampler.num_patches))
+        seen = len(images) * self.sampler.per_image
+        capacity = rounded_up(tokens, self.round_rows or bucket_rows(seen, self.sampler.num_patches))
         bucket = (*capacity, first_image, all_targets)
 
         def work() -> StepResult:

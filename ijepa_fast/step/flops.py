@@ -6,7 +6,7 @@ embedding and attention. Recomputation, rounding up of shapes, norms, losses and
 Importing this module registers the formulas of the package's attention and linear ops (and of the one that torch's SDPA
 runs on the CPU) with torch; without it ``FlopCounterMode`` takes them to cost nothing.
 
-Legend: N patches per image, C context and M target blocks per image, D width, H heads, Dh head dim.
+Legend: N patches per image, K masks per image, C context and M target blocks per mask, D width, H heads, Dh head dim.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ class StepFlops(NamedTuple):
 
 @dataclass(frozen=True)
 class TokenCounts:
-    """Sums over the blocks of an image, averaged over images. c and m are the lengths of its context and target blocks.
+    """Sums over all masks of an image, averaged over images. c and m are lengths of context and target blocks.
 
     Attributes:
-        context: sum of c over the C context blocks.
-        targets: sum of m over the M target blocks.
+        context: sum of c over the K * C context blocks.
+        targets: sum of m over the K * M target blocks.
         context_squares, target_squares: sums of c * c and of m * m.
-        products: sum of c * m over all C * M pairs.
+        products: sum of c * m over the C * M pairs of each mask.
         num_contexts, num_targets: C and M.
     """
 
@@ -59,21 +59,25 @@ class TokenCounts:
     def of(cls, *masks: Masks) -> TokenCounts:
         """Of given masks, exactly. They must have the same numbers of blocks."""
         lengths = [
-            (m.context.lengths.view(-1, m.num_contexts), m.targets.lengths.view(-1, m.num_targets)) for m in masks
+            (
+                m.context.lengths.view(m.num_images, m.per_image, m.num_contexts),
+                m.targets.lengths.view(m.num_images, m.per_image, m.num_targets),
+            )
+            for m in masks
         ]
         context, targets = (torch.cat(parts).double() for parts in zip(*lengths, strict=True))
 
         def mean(per_block: Tensor) -> float:
-            return float(per_block.sum(1).mean())
+            return float(per_block.sum((1, 2)).mean())
 
         return cls(
             context=mean(context),
             targets=mean(targets),
             context_squares=mean(context.square()),
             target_squares=mean(targets.square()),
-            products=float((context.sum(1) * targets.sum(1)).mean()),
-            num_contexts=context.shape[1],
-            num_targets=targets.shape[1],
+            products=float((context.sum(2) * targets.sum(2)).sum(1).mean()),
+            num_contexts=context.shape[2],
+            num_targets=targets.shape[2],
         )
 
     @classmethod

@@ -96,7 +96,7 @@ class ThreadTeam {
 
 // One case, with every buffer exactly as large as it needs to be.
 struct Case {
-  int64_t seed, step, first_image, num_images;
+  int64_t seed, step, first_image, num_images, num_masks;
   Plan plan;
   std::vector<Block> memory;
   std::vector<uint32_t> scratch;
@@ -110,50 +110,51 @@ struct Case {
     for (int64_t number; numbers >> number;) plan_numbers.push_back(number);
     plan = read_plan(plan_numbers.data(), plan_numbers.size());
     check_images(plan, first_image, num_images);
-    memory.resize(static_cast<size_t>(workspace.lay_out(plan, num_images, 0)) / sizeof(Block),
+    num_masks = num_images * plan.per_image;
+    memory.resize(static_cast<size_t>(workspace.lay_out(plan, num_masks, 0)) / sizeof(Block),
                   {kUnwritten, kUnwritten, kUnwritten, kUnwritten});
-    workspace.lay_out(plan, num_images, reinterpret_cast<uintptr_t>(memory.data()));
-    scratch.resize(static_cast<size_t>(num_images * plan.scratch_words), kUnwritten);
-    context_cu_seqlens.resize(static_cast<size_t>(num_images * plan.num_contexts + 1), kUnwritten);
-    target_cu_seqlens.resize(static_cast<size_t>(num_images * plan.num_targets + 1), kUnwritten);
+    workspace.lay_out(plan, num_masks, reinterpret_cast<uintptr_t>(memory.data()));
+    scratch.resize(static_cast<size_t>(num_masks * plan.scratch_words), kUnwritten);
+    context_cu_seqlens.resize(static_cast<size_t>(num_masks * plan.num_contexts + 1), kUnwritten);
+    target_cu_seqlens.resize(static_cast<size_t>(num_masks * plan.num_targets + 1), kUnwritten);
   }
 
   // What block_masks_cuda.cu launches, kernel after kernel; a launch is the sync between them.
   template <class Team>
   void run(Team& team) {
     const RandomSource source = random_source(seed, step);
-    for (int64_t b = 0; b < num_images; ++b) {
-      draw_image(team, plan, source, step_sizes(plan, source), workspace, b, static_cast<uint32_t>(first_image),
-                 scratch.data() + b * plan.scratch_words);
+    for (int64_t b = 0; b < num_masks; ++b) {
+      draw_mask(team, plan, source, step_sizes(plan, source), workspace, b, static_cast<uint32_t>(first_image),
+                scratch.data() + b * plan.scratch_words);
     }
     team.sync();
     if (plan.context == ContextMode::batch_min) {
-      for (int64_t g = 0; g < num_images / plan.group_size; ++g) truncate_group(team, plan, workspace, g);
+      for (int64_t g = 0; g < num_masks / plan.group_size; ++g) truncate_group(team, plan, workspace, g);
       team.sync();
     }
     for (int32_t* starts : {workspace.context_starts, workspace.target_starts}) {
       for (int segment = 0; segment < kSegments; ++segment) {
-        const int sum = segment_sum(team, starts, segment_of(num_images, segment, kSegments));
+        const int sum = segment_sum(team, starts, segment_of(num_masks, segment, kSegments));
         if (team.lane() == 0) sums[static_cast<size_t>(segment)] = sum;
       }
       team.sync();
       for (int segment = 0; segment < kSegments; ++segment) {
         const int start = sum_of_segments_before(team, sums.data(), segment);
-        const int end = segment_starts(team, starts, segment_of(num_images, segment, kSegments), start);
-        if (segment == kSegments - 1 && team.lane() == 0) starts[num_images] = end;
+        const int end = segment_starts(team, starts, segment_of(num_masks, segment, kSegments), start);
+        if (segment == kSegments - 1 && team.lane() == 0) starts[num_masks] = end;
       }
       team.sync();
     }
     if (team.lane() == 0) {
-      context.resize(static_cast<size_t>(workspace.context_starts[num_images]), kUnwritten);
-      targets.resize(static_cast<size_t>(workspace.target_starts[num_images]), kUnwritten);
+      context.resize(static_cast<size_t>(workspace.context_starts[num_masks]), kUnwritten);
+      targets.resize(static_cast<size_t>(workspace.target_starts[num_masks]), kUnwritten);
     }
     team.sync();
     const Packed packed{context.data(), context_cu_seqlens.data(), targets.data(), target_cu_seqlens.data()};
-    for (int64_t b = 0; b < num_images; ++b) pack_image(team, plan, workspace, b, packed);
+    for (int64_t b = 0; b < num_masks; ++b) pack_mask(team, plan, workspace, b, packed);
     if (team.lane() == 0) {
-      context_cu_seqlens.back() = workspace.context_starts[num_images];
-      target_cu_seqlens.back() = workspace.target_starts[num_images];
+      context_cu_seqlens.back() = workspace.context_starts[num_masks];
+      target_cu_seqlens.back() = workspace.target_starts[num_masks];
     }
     team.sync();
   }

@@ -77,6 +77,8 @@ class MaskCollator:
                 "masks [B, K] need context batch_min or fixed and size_per step, "
                 f"got {self.config.context} and {self.config.size_per}"
             )
+        if self.config.per_image != 1:
+            raise ValueError(f"masks [B, K] are one per image, got per_image={self.config.per_image}")
         self.grid = (height // patch_size, width // patch_size)
         self.seed = seed
         if rank is None:
