@@ -18,9 +18,9 @@ import logging
 import statistics
 import sys
 import tempfile
-import time
 import types
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.baselines import Eager
 from benchmarks.implementations import MODELS, model_config
-from ijepa_fast.bench.measure import machine, write_json
+from ijepa_fast.bench.measure import Took, results, save, stopwatch
 from ijepa_fast.optim.schedules import Schedules
 
 OFFICIAL_NAMES = {"vit_tiny": "vit_tiny", "vit_small": "vit_small", "vit_b16": "vit_base"}
@@ -95,8 +95,7 @@ class SideBySide:
         schedules = Schedules(total_steps=steps, warmup_steps=int(0.5 * steps))
         self.eager = Eager(self.config, schedules)
         self.collate = None
-        self.seconds: dict[str, list[float]] = {"official": [], "eager": []}
-        self.cpu_seconds: dict[str, list[float]] = {"official": [], "eager": []}
+        self.took: dict[str, list[Took]] = {"official": [], "eager": []}
         self.flops: dict[str, int] = {}
         self.losses: list[float] = []
 
@@ -121,27 +120,19 @@ class SideBySide:
         for step in range(self.steps):
             images = [torch.randn(3, side, side, generator=generator) for _ in range(self.batch)]
             batch, contexts, targets = self.collate([(image, 0) for image in images])
-            # The first step counts operations, which takes time of its own.
-            count, own = FlopCounterMode(display=False), FlopCounterMode(display=False)
-            if step == 0:
-                count.__enter__()
-            start, cpu_start = time.perf_counter(), time.process_time()
-            yield batch, contexts, targets
-            self._note("official", start, cpu_start, step)
-            if step == 0:
-                count.__exit__(None, None, None)
-                own.__enter__()
-            start, cpu_start = time.perf_counter(), time.process_time()
-            self.losses.append(self.eager(batch[0], (contexts, targets), step))
-            self._note("eager", start, cpu_start, step)
-            if step == 0:
-                own.__exit__(None, None, None)
-                self.flops = {"official": count.get_total_flops(), "eager": own.get_total_flops()}
+            # The first step counts operations, which takes time of its own, so it is not among the times.
+            with self._measured("official", step):
+                yield batch, contexts, targets
+            with self._measured("eager", step):
+                self.losses.append(self.eager(batch[0], (contexts, targets), step))
 
-    def _note(self, name: str, start: float, cpu_start: float, step: int) -> None:
-        if step > 0:
-            self.seconds[name].append(time.perf_counter() - start)
-            self.cpu_seconds[name].append(time.process_time() - cpu_start)
+    @contextmanager
+    def _measured(self, name: str, step: int) -> Iterator[None]:
+        counter = FlopCounterMode(display=False) if step == 0 else nullcontext()
+        with counter, stopwatch(self.took[name] if step > 0 else []):
+            yield
+        if step == 0:
+            self.flops[name] = counter.get_total_flops()
 
 
 def run(checkout: Path, model: str, batch: int, steps: int) -> dict[str, Any]:
@@ -178,17 +169,16 @@ def run(checkout: Path, model: str, batch: int, steps: int) -> dict[str, Any]:
         with open(Path(folder) / "run_r0.csv") as file:
             official_losses = [float(row["loss"]) for row in csv.DictReader(file)]
 
-    def ratio(values: dict[str, list[float]]) -> float:
-        return statistics.median(a / b for a, b in zip(values["eager"], values["official"], strict=True))
-
+    took, flops = loader.took, loader.flops
+    pairs = list(zip(took["eager"], took["official"], strict=True))
     return {
-        "gflops_per_step": {name: value / 1e9 for name, value in loader.flops.items()},
-        "ms": {name: statistics.median(values) * 1e3 for name, values in loader.seconds.items()},
-        "cpu_ms": {name: statistics.median(values) * 1e3 for name, values in loader.cpu_seconds.items()},
+        "gflops_per_step": {name: value / 1e9 for name, value in flops.items()},
+        "ms": {name: statistics.median(each.wall for each in of) * 1e3 for name, of in took.items()},
+        "cpu_ms": {name: statistics.median(each.cpu for each in of) * 1e3 for name, of in took.items()},
         "eager_over_official": {
-            "flops": loader.flops["eager"] / loader.flops["official"],
-            "time": ratio(loader.seconds),
-            "cpu_time": ratio(loader.cpu_seconds),
+            "flops": flops["eager"] / flops["official"],
+            "time": statistics.median(a.wall / b.wall for a, b in pairs),
+            "cpu_time": statistics.median(a.cpu / b.cpu for a, b in pairs),
         },
         "losses": {"official": official_losses, "eager": [round(value, 5) for value in loader.losses]},
     }
@@ -209,19 +199,13 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         parser.error(f"{options.checkout} holds no src/train.py")
     if options.threads:
         torch.set_num_threads(options.threads)
-    report = {
-        "schema": 1,
-        "kind": "fairness",
-        "machine": machine("cpu"),
-        "settings": {name: getattr(options, name) for name in ("model", "batch", "steps")},
-        **run(options.checkout.resolve(), options.model, options.batch, options.steps),
-    }
+    settings = {name: getattr(options, name) for name in ("model", "batch", "steps")}
+    report = results("fairness", "cpu", settings=settings) | run(options.checkout.resolve(), **settings)
     for name, value in report["eager_over_official"].items():
         print(f"eager/official {name}: {value:.3f}")
     pairs = zip(report["losses"]["official"], report["losses"]["eager"], strict=True)
     print(f"losses differ by at most {max(abs(a - b) for a, b in pairs):.1e}")
-    if options.json:
-        write_json(options.json, report)
+    save(options.json, report)
     return report
 
 

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from benchmarks.processes import LEAST_SECONDS, Run
-from ijepa_fast.bench.rows import with_ratios
+from ijepa_fast.bench.table import with_ratios
 from ijepa_fast.masks import extension
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from benchmarks.baselines import Eager, load_weights, mask_lists
 from benchmarks.compiled import Compiled, Packed
-from ijepa_fast.bench.agreement import NOTHING, gradient_difference, largest, relative
+from ijepa_fast.bench.steps import LIMITS, differences, disagreement, gradients_of
 from ijepa_fast.config import ModelConfig, RunConfig, TrainConfig
 from ijepa_fast.masks.sampler import MaskConfig, Masks, MaskSampler
 from ijepa_fast.model.jepa import Objective
@@ -205,17 +205,13 @@ class Case:
         return mask_lists(masks.context, 1, patches), mask_lists(masks.targets, masks.num_targets, patches)
 
 
-LOSS_TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2}
-GRADIENT_TOLERANCE = {"fp32": 1e-3, "bf16": 0.2}
-REHEARSED_TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2}
-"""Of losses after updates. Adam's first ones move a weight by the learning rate whatever its gradient, so where that is
-all but zero, rounding decides on the direction."""
-APPROXIMATE_LOSS, LEAST_COSINE = 5e-2, 0.98
-"""For targets computed in 8 bits, whose 3 bits of mantissa are off by 2 to 3 % in every product."""
+REHEARSAL = (0, 0, 0)
+"""Step numbers: a captured step meets the shapes of step 0, captures them, and replays."""
 
 
-def loss_and_gradients(case: Case, candidate: Candidate, masks: Masks) -> tuple[float, dict[str, Tensor]]:
-    """Of one batch, without training on it."""
+def first_batch(case: Case, candidate: Candidate, masks: Masks) -> dict[str, Any]:
+    """Loss and fp32 gradients of one batch, without training on it; of approximate targets no gradients, which are
+    others."""
     networks = candidate.networks
     if candidate.kind == "ours":
         loss = networks(case.images, masks.to(case.device), all_targets=False)[0].total
@@ -224,36 +220,46 @@ def loss_and_gradients(case: Case, candidate: Candidate, masks: Masks) -> tuple[
         loss = networks.loss(case.normalised, *lists)
     else:
         loss = networks.loss(case.normalised, Packed.of(masks, case.device))
-    loss.backward()
-    # Copies: captured steps keep their gradients in place.
-    named = networks.named_parameters()
-    gradients = {name: p.grad.to(torch.float32, copy=True) for name, p in named if p.grad is not None}
-    candidate.holder.optimizer.zero_grad()
-    return float(loss.detach()), gradients
+    gradients = gradients_of(loss, networks, candidate.holder.optimizer, dtype=torch.float32)
+    found = {"loss": float(loss.detach()), "gradient": gradients}
+    return {"loss": found["loss"]} if candidate.approximate else found
 
 
 @torch.no_grad()
-def target_cosine(case: Case, candidate: Candidate, reference: Candidate, masks: Masks) -> float:
-    """Of the target features of two variants of ours, mean over rows."""
+def target_distance(case: Case, candidate: Candidate, reference: Candidate, masks: Masks) -> float:
+    """One less the cosine similarity of the target features of two variants of ours, mean over rows."""
     found, want = (
         c.networks.predict(case.images, masks.to(case.device), all_targets=False).targets
         for c in (candidate, reference)
     )
-    return float(F.cosine_similarity(found.float(), want.float(), dim=1).mean())
+    return 1 - float(F.cosine_similarity(found.float(), want.float(), dim=1).mean())
 
 
 def check_agreement(case: Case, candidates: Sequence[Candidate]) -> tuple[dict[str, dict[str, float]], dict[str, str]]:
     """Whether implementations that see the same masks train the same.
 
     They are compared with ``eager`` where it can see the masks, else with the first that is not approximate, by loss
-    and gradients; those of approximate targets by loss and targets.
+    and gradients; those of approximate targets by loss and targets. Then every variant of ours trains the same few
+    steps, and losses are compared with those of the first: optimizer, graphs and streams are seen by no comparison of
+    gradients.
 
     Returns:
-        "name/reference" -> relative differences of the loss and of the gradient (the largest over parameters, those
-        that are next to nothing relative to the whole gradient), or the cosine similarity of targets; and name -> what
-        is wrong, of those that differ by more than rounding explains.
+        "name/reference" -> differences (``bench.steps.differences``, and "targets", see ``target_distance``), and
+        name -> what is wrong, of those that differ by more than rounding explains.
     """
-    found, wrong = {}, {}
+    found: dict[str, dict[str, float]] = {}
+    wrong: dict[str, str] = {}
+
+    def note(candidate: Candidate, reference: Candidate, apart: dict[str, float]) -> None:
+        found.setdefault(f"{candidate.name}/{reference.name}", {}).update(apart)
+        limits = LIMITS[case.precision]
+        if candidate.approximate or reference.approximate:
+            limits = LIMITS["approximate"]
+        elif candidate.kind != reference.kind:
+            limits = LIMITS.get(f"{case.precision}, others", limits)
+        if said := disagreement(apart, limits):
+            wrong.setdefault(candidate.name, f"does not train what {reference.name} trains: {said}")
+
     together = [case.drawn[0]]
     if any(c.kind == "eager" for c in candidates) and not _equal_lengths(case.drawn[0]):
         together.append(case.truncated[0])
@@ -264,53 +270,20 @@ def check_agreement(case: Case, candidates: Sequence[Candidate]) -> tuple[dict[s
             continue
         reference = next((c for c in exact if c.kind == "eager"), exact[0])
         plain = next((c for c in exact if c.kind == "ours"), None)
-        want_loss, want = loss_and_gradients(case, reference, masks)
+        want = first_batch(case, reference, masks)
         for candidate in seeing:
-            if candidate is reference or candidate.name in wrong:
-                continue
-            loss, gradients = loss_and_gradients(case, candidate, masks)
-            differences = {"loss": relative(loss, want_loss)}
-            limits = {"loss": APPROXIMATE_LOSS if candidate.approximate else LOSS_TOLERANCE[case.precision]}
-            if not candidate.approximate:
-                if gradients.keys() != want.keys():
-                    raise ValueError(f"{candidate.name} and {reference.name} train different parameters")
-                differences["gradient"] = gradient_difference(gradients, want, NOTHING[case.precision])
-                limits["gradient"] = GRADIENT_TOLERANCE[case.precision]
-            agree = all(differences[key] <= limit for key, limit in limits.items())  # NaN does not
-            if candidate.approximate and plain is not None:
-                differences["target_cosine"] = target_cosine(case, candidate, plain, masks)
-                agree = agree and differences["target_cosine"] >= LEAST_COSINE
-            if not agree:
-                wrong[candidate.name] = f"does not train what {reference.name} trains: differences {differences}"
-            found[f"{candidate.name}/{reference.name}"] = differences
+            if candidate is not reference and candidate.name not in wrong:
+                apart = differences(first_batch(case, candidate, masks), want, case.precision)
+                if candidate.approximate and plain is not None:
+                    apart["targets"] = target_distance(case, candidate, plain, masks)
+                note(candidate, reference, apart)
+    ours = [c for c in candidates if c.kind == "ours"]
+    if len(ours) > 1:
+        losses = [{"losses": [float(c.run(number).losses.total) for number in REHEARSAL]} for c in ours]
+        for candidate, of in zip(ours[1:], losses[1:], strict=True):
+            note(candidate, ours[0], differences(of, losses[0], case.precision))
     return found, wrong
 
 
 def _equal_lengths(masks: Masks) -> bool:
     return all(len(set(part.lengths.tolist())) == 1 for part in (masks.context, masks.targets))
-
-
-REHEARSAL = (0, 0, 0)
-"""Step numbers: a captured step meets the shapes of step 0, captures them, and replays."""
-
-
-def rehearse(case: Case, candidates: Sequence[Candidate]) -> tuple[dict[str, float], dict[str, str]]:
-    """Train the same few steps with every variant of ours, and compare the losses with the first one's: optimizer,
-    graphs and streams are seen by no comparison of gradients.
-
-    Returns:
-        name -> largest relative difference, and name -> what is wrong.
-    """
-    ours = [candidate for candidate in candidates if candidate.kind == "ours"]
-    if len(ours) < 2:
-        return {}, {}
-    losses = {c.name: [float(c.run(number).losses.total) for number in REHEARSAL] for c in ours}
-    first, *others = ours
-    found, wrong = {}, {}
-    for candidate in others:
-        pairs = zip(losses[candidate.name], losses[first.name], strict=True)
-        found[candidate.name] = difference = largest(relative(*pair) for pair in pairs)
-        approximate = candidate.approximate or first.approximate
-        if not difference <= (APPROXIMATE_LOSS if approximate else REHEARSED_TOLERANCE[case.precision]):
-            wrong[candidate.name] = f"its losses go another way than those of {first.name}: {difference:.2g} apart"
-    return found, wrong

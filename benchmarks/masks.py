@@ -14,17 +14,16 @@ from __future__ import annotations
 
 import argparse
 import math
-import random
 import statistics
 import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ijepa_fast.bench.measure import SCHEMA, graph_times, machine, side_stream, write_json
+from benchmarks.baselines import draw_masks
+from ijepa_fast.bench.measure import graph_times, own_stream, repeat, results, save
 from ijepa_fast.masks import extension
 from ijepa_fast.masks.sampler import MaskConfig, Masks, MaskSampler
 
@@ -71,63 +70,20 @@ def check_equality(devices: Sequence[str], batches: Sequence[int]) -> int:
     return comparisons
 
 
-def per_image_loop(grid: tuple[int, int], steps: Sequence[int]) -> tuple[list, list]:
-    """The official recipe as a collator draws it, image by image: lists of int64 index tensors, context and targets.
-
-    Written from the paper; sizes once per step, contexts truncated to the shortest of each GROUP_SIZE images.
-    """
-    height, width = grid
-    contexts, targets = [], []
-    for step in steps:
-        sizes = random.Random(step)
-        share = sizes.random()
-        area, aspect = int(height * width * (0.15 + 0.05 * share)), 0.75 + 0.75 * share
-        block = min(round(math.sqrt(area * aspect)), height - 1), min(round(math.sqrt(area / aspect)), width - 1)
-        side = round(math.sqrt(int(height * width * (0.85 + 0.15 * sizes.random()))))
-        context_block = min(side, height - 1), min(side, width - 1)
-
-        def place(size):
-            top = int(torch.randint(0, height - size[0], (1,)))
-            left = int(torch.randint(0, width - size[1], (1,)))
-            return slice(top, top + size[0]), slice(left, left + size[1])
-
-        group = []
-        for _ in range(GROUP_SIZE):
-            visible = torch.ones(height, width, dtype=torch.int32)
-            for _ in range(4):
-                target, where = torch.zeros(height, width, dtype=torch.int32), place(block)
-                target[where] = 1
-                visible[where] = 0
-                targets.append(target.flatten().nonzero().squeeze(1))
-            context = torch.zeros(height, width, dtype=torch.int32)
-            where = place(context_block)
-            context[where] = visible[where]
-            group.append(context.flatten().nonzero().squeeze(1))
-        shortest = min(map(len, group))
-        contexts += [context[:shortest] for context in group]
-    return contexts, targets
-
-
 def check_the_loop(steps: int = 100) -> None:
     """Loop and sampler do the same work: their mean context and target tokens agree within 4 standard errors."""
-    contexts, targets = per_image_loop((14, 14), range(steps))
-    sampler = MaskSampler(CONFIGS["official"], (14, 14))
-    counts = torch.tensor([sampler.counts(GROUP_SIZE, seed=0, step=step) for step in range(steps)]).double()
-    loop_context = torch.tensor([len(c) for c in contexts]).view(steps, GROUP_SIZE).sum(1).double()
-    loop_targets = torch.tensor([len(t) for t in targets]).view(steps, GROUP_SIZE * 4).sum(1).double()
-    for ours, loop in ((counts[:, 0], loop_context), (counts[:, 1], loop_targets)):
-        error = math.sqrt((ours.var() + loop.var()) / steps)
-        assert abs(ours.mean() - loop.mean()) < 4 * error
+    generator, sampler = torch.Generator().manual_seed(0), MaskSampler(CONFIGS["official"], (14, 14))
+    loop = torch.tensor([
+        [sum(part.numel() for part in parts) for parts in draw_masks(GROUP_SIZE, (14, 14), generator)]
+        for _ in range(steps)
+    ]).double()  # fmt: skip
+    ours = torch.tensor([sampler.counts(GROUP_SIZE, seed=0, step=step) for step in range(steps)]).double()
+    for a, b in zip(ours.T, loop.T, strict=True):
+        assert abs(a.mean() - b.mean()) < 4 * math.sqrt((a.var() + b.var()) / steps)
 
 
 def _rates(images: int, call: Callable[[int], Any], seconds: float) -> dict[str, Any]:
-    call(0)
-    rates: list[float] = []
-    until = time.perf_counter() + seconds
-    while len(rates) < LEAST_ROUNDS or time.perf_counter() < until:
-        start = time.perf_counter()
-        call(len(rates) + 1)
-        rates.append(images / (time.perf_counter() - start))
+    rates = [images / took.wall for took in repeat(call, seconds=seconds, least=LEAST_ROUNDS)]
     return {"images_per_second": round(max(rates)), "median": round(statistics.median(rates)), "rounds": len(rates)}
 
 
@@ -140,7 +96,8 @@ def cpu_rates(implementations: Sequence[str], seconds: float) -> list[dict[str, 
                 sampler = MaskSampler(config, grid, implementation=name)
                 rates = _rates(IMAGES, lambda step, s=sampler: s.sample(IMAGES, seed=0, step=step), seconds)
                 found.append({"implementation": name, "recipe": recipe, "grid": grid_name, **rates})
-    loop = _rates(GROUP_SIZE, lambda step: per_image_loop((14, 14), [step]), seconds)
+    generator = torch.Generator().manual_seed(0)
+    loop = _rates(GROUP_SIZE, lambda _: draw_masks(GROUP_SIZE, (14, 14), generator), seconds)
     return [*found, {"implementation": "loop", "recipe": "official", "grid": "14x14", **loop}]
 
 
@@ -154,7 +111,7 @@ def captured_call(sampler: MaskSampler, images: int, device: str) -> Callable[[]
 def cuda_times(batches: Sequence[int] = (128, 2048)) -> list[dict[str, Any]]:
     """Microseconds of device time per call, by batch, recipe and grid."""
     found = []
-    with side_stream(torch.device("cuda")):
+    with own_stream(torch.device("cuda")):
         for images in batches:
             for grid_name, grid in GRIDS.items():
                 for recipe, config in CONFIGS.items():
@@ -178,7 +135,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("\n".join(f"masks on {device}: {reason}" for device, reason in refusals.items() if reason))
         return 1
     torch.set_num_threads(1)
-    report: dict[str, Any] = {"schema": SCHEMA, "kind": "masks", "machine": machine(arguments.device)}
+    report = results("masks", arguments.device)
     report["equal"] = {
         "implementations": ["torch on cpu", *(f"extension on {device}" for device in devices)],
         "batches": arguments.batches,
@@ -190,8 +147,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.device == "cuda":
             report["device_times"] = cuda_times()
         report["rates"] = cpu_rates(("torch", "extension"), arguments.seconds)
-    if arguments.json:
-        write_json(arguments.json, report)
+    save(arguments.json, report)
     for found in report.get("device_times", []):
         print(f"{found['images']:>5} images {found['recipe']:<9}{found['grid']}  {found['times']['p50']:8.1f} us")
     for found in report.get("rates", []):

@@ -18,8 +18,7 @@ import torch
 
 from ijepa_fast.bench import table as ops_table
 from ijepa_fast.bench.cases.floors import MODELS, MODES, TINY
-from ijepa_fast.bench.measure import SCHEMA, machine, write_json
-from ijepa_fast.bench.rows import header, line, remarks, with_ratios
+from ijepa_fast.bench.measure import results, save
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
@@ -36,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--json", type=Path, help="file to write, whole after every row")
     options = parser.parse_args(argv)
     device = torch.device(options.device)
-    report: dict[str, Any] = {"schema": SCHEMA, "kind": "ops", "machine": machine(device), "rows": []}
+    report = results("ops", device, rows=[])
     gc.freeze()  # what was imported stays; collecting after every row need not look at it
     measured: list[dict[str, Any]] = []
     for row in ops_table.rows(
@@ -49,14 +48,13 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         seconds=options.seconds,
     ):
         if not measured:
-            print(header())
+            print(ops_table.header())
         measured.append(row)
-        report["rows"] = with_ratios(measured)
-        if options.json:
-            write_json(options.json, report)
+        report["rows"] = ops_table.with_ratios(measured)
+        save(options.json, report)
         if "times" in row or "failed" in row:
-            print(line(row), flush=True)
-    print("\n".join(remarks(measured)))
+            print(ops_table.line(row), flush=True)
+    print("\n".join(ops_table.remarks(measured)))
     return report
 
 

@@ -29,13 +29,13 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from benchmarks import ablations
-from ijepa_fast.bench.measure import machine
 from ijepa_fast.config import ModelConfig, RunConfig, flatten
 from ijepa_fast.data.rendered import NUM_IMAGES, RenderedTextures
 from ijepa_fast.model.blocks import CPU_HIDDEN
 from ijepa_fast.model.fp8 import fp8_products
 from ijepa_fast.model.jepa import Objective
 from ijepa_fast.model.vit import SIZES, VisionTransformer, cast_weights
+from ijepa_fast.run.environment import machine
 from ijepa_fast.run.files import write_json
 from ijepa_fast.weights.runs import load_run
 

@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ijepa_fast.bench.measure import machine, write_json
+from ijepa_fast.bench.measure import save
+from ijepa_fast.run.environment import machine
 
 ROOT = Path(__file__).resolve().parents[1]
 LEAST_SECONDS = 5
@@ -48,7 +49,7 @@ class Run:
 
     def save(self) -> None:
         with self.lock:
-            write_json(self.path, self.report)
+            save(self.path, self.report)
 
     def note(self, table: dict[str, Any], name: str, value: Any) -> None:
         """Put a value into a table of the report, and save. Commands run beside one another: none may change a table

@@ -1,4 +1,4 @@
-"""Results files, and the words and tables that every section of the results makes of them."""
+"""Results files, which of them may be shown, and the words and tables that every section of the results uses."""
 
 from __future__ import annotations
 
@@ -9,21 +9,59 @@ from pathlib import Path
 from typing import Any
 
 Report = dict[str, Any]
+Reports = dict[str, list[Report]]
+"""Results files by kind."""
 PREFERRED_GPU = "H200"
-"""The one that docs/kernels.md has floors for."""
+"""The GPU for which docs/kernels.md has floors."""
 NOT_MEASURED = "not measured yet"
 PHASES = ("masks and images", "target encoder", "context encoder", "predictor", "loss and backward", "update")
-"""What a step is timed in, one after the other."""
+"""Parts of a step, in their order, that are timed apart."""
 
 
-def load(folder: Path) -> dict[str, list[Report]]:
-    """Results by kind, in the order of their file names, each with its "file". What has no kind is left out."""
-    found: dict[str, list[Report]] = {}
+def load(folder: Path) -> Reports:
+    """Results by kind, in the order of their file names, each with its "file". Files without a kind are left out."""
+    found: Reports = {}
     for path in sorted(folder.glob("*.json")):
         report = json.loads(path.read_text())
         if isinstance(report, dict) and "kind" in report:
             found.setdefault(report["kind"], []).append(report | {"file": path.name})
     return found
+
+
+def gpu_of(check: Report) -> str | None:
+    return next((part["machine"]["gpu"] for part in check["parts"].values() if "gpu" in part["machine"]), None)
+
+
+def gpu_checks(reports: Reports) -> list[Report]:
+    """Runs of gpu_check.sh on a GPU."""
+    return [check for check in reports.get("gpu_check", []) if gpu_of(check)]
+
+
+def failures(check: Report) -> list[str]:
+    """Reasons why the times of a GPU run may not be shown; empty if they may."""
+    tests = check["parts"].get("tests")
+    if tests is None:
+        return ["its tests were not run"]
+    if not tests.get("passed") and not tests.get("failed"):
+        return ["no test ran"]
+    return tests.get("failed", [])
+
+
+def trusted(reports: Reports) -> list[Report]:
+    """GPU runs whose tests passed, those of ``PREFERRED_GPU`` first."""
+    passed = [check for check in gpu_checks(reports) if not failures(check)]
+    return sorted(passed, key=lambda check: PREFERRED_GPU not in (gpu_of(check) or ""))
+
+
+def of_kind(reports: Reports, kind: str, part: str) -> list[Report]:
+    """Reports of a kind, for instance "step": those in a part of GPU runs whose tests passed, and those in files of
+    their own; such a file from a GPU counts only if the tests passed on that GPU with the same commit."""
+    runs = trusted(reports)
+    inside = [found for check in runs for found in check["parts"].get(part, {}).get("reports", [])]
+    passed = {(m["gpu"], m["commit"]) for m in (check["parts"]["tests"]["machine"] for check in runs)}
+    machines = [report["machine"] for report in reports.get(kind, [])]
+    shown = [m["device"] == "cpu" or (m["gpu"], m["commit"]) in passed for m in machines]
+    return [*inside, *(report for report, show in zip(reports.get(kind, []), shown, strict=True) if show)]
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
@@ -32,7 +70,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 
 
 def mean_and_deviation(values: Iterable[float], digits: int = 1) -> str:
-    """Mean ± sample standard deviation; of one value the value alone, and of none nothing."""
+    """Mean ± sample standard deviation; the value alone if there is one, and nothing if there is none."""
     values = list(values)
     if not values:
         return ""
@@ -55,37 +93,3 @@ def on(machine: Report) -> str:
     changed = " with changes" if machine.get("dirty") else ""
     commit = f"commit {machine['commit'][:12]}{changed}" if machine.get("commit") else "commit unknown"
     return f"{where}; {', '.join(versions)}, Python {machine['python']}; {commit}"
-
-
-def failures(check: Report) -> list[str]:
-    """Why times of a GPU run may not be shown; empty if they may."""
-    tests = check["parts"].get("tests")
-    if tests is None:
-        return ["its tests were not run"]
-    if not tests.get("passed") and not tests.get("failed"):
-        return ["no test ran"]
-    return tests.get("failed", [])
-
-
-def gpu_checks(reports: dict[str, list[Report]]) -> list[Report]:
-    """Runs of gpu_check.sh, but for dry ones."""
-    return [check for check in reports.get("gpu_check", []) if gpu_of(check)]
-
-
-def trusted(reports: dict[str, list[Report]]) -> list[Report]:
-    """GPU runs whose tests passed, those of ``PREFERRED_GPU`` first."""
-    passed = [check for check in gpu_checks(reports) if not failures(check)]
-    return sorted(passed, key=lambda check: PREFERRED_GPU not in (gpu_of(check) or ""))
-
-
-def gpu_of(check: Report) -> str | None:
-    return next((part["machine"]["gpu"] for part in check["parts"].values() if "gpu" in part["machine"]), None)
-
-
-def picture(name: str, words: str) -> str:
-    return f"![{words}](../docs/images/{name}.png)"
-
-
-def target_table(targets: Iterable[tuple[str, str, str, bool | None]]) -> str:
-    words = {True: "met", False: "missed", None: NOT_MEASURED}
-    return table(["target", "wanted", "measured", ""], [(*rest, words[met]) for *rest, met in targets])

@@ -24,10 +24,10 @@ from typing import Any
 
 import torch
 
-from benchmarks.implementations import MODELS, Candidate, Case, model_config, parse, train_config
-from benchmarks.step import Clock, phases, timed, warm
+from benchmarks.implementations import MODELS, Case, model_config, parse, train_config
+from benchmarks.step import phases, warm
 from ijepa_fast.attention.dispatch import varlen_self_attention
-from ijepa_fast.bench.measure import cpu_times, graph_times, machine, side_stream, write_json
+from ijepa_fast.bench.measure import cpu_times, graph_times, own_stream, repeat, results, save
 from ijepa_fast.model.predictor_layout import predictor_layout
 from ijepa_fast.ragged import Ragged
 from ijepa_fast.step.train_step import PRECISION_DTYPES
@@ -49,7 +49,7 @@ def attention_ms(case: Case) -> float:
     )
     total = 0.0
     for tokens, width, depth, trained in parts:
-        with side_stream(case.device):
+        with own_stream(case.device):
             calls = [_attention(case, tokens.to(case.device), width, trained) for _ in range(COPIES)]
             times = graph_times(calls) if case.device.type == "cuda" else cpu_times(calls[0], seconds=0.0)
         total += depth * times.p50 / 1e3
@@ -73,26 +73,20 @@ def _attention(case: Case, tokens: Ragged, width: int, trained: bool) -> Callabl
     return lambda: torch.autograd.grad(forward(), qkv, grad)
 
 
-def update_ms(candidate: Candidate, case: Case, rounds: int) -> float:
-    """Milliseconds of the optimizer's part of a step."""
-    if not candidate.captured:
-        return phases(candidate, case.device, rounds)["update"]
-    clock, samples = Clock(case.device), []  # its gradients stay where they are, so it can be stepped by itself
-    for _ in range(rounds):
-        clock.mark("update")
-        candidate.holder.optimizer.step()
-        clock.mark("end")
-        samples.append(clock.milliseconds()["update"])
-    return statistics.median(samples)
-
-
 def measure_point(case: Case, name: str, rounds: int, warm_up: int) -> dict[str, Any]:
     """Medians of one batch and image size."""
     attention = attention_ms(case)
     candidate = case.make(name)
     warm(candidate, case, warm_up)
-    ms = statistics.median(timed(candidate, warm_up + n, case.device)[0] * 1e3 for n in range(rounds))
-    update = update_ms(candidate, case, rounds)
+
+    def median_ms(call: Callable[[int], Any]) -> float:
+        return statistics.median(took.wall * 1e3 for took in repeat(call, case.device, least=rounds, warm_up=0))
+
+    ms = median_ms(lambda number: candidate.run(warm_up + number))
+    if candidate.captured:  # gradients stay where they are, so the optimizer can be stepped by itself
+        update = median_ms(lambda _: candidate.holder.optimizer.step())
+    else:
+        update = phases(candidate, case.device, rounds)["update"]
     counts, patches = candidate.tokens, case.grid[0] * case.grid[1]
     tokens = patches + (1 + counts.num_targets) * counts.context + counts.targets
     return {
@@ -167,14 +161,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     if kind != "ours":
         parser.error(f"--impl must be ours or a variant of it, got {options.impl!r}")
     settings = {name: getattr(options, name) for name in ("model", "impl", "rounds", "warm_up")}
-    report: dict[str, Any] = {
-        "schema": 1,
-        "kind": "scaling",
-        "machine": machine(device),
-        "settings": settings | {"masks": "exact", "precision": precision},
-        "points": [],
-        "spread": None,
-    }
+    settings |= {"masks": "exact", "precision": precision}
+    report = results("scaling", device, settings=settings, points=[], spread=None)
     for point in points(
         options.model,
         options.impl,
@@ -188,8 +176,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     ):
         report["points"].append(point)
         report["spread"] = spread(report["points"])
-        if options.json:
-            write_json(options.json, report)
+        save(options.json, report)
         print(line(point), flush=True)
     if report["spread"] is not None:
         print(f"spread {report['spread']:.1%}")

@@ -21,11 +21,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
+import itertools
 import statistics
 import sys
-import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,38 +43,11 @@ from benchmarks.implementations import (
     check_agreement,
     model_config,
     parse,
-    rehearse,
     train_config,
 )
 from benchmarks.results_files import PHASES
-from ijepa_fast.bench.measure import machine, matmul_rate, write_json
+from ijepa_fast.bench.measure import Clock, Took, in_turns, matmul_rate, repeat, results, save
 from ijepa_fast.bench.table import in_words
-
-
-class Clock:
-    """Marks in the stream of work; the time from one to the next belongs to the first one's name."""
-
-    def __init__(self, device: torch.device):
-        self.on_gpu = device.type == "cuda"
-        self.marks: list[tuple[str, Any]] = []
-
-    def mark(self, name: str) -> None:
-        if self.on_gpu:
-            event = torch.cuda.Event(enable_timing=True)
-            event.record()
-            self.marks.append((name, event))
-        else:
-            self.marks.append((name, time.perf_counter()))
-
-    def milliseconds(self) -> dict[str, float]:
-        if self.on_gpu:
-            torch.cuda.synchronize()
-        spent: dict[str, float] = {}
-        for (name, start), (_, end) in zip(self.marks, self.marks[1:], strict=False):
-            took = start.elapsed_time(end) if self.on_gpu else (end - start) * 1e3
-            spent[name] = spent.get(name, 0.0) + took
-        self.marks.clear()
-        return spent
 
 
 def phases(candidate: Candidate, device: torch.device, rounds: int) -> dict[str, float]:
@@ -99,24 +73,11 @@ def phases(candidate: Candidate, device: torch.device, rounds: int) -> dict[str,
     return {name: round(statistics.median(s.get(name, 0.0) for s in samples), 3) for name in PHASES}
 
 
-def timed(candidate: Candidate, n: int, device: torch.device) -> tuple[float, float]:
-    """Seconds of one step, wall-clock and CPU time of the process; the device is idle before and after."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    start, cpu_start = time.perf_counter(), time.process_time()
-    candidate.run(n)
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start, time.process_time() - cpu_start
-
-
 def ratios(seconds: dict[str, list[float]]) -> dict[str, float]:
-    """Of every pair, the median over rounds."""
+    """The ratio of every pair, median over rounds."""
     return {
         f"{a}/{b}": statistics.median(x / y for x, y in zip(seconds[a], seconds[b], strict=True))
-        for a in seconds
-        for b in seconds
-        if a != b
+        for a, b in itertools.permutations(seconds, 2)
     }
 
 
@@ -161,16 +122,6 @@ def groups(names: Sequence[str], memory: dict[str, Memory], available: float) ->
     return found
 
 
-def mask_loop_ms(case: Case, rounds: int = 5) -> float:
-    """Milliseconds that the published loop over images takes for one batch."""
-    generator, samples = torch.Generator().manual_seed(SEED), []
-    for _ in range(rounds):
-        start = time.perf_counter()
-        draw_masks(case.batch, case.grid, generator)
-        samples.append((time.perf_counter() - start) * 1e3)
-    return statistics.median(samples)
-
-
 def warm(candidate: Candidate, case: Case, warm_up: int) -> None:
     """Steps that are not timed; every graph that the timed ones replay is captured."""
     # A graph is captured when its shapes are met for the second time.
@@ -184,46 +135,36 @@ def measure_group(case: Case, names: Sequence[str], rounds: int, warm_up: int, r
     of what an earlier group measured, only the ratios to it are new."""
     candidates = [case.make(name) for name in names]
     agreement, wrong = check_agreement(case, candidates)
-    rehearsed, astray = rehearse(case, candidates)
     report["agreement"] |= agreement
-    report["rehearsed"] |= rehearsed
-    report["failed"] |= astray | wrong
+    report["failed"] |= wrong
     candidates = [candidate for candidate in candidates if candidate.name not in report["failed"]]
     for candidate in candidates:
         warm(candidate, case, warm_up)
-    seconds: dict[str, list[float]] = {candidate.name: [] for candidate in candidates}
-    cpu_seconds: dict[str, list[float]] = {candidate.name: [] for candidate in candidates}
-    peaks = []
-    for n in range(rounds if candidates else 0):
-        peaks.append(matmul_rate(case.device))
-        # Each starts a round once in len(candidates) rounds: what disturbs more and more within one hits all alike.
-        order = [candidates[(n + i) % len(candidates)] for i in range(len(candidates))]
-        for candidate in order:
-            wall, cpu = timed(candidate, warm_up + n, case.device)
-            seconds[candidate.name].append(wall)
-            cpu_seconds[candidate.name].append(cpu)
+    if not candidates:
+        return
+    peaks: list[float] = []
+    calls = {candidate.name: candidate.run for candidate in candidates}
+    took = in_turns(calls, rounds, case.device, first=warm_up, before=lambda: peaks.append(matmul_rate(case.device)))
     for candidate in candidates:
         if candidate.name not in report["implementations"]:
-            took = seconds[candidate.name], cpu_seconds[candidate.name]
-            report["implementations"][candidate.name] = result(case, candidate, *took, statistics.median(peaks))
+            measured = result(case, candidate, took[candidate.name], statistics.median(peaks))
+            report["implementations"][candidate.name] = measured
     report["matmul_tflops"] = report["matmul_tflops"] or statistics.median(peaks) / 1e12
-    report["ratio"] |= ratios(seconds)
+    report["ratio"] |= ratios({name: [each.wall for each in of] for name, of in took.items()})
     if case.device.type == "cpu":
-        report["cpu_time_ratio"] = ratios(cpu_seconds)
+        report["cpu_time_ratio"] = ratios({name: [each.cpu for each in of] for name, of in took.items()})
 
 
-def result(
-    case: Case, candidate: Candidate, seconds: Sequence[float], cpu_seconds: Sequence[float], peak: float
-) -> dict[str, Any]:
-    """What the report says of one implementation."""
-    median = statistics.median(seconds)
+def result(case: Case, candidate: Candidate, took: Sequence[Took], peak: float) -> dict[str, Any]:
+    """Figures of one implementation."""
+    median = statistics.median(each.wall for each in took)
     rate = candidate.flops.total * case.batch / median
-    parts = None if candidate.no_phases else phases(candidate, case.device, min(len(seconds), 5))
+    parts = None if candidate.no_phases else phases(candidate, case.device, min(len(took), 5))
     return {
         "images_per_second": case.batch / median,
         "ms": median * 1e3,
-        "ms_of_rounds": [round(s * 1e3, 2) for s in seconds],
-        "cpu_ms": statistics.median(cpu_seconds) * 1e3,
+        "ms_of_rounds": [round(each.wall * 1e3, 2) for each in took],
+        "cpu_ms": statistics.median(each.cpu for each in took) * 1e3,
         "phases_ms": parts,
         "no_phases": candidate.no_phases,
         "context_tokens": candidate.tokens.context,
@@ -242,10 +183,12 @@ def measure(
 
     "failed" names those that do not run on this GPU, or do not train what the others do, with the reason.
     """
-    report: dict[str, Any] = {"agreement": {}, "rehearsed": {}, "failed": {}, "matmul_tflops": None}
+    report: dict[str, Any] = {"agreement": {}, "failed": {}, "matmul_tflops": None}
     report |= {"implementations": {}, "ratio": {}}
     if "eager" in names:
-        report["eager_mask_loop_ms"] = mask_loop_ms(case)
+        generator = torch.Generator().manual_seed(SEED)
+        took = repeat(lambda _: draw_masks(case.batch, case.grid, generator), warm_up=0)
+        report["eager_mask_loop_ms"] = statistics.median(each.wall for each in took) * 1e3
     memory, together = plan(case, names, report["failed"])
     waiting = deque(together)
     while waiting:
@@ -327,14 +270,10 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     model = model_config(options.model, options.img_size)
     case = Case(model, options.batch, options.masks, device, precision, steps=options.rounds + options.warm_up)
     settings = {name: getattr(options, name) for name in ("model", "img_size", "batch", "masks", "rounds", "warm_up")}
-    head = {"schema": 1, "kind": "step", "machine": machine(device), "settings": settings | {"precision": precision}}
-
-    def save(report: dict[str, Any]) -> None:
-        if options.json:
-            write_json(options.json, head | report)
-
-    report = head | measure(case, names, options.rounds, options.warm_up, save)
-    save(report)
+    head = results("step", device, settings=settings | {"precision": precision})
+    keep = partial(save, options.json)
+    report = head | measure(case, names, options.rounds, options.warm_up, lambda report: keep(head | report))
+    keep(report)
     width = max(map(len, names))
     for name, found in report["implementations"].items():
         print(

@@ -31,7 +31,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -41,7 +40,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.baselines import Eager, load_weights, mask_lists
-from ijepa_fast.bench.measure import machine, write_json
+from ijepa_fast.bench.measure import Took, in_turns, results, save, stopwatch
 from ijepa_fast.config import ModelConfig, RunConfig, from_dict
 from ijepa_fast.data import TrainLoader
 from ijepa_fast.data.datasets import Sources, open_sources
@@ -146,25 +145,18 @@ def _regulariser(objective: Objective) -> Callable[[Tensor], Tensor]:
 
 def step_seconds(names: Sequence[str], config: RunConfig, per_epoch: int, device: torch.device) -> dict[str, float]:
     """Seconds of a step on random images without loading, medians over steps that the contenders take in turn."""
-    contenders = {name: build(name, config, 1000, per_epoch, device) for name in names}
     side = config.model.img_size
     images = torch.randint(256, (config.train.batch_size, 3, side, side), dtype=torch.uint8, device=device)
-    taken: dict[str, list[float]] = {name: [] for name in names}
-    for number in range(WARM_UP + RATED):
-        for name, contender in contenders.items():
-            start = _clock(device)
-            contender.train(images, number)
-            if number >= WARM_UP:
-                taken[name].append(_clock(device) - start)
-    return {name: statistics.median(seconds) for name, seconds in taken.items()}
+    contenders = {name: build(name, config, 1000, per_epoch, device) for name in names}
+    calls = {name: lambda number, c=contender: c.train(images, number) for name, contender in contenders.items()}
+    in_turns(calls, WARM_UP, device)
+    taken = in_turns(calls, RATED, device, first=WARM_UP)
+    return {name: statistics.median(_clock(took, device) for took in of) for name, of in taken.items()}
 
 
-def _clock(device: torch.device) -> float:
-    """Seconds: wall-clock once a GPU is done, processor time on the CPU."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-        return time.perf_counter()
-    return time.process_time()
+def _clock(took: Took, device: torch.device) -> float:
+    """Seconds that count: wall-clock on a GPU, processor time on the CPU."""
+    return took.wall if device.type == "cuda" else took.cpu
 
 
 def plan(steps: int, seconds: dict[str, float], comparisons: Sequence[str]) -> dict[str, dict[str, int]]:
@@ -195,12 +187,11 @@ def contest(
 ) -> dict[str, Any]:
     """Train one contender for so many steps, and judge it."""
     contender = build(name, config, steps, per_epoch, device)
-    start, cpu_start = time.perf_counter(), time.process_time()
-    for number, batch in enumerate(TrainLoader(sources.train, **loading(config), num_steps=steps)):
-        contender.train(batch.images.to(device, non_blocking=True), number)
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    took = {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - cpu_start}
+    samples: list[Took] = []
+    with stopwatch(samples, device):
+        for number, batch in enumerate(TrainLoader(sources.train, **loading(config), num_steps=steps)):
+            contender.train(batch.images.to(device, non_blocking=True), number)
+    took = {"seconds": samples[0].wall, "cpu_seconds": samples[0].cpu}
     figures = judge(contender.collect().target_encoder, sources, config)
     return {"steps": steps, "epochs": steps / per_epoch, **took, **figures}
 
@@ -294,14 +285,13 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         steps = options.steps or max(
             1, round(options.epochs * per_epoch if options.epochs else 60 * options.minutes / seconds[names[0]])
         )
-        report = {"schema": 1, "kind": "train_to_accuracy", "machine": machine(device)}
+        report = results("train_to_accuracy", device)
         report |= {"step_seconds": seconds, "steps_per_epoch": per_epoch, "untrained": [], "runs": []}
         report["steps"] = plan(steps, seconds, options.equal)
         print(json.dumps({"step_seconds": seconds, "steps": report["steps"]}), flush=True)
     report["settings"] = settings
     for entry in runs(report, config, sources, device, options.seeds):
-        if options.json:
-            write_json(options.json, report)
+        save(options.json, report)
         print(json.dumps(entry), flush=True)
     return report
 

@@ -4,9 +4,10 @@
 
 A launcher never tunes itself: it reads a fixed table (``kernels/specs.py``). For every row of the GPU's architecture
 that a model in use reads, this script compiles the rows next to it (those that differ in two fields at most), leaves
-out what breaks a rule of ``python -m ijepa_fast.kernels.compile``, and times the others: device time in a CUDA graph
-over data that a cold L2 cache has to fetch. It prints the faster ones as Python, to be written into the table by hand
-after the tests have passed with them. Bits may change with a row, so no table changes by itself.
+out what breaks a rule of ``python -m ijepa_fast.kernels.compile`` or gives a wrong result, and times the others on the
+benchmarks' cases of the ops that read the row: device time in a CUDA graph over data that a cold L2 cache has to fetch.
+It prints the faster ones as Python, to be written into the table by hand after the tests have passed with them. Bits
+may change with a row, so no table changes by itself.
 """
 
 from __future__ import annotations
@@ -15,23 +16,28 @@ import argparse
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks import tune_workloads as workloads
-from benchmarks.tune_workloads import Call, Scale
-from ijepa_fast.bench.measure import SCHEMA, graph_times, machine, side_stream, write_json
+from ijepa_fast.bench import table
+from ijepa_fast.bench.cases import attention, optimizer, products, rows
+from ijepa_fast.bench.cases.floors import MODELS
+from ijepa_fast.bench.cases.rows import Batch, Case
+from ijepa_fast.bench.measure import own_stream, results, save
+from ijepa_fast.config import ModelConfig
 
 LEAST_GAIN = 0.03
 """Share of the time that a new row must save: less is noise."""
-SETS = 16
-"""Sets of data that take turns; together they are larger than any L2 cache."""
-
 WARPS = (1, 2, 4, 8, 16)
+DTYPES = {1: torch.uint8, 2: torch.bfloat16, 4: torch.float32}
+"""Dtypes in use, by itemsize."""
+Work = list[tuple[Case, str]]
+"""Cases, and the passes of them that read a row: "forward" or "backward"."""
 
 
 class Slot(NamedTuple):
@@ -43,24 +49,40 @@ class Slot(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Scale:
+    """How much data is worked on: images of a batch, and the model whose parameters are updated."""
+
+    device: torch.device
+    images: int = 128
+    model: ModelConfig = MODELS["ViT-H/14"]
+
+    def batch(self, itemsize: int = 2, **settings: Any) -> Batch:
+        """A batch of ViT-H/14 with other settings, on 16 x 16 patches."""
+        settings = {"patch_size": 14} | settings
+        model = replace(self.model, img_size=16 * settings["patch_size"], **settings)
+        batch = Batch.draw(model, self.images, self.device)
+        return replace(batch, dtype=torch.bfloat16 if itemsize < 4 else DTYPES[itemsize])
+
+
+@dataclass(frozen=True)
 class Tunable:
     """One table of the kernels.
 
     Attributes:
         table: "module.NAME", within ``ijepa_fast.kernels``.
         options: per field of a row the values it may take; None leaves the field as it is.
-        workload: of a scale and a slot.
+        work: of a scale, a slot and a size: the cases to time.
         modules: those whose ``compile_specs`` depend on the table.
+        sizes: for tables with a row per size, bound -> a size in use that reads its row.
         parts: fields of a row that are rows of their own.
-        size: for tables with a row per size, the size that stands for a bound; None where no model in use has one.
     """
 
     table: str
     options: tuple[Sequence | None, ...]
-    workload: Callable[[Scale, Slot], Call]
+    work: Callable[[Scale, Slot, int], Work]
     modules: tuple[str, ...]
+    sizes: Mapping[int, int] | None = None
     parts: tuple[str | None, ...] = (None,)
-    size: Callable[[int], int | None] | None = None
 
     @property
     def rows(self) -> dict:
@@ -72,87 +94,117 @@ class Tunable:
         for key, row in self.rows.items():
             if arch not in (key, key[0]):
                 continue
-            if self.size is None:
+            if self.sizes is None:
                 if isinstance(key, str) or torch.float16 not in key:
                     yield from (Slot(key, None, part) for part in self.parts)
-            elif key[1] in workloads.DTYPES:
-                yield from (Slot(key, bound) for bound, _ in row if self.size(bound) is not None)
+            elif key[1] in DTYPES:
+                yield from (Slot(key, bound) for bound, _ in row if bound in self.sizes)
+
+    def workload(self, scale: Scale, slot: Slot) -> Work:
+        return self.work(scale, slot, (self.sizes or {}).get(slot.bound, 0))
 
 
-def _sized(function: Callable[..., Call], size: Callable[[int], int | None]) -> dict[str, Any]:
-    """For tables whose rows are found by itemsize and size."""
-    return {"workload": lambda scale, slot: function(scale, slot.key[1], size(slot.bound)), "size": size}
+def passes(case: Case, *modes: str) -> Work:
+    """The case forward and, where it has a gradient, backward; or in these modes."""
+    return [(case, mode) for mode in modes or ("forward", "backward") if mode in case.costs]
 
 
-def _attention(scale: Scale, slot: Slot) -> Call:
-    function = workloads.attention_forward if slot.part == "forward" else workloads.attention_backward
-    return function(scale, *slot.key[1:])
+def _rows(case: Callable[..., Case], *modes: str, width: str = "embed_dim", part: str = "") -> Callable:
+    """Work on rows of a width, which is the model's setting of that name; ``part`` for cases that have several."""
+
+    def work(scale: Scale, slot: Slot, size: int) -> Work:
+        batch = scale.batch(slot.key[1], num_heads=4, **{width: size})
+        return passes(case(batch, part) if part else case(batch), *modes)
+
+    return work
+
+
+def _patches(scale: Scale, slot: Slot, side: int) -> Work:
+    batch = scale.batch(slot.key[1], patch_size=side)
+    return passes(rows.gather_patches(batch, "context", pixels=DTYPES[slot.key[1]]))
+
+
+def _quantize(scale: Scale, slot: Slot, width: int) -> Work:
+    return passes(rows.quantize_fp8(scale.batch(slot.key[1], embed_dim=width // 4, num_heads=4)))
+
+
+def _product(case: Callable[..., Case], *more: tuple) -> Callable:
+    """A product on rows of the predictor or of the context encoder, which have the two widths in use."""
+
+    def work(scale: Scale, slot: Slot, width: int) -> Work:
+        batch, part = scale.batch(slot.key[1]), "predictor" if width == 384 else "context"
+        return [each for arguments in more or ((),) for each in passes(case(batch, part, *arguments))]
+
+    return work
+
+
+def _weight_gradients(scale: Scale, slot: Slot, _: int) -> Work:
+    batch = scale.batch()
+    return [each for part in ("context", "predictor") for each in passes(products.weight_gradient(batch, part))]
+
+
+def _attention(scale: Scale, slot: Slot, _: int) -> Work:
+    _, dtype, head_dim, lengths = slot.key
+    batch = scale.batch(dtype.itemsize, embed_dim=16 * head_dim, num_heads=16)
+    case = attention.attention_case(batch, "context" if lengths == "short" else "target encoder", peers={})
+    return passes(case, "forward" if slot.part == "forward" else "backward")
+
+
+def _parameters(case: Callable[..., Case]) -> Callable:
+    def work(scale: Scale, slot: Slot, _: int) -> Work:
+        batch = scale.batch()
+        return passes(case(batch, optimizer.Parameters.of(batch)))
+
+    return work
 
 
 COLUMN_TILE = ((4, 8, 16, 32, 64, 128), None, WARPS)
 LAUNCH = ((512, 1024, 2048, 4096, 8192, 16384), (4, 8, 16), None)
 PRODUCT_TILE = ((64, 128), (64, 128, 256), (32, 64), (4, 8), (2, 3, 4), (None, 128))
+COLUMNS = {64: 192, 128: 384, 256: 1280}  # widths that are cut into so many columns
+ROWS = {512: 384, 1024: 768, 1536: 1280, 2048: 1280}  # widths of whole rows, in the first bound that holds them
+INNER = {512: 384, 65536: 1280}  # widths of the predictor's and ViT-H's rows that are multiplied
 TUNABLES = {
     "gather_patches": Tunable(
-        "gather_patches.CONFIGS",
-        ((4, 8, 16, 32, 64), WARPS),
-        modules=("gather_patches",),
-        **_sized(workloads.gather_patches, workloads.patch_side),
+        "gather_patches.CONFIGS", ((4, 8, 16, 32, 64), WARPS), _patches, ("gather_patches",), {64: 8, 256: 14}
     ),
     "gather_add": Tunable(
-        "gather_add.CONFIGS",
-        COLUMN_TILE,
-        modules=("gather_add",),
-        **_sized(workloads.gather_add, workloads.column_width),
+        "gather_add.CONFIGS", COLUMN_TILE, _rows(rows.gather_add, part="context"), ("gather_add",), COLUMNS
     ),
     "predictor_tokens": Tunable(
         "predictor_tokens.CONFIGS",
         COLUMN_TILE,
-        modules=("predictor_tokens",),
-        **_sized(workloads.predictor_tokens, workloads.column_width),
+        _rows(rows.predictor_tokens, width="predictor_embed_dim"),
+        ("predictor_tokens",),
+        COLUMNS,
     ),
-    "target_loss": Tunable(
-        "target_loss.CONFIGS",
-        (WARPS,),
-        modules=("target_loss",),
-        **_sized(workloads.target_loss, workloads.row_width),
-    ),
+    "target_loss": Tunable("target_loss.CONFIGS", (WARPS,), _rows(rows.target_loss), ("target_loss",), ROWS),
     "layer_norm": Tunable(
-        "layer_norm.CONFIGS",
-        (WARPS,),
-        modules=("layer_norm",),
-        **_sized(workloads.layer_norm, workloads.row_width),
+        "layer_norm.CONFIGS", (WARPS,), _rows(rows.layer_norm_with_residual, "forward"), ("layer_norm",), ROWS
     ),
     "layer_norm_backward": Tunable(
         "layer_norm.BACKWARD_CONFIGS",
         (WARPS, (1, 2, 3, 4)),
-        modules=("layer_norm",),
-        **_sized(workloads.layer_norm_backward, workloads.row_width),
+        _rows(rows.layer_norm_with_residual, "backward"),
+        ("layer_norm",),
+        ROWS,
     ),
-    "quantize_fp8": Tunable(
-        "quantize_fp8.CONFIGS",
-        (WARPS,),
-        modules=("quantize_fp8",),
-        **_sized(workloads.quantize_fp8, workloads.quantized_width),
-    ),
+    "quantize_fp8": Tunable("quantize_fp8.CONFIGS", (WARPS,), _quantize, ("quantize_fp8",), {1536: 1280, 8192: 5120}),
     "linear_gelu": Tunable(
         "linear_tiles.GELU_CONFIGS",
         PRODUCT_TILE,
-        modules=("linear_gelu",),
-        **_sized(workloads.linear_gelu, workloads.inner_width),
+        _product(products.linear_gelu, (True,), (False,)),
+        ("linear_gelu",),
+        INNER,
     ),
     "hidden_gradient": Tunable(
         "linear_tiles.HIDDEN_GRADIENT_CONFIGS",
         PRODUCT_TILE,
-        modules=("linear_gelu",),
-        **_sized(workloads.hidden_gradient, workloads.inner_width),
+        _product(products.hidden_gradient),
+        ("linear_gelu",),
+        INNER,
     ),
-    "weight_gradient": Tunable(
-        "weight_gradient.CONFIGS",
-        PRODUCT_TILE,
-        lambda scale, _: workloads.weight_gradient(scale),
-        ("weight_gradient",),
-    ),
+    "weight_gradient": Tunable("weight_gradient.CONFIGS", PRODUCT_TILE, _weight_gradients, ("weight_gradient",)),
     "varlen_attention": Tunable(
         "varlen_attention_launch.CONFIGS",
         ((32, 64, 128), (32, 64, 128), (4, 8), (None, 128, 168), (1, 2, 3)),
@@ -160,33 +212,32 @@ TUNABLES = {
         ("varlen_attention", "varlen_attention_backward"),
         parts=("forward", "dq", "dkdv"),
     ),
-    "grad_norm": Tunable("grad_norm.CONFIGS", LAUNCH, lambda scale, _: workloads.grad_norm(scale), ("grad_norm",)),
-    "ema_": Tunable("ema.CONFIGS", LAUNCH, lambda scale, _: workloads.ema_(scale), ("ema",)),
-    "adamw_ema_": Tunable("adamw_ema.CONFIGS", LAUNCH, lambda scale, _: workloads.adamw_ema_(scale), ("adamw_ema",)),
+    "grad_norm": Tunable("grad_norm.CONFIGS", LAUNCH, _parameters(optimizer.grad_norm), ("grad_norm",)),
+    "ema_": Tunable("ema.CONFIGS", LAUNCH, _parameters(optimizer.ema), ("ema",)),
+    "adamw_ema_": Tunable("adamw_ema.CONFIGS", LAUNCH, _parameters(optimizer.adamw_ema), ("adamw_ema",)),
 }
 
 
-def row_at(table: Mapping, slot: Slot) -> Any:
-    row = table[slot.key]
+def row_at(rows: Mapping, slot: Slot) -> Any:
+    row = rows[slot.key]
     if slot.bound is not None:
         row = dict(row)[slot.bound]
     return row if slot.part is None else getattr(row, slot.part)
 
 
 @contextmanager
-def row_in_place(table: dict, slot: Slot, row: Any) -> Iterator[None]:
+def row_in_place(rows: dict, slot: Slot, row: Any) -> Iterator[None]:
     """``row`` stands in the slot while this lasts."""
-    before = table[slot.key]
+    before = rows[slot.key]
     if slot.part is not None:
-        table[slot.key] = before._replace(**{slot.part: row})
+        row = before._replace(**{slot.part: row})
     elif slot.bound is not None:
-        table[slot.key] = tuple((bound, row if bound == slot.bound else other) for bound, other in before)
-    else:
-        table[slot.key] = row
+        row = tuple((bound, row if bound == slot.bound else other) for bound, other in before)
+    rows[slot.key] = row
     try:
         yield
     finally:
-        table[slot.key] = before
+        rows[slot.key] = before
 
 
 def candidates(row: Any, options: Sequence[Sequence | None]) -> list:
@@ -219,11 +270,20 @@ def broken_rules(tunable: Tunable, slot: Slot, row: Any, arch: str) -> list[str]
     return [f"{spec.name}: {failure}" for spec in changed for failure in compile_spec(spec, arch).failures]
 
 
-def time_row(tunable: Tunable, slot: Slot, row: Any, scale: Scale) -> float:
-    """Median microseconds of the workload on the device."""
-    with row_in_place(tunable.rows, slot, row), side_stream(scale.device):
-        sets = [Scale(scale.device, scale.images, scale.parameters, seed) for seed in range(SETS)]
-        return graph_times([tunable.workload(each, slot) for each in sets]).p50
+def time_row(tunable: Tunable, slot: Slot, row: Any, work: Work, device: torch.device) -> float:
+    """Median microseconds of the work on the device, once its results are right.
+
+    Raises:
+        table.WrongResult: they are not.
+    """
+    total = 0.0
+    # Data is drawn while the row stands in its table, because pointer tables depend on it.
+    with row_in_place(tunable.rows, slot, row), table.settings(), own_stream(device):
+        for case, mode in work:
+            table.check(case, "ours", mode, device)
+            times, _ = table.time_provider(case, "ours", mode, device)
+            total += table.best_of(times).p50
+    return total
 
 
 def fastest(times: Mapping[Any, float], current: Any) -> Any:
@@ -232,10 +292,10 @@ def fastest(times: Mapping[Any, float], current: Any) -> Any:
     return best if times[best] < (1 - LEAST_GAIN) * times[current] else current
 
 
-def place_of(table: str, slot: Slot) -> str:
-    """Where a row stands, for people: ``gather_add.CONFIGS['sm_90', 2], up to 256``."""
+def place_of(name: str, slot: Slot) -> str:
+    """A row's place in the table of that name, for people: ``gather_add.CONFIGS['sm_90', 2], up to 256``."""
     key = repr(slot.key).strip("()")
-    place = f"{table}[{key}]"
+    place = f"{name}[{key}]"
     place += f", up to {slot.bound}" if slot.bound is not None else ""
     return place + (f", {slot.part}" if slot.part is not None else "")
 
@@ -274,8 +334,11 @@ def tune(tunable: Tunable, slot: Slot, arch: str, time: Callable[[Any], float]) 
     for row in candidates(current, tunable.options)[1:]:
         if broken := broken_rules(tunable, slot, row, arch):
             left_out[row] = broken
-        else:
+            continue
+        try:
             times[row] = time(row)
+        except table.WrongResult as problem:
+            left_out[row] = [str(problem)]
     return Proposal(tunable.table, slot, current, times, left_out, fastest(times, current))
 
 
@@ -291,21 +354,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     from ijepa_fast.kernels.specs import architecture
 
     arch, scale = architecture(), Scale(torch.device("cuda"), options.images)
-    report: dict[str, Any] = {"schema": SCHEMA, "kind": "tune", "machine": machine("cuda"), "proposals": []}
+    report = results("tune", "cuda", proposals=[])
     for name in options.kernels:
         tunable = TUNABLES[name]
         for slot in tunable.slots(arch):
             if options.match not in place_of(tunable.table, slot):
                 continue
-
-            def time(row: Any, tunable: Tunable = tunable, slot: Slot = slot) -> float:
-                return time_row(tunable, slot, row, scale)
-
-            proposal = tune(tunable, slot, arch, time)
+            work = tunable.workload(scale, slot)
+            proposal = tune(tunable, slot, arch, partial(time_row, tunable, slot, work=work, device=scale.device))
             print(proposal.as_python(), flush=True)
             report["proposals"].append(proposal.as_dict())
-            if options.json:
-                write_json(options.json, report)
+            save(options.json, report)
 
 
 if __name__ == "__main__":

@@ -10,10 +10,9 @@ import yaml
 
 from ijepa_fast import cli
 from ijepa_fast.bench import fastest as module
-from ijepa_fast.bench.agreement import gradient_difference
 from ijepa_fast.bench.child_process import Failed
 from ijepa_fast.bench.fastest import check, default_images, fastest, first_gradients, try_way
-from ijepa_fast.bench.steps import random_step
+from ijepa_fast.bench.steps import gradient_difference, random_step
 from ijepa_fast.config import ModelConfig, RunConfig, TrainConfig, flatten, from_dict
 from ijepa_fast.masks.sampler import MaskConfig
 from ijepa_fast.optim.step_tensors import Plan

@@ -110,7 +110,7 @@ def test_floors_on_the_cpu():
 
 def test_a_file_is_replaced_whole(tmp_path):
     path = tmp_path / "new" / "report.json"
-    measure.write_json(path, {"a": 1})
+    measure.save(path, {"a": 1})
     with pytest.raises(TypeError):
-        measure.write_json(path, {"a": object()})
+        measure.save(path, {"a": object()})
     assert json.loads(path.read_text()) == {"a": 1}

@@ -10,7 +10,6 @@ import torch
 from torch.nn.attention.flex_attention import create_block_mask
 
 from ijepa_fast import reference
-from ijepa_fast.bench import rows
 from ijepa_fast.bench import table as ops_table
 from ijepa_fast.bench.cases import attention as attention_cases
 from ijepa_fast.bench.cases import floors
@@ -197,18 +196,18 @@ def test_what_there_is_no_time_for_is_named():
     assert {row["op"] for row in table} == {"gather_patches", "gather_add", "predictor_tokens", "target_loss",
                                             "layer_norm", "quantize_fp8"}  # fmt: skip
     assert all(row["left_out"] == "no time after 0 s" for row in table)
-    assert rows.remarks(table)[0].startswith("left out: no time after 0 s (gather_patches, gather_add")
+    assert ops_table.remarks(table)[0].startswith("left out: no time after 0 s (gather_patches, gather_add")
 
 
 def test_the_table_as_measured():
     only = {"groups": ["rows"], "modes": ["both"], "providers": lambda name: name != "compile"}
-    table = rows.with_ratios(list(ops_table.rows(TINY, CPU, images=1, **only)))
+    table = ops_table.with_ratios(list(ops_table.rows(TINY, CPU, images=1, **only)))
     assert {(row["op"], row["provider"]) for row in table} == {
         (op, name) for op in ("gather_add", "predictor_tokens", "target_loss", "layer_norm")
         for name in ("ours", "eager")
     }  # fmt: skip
     for row in table:
-        assert ("faster_than" in row) == (row["provider"] == "ours") and "%" in rows.line(row)
+        assert ("faster_than" in row) == (row["provider"] == "ours") and "%" in ops_table.line(row)
 
 
 def test_disturbed_times_are_remarked_on():
@@ -216,8 +215,8 @@ def test_disturbed_times_are_remarked_on():
         return {"times": {method: {"p20": p20, "p50": p20, "p80": p80}}, "of_floor": share}
 
     steady = [row(1.0, 1.9, 1.2), row(1.0, 1.0, 0.1, "events")]
-    assert rows.remarks(steady) == []
-    (said,) = rows.remarks([*steady, row(1.0, 2.1, 0.5), row(1.0, 1.0, 162.5), {"failed": "x"}])
+    assert ops_table.remarks(steady) == []
+    (said,) = ops_table.remarks([*steady, row(1.0, 2.1, 0.5), row(1.0, 1.0, 162.5), {"failed": "x"}])
     assert said.startswith("2 of 4 times vary more than twofold")
 
 
@@ -227,7 +226,7 @@ def test_ratios_compare_like_with_like():
         return place | {"provider": provider, "times": {method: {"p50": value} for method, value in times.items()}}
 
     table = [row("ours", graph=2.0, events=8.0), row("a", graph=3.0, events=80.0), row("b", events=16.0)]
-    (ours, *_) = rows.with_ratios(table)
+    (ours, *_) = ops_table.with_ratios(table)
     assert ours["faster_than"] == {"a": 1.5, "b": 2.0}
 
 

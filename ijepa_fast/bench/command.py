@@ -11,8 +11,7 @@ from typing import Any
 import torch
 
 from ijepa_fast.bench import table as ops_table
-from ijepa_fast.bench.measure import SCHEMA, machine, write_json
-from ijepa_fast.bench.rows import header, line, remarks, with_ratios
+from ijepa_fast.bench.measure import results, save
 from ijepa_fast.bench.steps import step_rate
 from ijepa_fast.config import RunConfig
 
@@ -54,7 +53,7 @@ def bench(
     if device.type == "cpu" and config.train.precision != "fp32":
         # The CPU has no fast 16-bit arithmetic, and the ops are measured in fp32 there.
         config = replace(config, train=replace(config.train, precision="fp32"))
-    report: dict[str, Any] = {"schema": SCHEMA, "kind": "bench", "machine": machine(device), "name": name}
+    report = results("bench", device, name=name)
     described = report["machine"]
     say(f"{described.get('gpu', described['cpu'])}, torch {described['torch']}, triton {described['triton']}")
     report["step"] = step = step_rate(config, device, images, STEP_SHARE * seconds)
@@ -63,7 +62,7 @@ def bench(
         f"{step['context_tokens']:.1f} context tokens per image)"
         + (f", {step['peak_memory_gib']} GiB" if "peak_memory_gib" in step else "")
     )
-    say(header())
+    say(ops_table.header())
     table = []
     for row in ops_table.rows(
         {name: config.model},
@@ -76,10 +75,9 @@ def bench(
     ):
         table.append(row)
         if "times" in row or "failed" in row:
-            say(line(row))
-    for remark in remarks(table):
+            say(ops_table.line(row))
+    for remark in ops_table.remarks(table):
         say(remark)
-    report["rows"] = with_ratios(table)
-    if path is not None:
-        write_json(path, report)
+    report["rows"] = ops_table.with_ratios(table)
+    save(path, report)
     return report

@@ -2,14 +2,13 @@
 
 An option changes how a step is computed, not what it learns. Each is tried in a process of its own, on the same weights
 and random images, and held to the step as configured by gradients, losses, movement of weights and skipped updates
-before its time counts: what does not run here, or does not train the same, is named and not chosen. Options
+before its time counts; a way that does not run here, or does not train the same, is named and not chosen. Options
 (``options.py``) are tried one group after another, each on top of the fastest found so far; the winner is timed once
 more beside the step as configured.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -18,11 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ijepa_fast.bench.agreement import NOTHING, gradient_difference, largest, relative
 from ijepa_fast.bench.child_process import Failed, call_apart
-from ijepa_fast.bench.measure import SCHEMA, Times, machine, write_json
-from ijepa_fast.bench.steps import random_step
+from ijepa_fast.bench.measure import SCHEMA, Times, repeat, save
+from ijepa_fast.bench.steps import LIMITS, differences, disagreement, gradients_of, random_step, rate
 from ijepa_fast.config import RunConfig
+from ijepa_fast.run.environment import machine
 from ijepa_fast.step.build import use_deterministic
 from ijepa_fast.step.options import GROUPS, Settings, choices_on, differing, value_text, with_settings
 from ijepa_fast.step.train_step import TrainStep
@@ -37,15 +36,6 @@ LEAST = 5
 """Rounds that are timed."""
 LONGEST = 900.0
 """Seconds after which a way is given up, beside those that are timed. torch.compile takes minutes for a large model."""
-_HALF = {"loss": 5e-3, "gradient": 0.1, "losses": 1e-2, "moved": 0.1, "skipped": 0}
-LIMITS = {
-    "fp32": {"loss": 1e-5, "gradient": 1e-3, "losses": 1e-4, "moved": 0.1, "skipped": 0},
-    "bf16": _HALF,
-    "fp16": _HALF,
-}
-"""Of the differences of a way from the step as configured, see ``try_way``: twenty times and more of what rounding
-makes of fused blocks on a CPU. Adam's first updates move a weight by the learning rate whatever its gradient, so where
-that is all but zero, rounding decides on the direction."""
 MOST_IMAGES = {"cuda": 128, "cpu": 16}
 """Of a micro-batch, where nothing else is asked for."""
 
@@ -123,8 +113,7 @@ def fastest(
         def note(settings: Settings, way: dict[str, Any]) -> None:
             say(line(settings, way, base))
             report["ways"].append({"settings": settings, **way})
-            if path is not None:
-                write_json(path, report)
+            save(path, report)
 
         try:
             base = run({}, None)
@@ -156,8 +145,7 @@ def fastest(
                 say(f"the second time it was {after / before:.2f}x as fast: nothing is to be changed")
             else:
                 say("the second time one of them failed: nothing is to be changed")
-    if path is not None:
-        write_json(path, report)
+    save(path, report)
     return report
 
 
@@ -187,10 +175,9 @@ def try_way(
         OSError: there is no room for the gradients.
     """
     use_deterministic(config)
-    precision = config.train.precision
     step, pixels = random_step(config, device, images)
     loss, gradients = first_gradients(step, pixels[: images // config.train.accumulate])
-    differences = {}
+    found: dict[str, Any] = {"first_loss": loss}
     if base is None:
         _require_finite({"the loss": torch.tensor(loss), **gradients})
         try:
@@ -199,21 +186,24 @@ def try_way(
             folder = gradients_file.parent.parent
             raise OSError(f"the gradients do not go into {folder} (TMPDIR names another folder): {error}") from error
     else:
-        want = torch.load(gradients_file, weights_only=True)
-        differences["loss"] = relative(loss, base["first_loss"])
-        differences["gradient"] = gradient_difference(gradients, want, NOTHING[precision])
-        _require_agreement(differences, LIMITS[precision])
+        want = {"loss": base["first_loss"], "gradient": torch.load(gradients_file, weights_only=True)}
+        found["differences"] = _compared({"loss": loss, "gradient": gradients}, want, config)
+        del want
     del gradients
-    found = train_rounds(step, pixels, seconds)
-    found |= {"first_loss": loss, "activation_checkpointing": step.model.context_encoder.activation_checkpointing}
+    found |= train_rounds(step, pixels, seconds)
+    found["activation_checkpointing"] = step.model.context_encoder.activation_checkpointing
     if base is None:
         _require_finite({"losses after updates": torch.tensor(found["losses"])})
         return found | {"machine": machine(device), "choices": choices_on(config, device)}
-    differences["losses"] = largest(map(relative, found["losses"], base["losses"]))
-    differences["moved"] = largest(map(relative, found["moved"], base["moved"]))
-    differences["skipped"] = found["skipped"] - base["skipped"]
-    _require_agreement(differences, LIMITS[precision])
-    return found | {"differences": differences}
+    found["differences"] |= _compared(found, base, config)
+    return found
+
+
+def _compared(found: Mapping[str, Any], want: Mapping[str, Any], config: RunConfig) -> dict[str, float]:
+    apart = differences(found, want, config.train.precision)
+    if said := disagreement(apart, LIMITS[config.train.precision]):
+        raise ValueError(f"does not train the same: {said}")
+    return apart
 
 
 def first_gradients(step: TrainStep, pixels: Tensor) -> tuple[float, dict[str, Tensor]]:
@@ -221,12 +211,7 @@ def first_gradients(step: TrainStep, pixels: Tensor) -> tuple[float, dict[str, T
     count = len(pixels)
     masks = step.sampler.sample(count, seed=step.seed, step=0, device=pixels.device, round_rows=step.round_rows)
     loss = step.model(pixels, masks, all_targets=False)[0].total
-    (loss if step.scaler is None else step.scaler.scale(loss)).backward()
-    gradients = {name: p.grad.to("cpu", copy=True) for name, p in step.model.named_parameters() if p.grad is not None}
-    if step.scaler is not None:
-        gradients = {name: value.float() / step.scaler.get_scale() for name, value in gradients.items()}
-    step.optimizer.zero_grad()
-    return float(loss.detach()), gradients
+    return float(loss.detach()), gradients_of(loss, step.model, step.optimizer, step.scaler, device="cpu")
 
 
 def train_rounds(step: TrainStep, pixels: Tensor, seconds: float) -> dict[str, Any]:
@@ -241,45 +226,32 @@ def train_rounds(step: TrainStep, pixels: Tensor, seconds: float) -> dict[str, A
         "skipped" (their updates with gradients that are not finite), and on CUDA "reserved_gib": all memory that was
         taken, that of graphs included.
     """
-    on_gpu = pixels.device.type == "cuda"
-
-    def wait() -> None:
-        if on_gpu:
-            torch.cuda.synchronize(pixels.device)
-
-    if on_gpu:
+    device, losses = pixels.device, []
+    if device.type == "cuda":
         torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(pixels.device)
-    losses, starts = [], [value.clone() for value in _weight_and_average(step)]
-    for _ in range(WARM_UP):
-        for number in range(CYCLE):
-            losses.append(step(pixels, number).losses.total.clone())  # a replayed step writes to the same place
-    skipped = int(step.optimizer.skipped)
-    moved = [float((now - start).norm()) for now, start in zip(_weight_and_average(step), starts, strict=True)]
-    samples: list[float] = []
-    wait()
-    began = start = time.perf_counter()
-    while len(samples) < LEAST or start - began < seconds:
+        torch.cuda.reset_peak_memory_stats(device)
+    starts = [value.clone() for value in _weight_and_average(step)]
+    for number in [*range(CYCLE)] * WARM_UP:
+        losses.append(step(pixels, number).losses.total.clone())  # a replayed step writes to the same place
+    compared = {
+        "losses": [float(loss) for loss in losses],
+        "moved": [float((now - old).norm()) for now, old in zip(_weight_and_average(step), starts, strict=True)],
+        "skipped": int(step.optimizer.skipped),
+    }
+
+    def train_round(_: int) -> None:
         for number in range(CYCLE):
             step(pixels, number)
-        wait()
-        samples.append((time.perf_counter() - start) / CYCLE * 1e6)
-        start = time.perf_counter()
-    times = Times.of(samples, "rounds")
-    found = {
-        "times": times.as_dict(),
-        "images_per_second": round(len(pixels) / times.p50 * 1e6, 2),
-        "losses": [float(loss) for loss in losses],
-        "moved": moved,
-        "skipped": skipped,
-    }
-    if on_gpu:
-        found["reserved_gib"] = round(torch.cuda.max_memory_reserved(pixels.device) / 2**30, 2)
+
+    took = repeat(train_round, device, seconds=seconds, least=LEAST, warm_up=0)
+    found = rate(Times.of([each.wall / CYCLE * 1e6 for each in took], "rounds"), len(pixels)) | compared
+    if device.type == "cuda":
+        found["reserved_gib"] = round(torch.cuda.max_memory_reserved(device) / 2**30, 2)
     return found
 
 
 def _weight_and_average(step: TrainStep) -> tuple[Tensor, Tensor]:
-    """In the precision in which the optimizer has them."""
+    """A weight and its average, in the precision in which the optimizer has them."""
     optimizer, weight = step.optimizer, step.model.context_encoder.blocks[-1].mlp.fc2.weight
     state = optimizer.state[weight]
     return state.get("master", weight.detach()), state.get("ema", optimizer.averages[weight].detach())
@@ -292,15 +264,8 @@ def _require_finite(values: Mapping[str, Tensor]) -> None:
         )
 
 
-def _require_agreement(differences: Mapping[str, float], limits: Mapping[str, float]) -> None:
-    wrong = [name for name, difference in differences.items() if not difference <= limits[name]]  # NaN is not
-    if wrong:
-        said = ", ".join(f"{name} {differences[name]:.2g} apart (at most {limits[name]:g})" for name in wrong)
-        raise ValueError(f"does not train the same: {said}")
-
-
 def header() -> str:
-    """Of the table that people read; gain is the rate over that as configured."""
+    """Head of the table; gain is the rate over that as configured."""
     head = f"{'images/s':>10}{'ms/step':>10}{'GiB':>8}{'gain':>8}  options"
     return f"{head}\n{'-' * 78}"
 

@@ -1,41 +1,144 @@
-"""Times, the floors of the same run, and the machine they were taken on.
+"""The timer of all benchmarks, and the floors of the same run.
 
-GPU times are of two kinds. ``graph_times`` is device time: many calls on different data are captured in one CUDA graph,
-so that neither the host nor a warm L2 cache counts. ``event_times`` is what an eager caller sees: events around one
-call, after the L2 cache was overwritten; where the host launches more slowly than the device works, it includes that.
-CPU times are wall-clock.
+``repeat`` and ``in_turns`` take wall-clock and processor time of calls, with the device idle before and after; a
+``Clock`` says which part of a call took how long. GPU times of single ops are of two kinds. ``graph_times`` is device
+time: many calls on different data are captured in one CUDA graph, so that neither the host nor a warm L2 cache counts.
+``event_times`` is what an eager caller sees: events around one call, after the L2 cache was overwritten; where the host
+launches more slowly than the device works, it includes that.
 
 A results file is JSON:
 
-    {"schema": 1, "kind": "ops" | "masks" | ..., "machine": machine(...), ...}
+    {"schema": 1, "kind": "ops" | "masks" | ..., "machine": run.environment.machine(...), ...}
 
 where every time is a ``Times`` as a dict: microseconds per call, 20th, 50th and 80th percentile over ``runs`` samples,
-and its method ("graph", "events" or "cpu").
+and its method ("graph", "events", "cpu", "steps" or "rounds").
 """
 
 from __future__ import annotations
 
-import json
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from ijepa_fast.run.environment import machine as machine  # results name it as their own
+from ijepa_fast.run.environment import machine
+from ijepa_fast.run.files import write_json
 
 SCHEMA = 1
+CPU = torch.device("cpu")
 MATMUL_SIDE = {"cuda": 8192, "cpu": 1024}
 """Side of the square product whose rate stands for the peak of the matrix units."""
 L2_SHARES = 4
 """Data that passes between two uses of the same buffer, in sizes of the L2 cache."""
 MOST_SETS = 32
-"""Copies of a case's data, at most: tiny cases stay in the cache, and are not what device times are for."""
+"""Copies of a case's data, at most: tiny cases stay in the cache, and device times are not made for them."""
 WARM_UP = 3
+
+
+class Took(NamedTuple):
+    """Seconds of wall-clock and of the process on all cores. Busy neighbours disturb the second less."""
+
+    wall: float
+    cpu: float
+
+
+@contextmanager
+def stopwatch(samples: list[Took], device: torch.device = CPU) -> Iterator[None]:
+    """Append the time that the body takes to ``samples``. The device is idle before and after it."""
+    wait(device)
+    start, cpu_start = time.perf_counter(), time.process_time()
+    yield
+    wait(device)
+    samples.append(Took(time.perf_counter() - start, time.process_time() - cpu_start))
+
+
+def repeat(
+    call: Callable[[int], Any],
+    device: torch.device = CPU,
+    *,
+    seconds: float = 0.0,
+    least: int = 5,
+    warm_up: int = 1,
+    patience: float = float("inf"),
+) -> list[Took]:
+    """Times of a call, which gets the number of the repetition.
+
+    Args:
+        seconds: it is repeated for so long at least.
+        least: samples at least.
+        warm_up: first calls that are not among the samples.
+        patience: seconds after which two samples are enough, and warm-up is over.
+    """
+    samples: list[Took] = []
+    began, number = time.perf_counter(), 0
+    while (spent := time.perf_counter() - began) < seconds or len(samples) < (least if spent < patience else 2):
+        with stopwatch(samples if number >= warm_up or spent > patience else [], device):
+            call(number)
+        number += 1
+    return samples
+
+
+def in_turns(
+    calls: Mapping[str, Callable[[int], Any]],
+    rounds: int,
+    device: torch.device = CPU,
+    *,
+    first: int = 0,
+    before: Callable[[], Any] = lambda: None,
+) -> dict[str, list[Took]]:
+    """Times of several calls, one after another in every round. Each gets the number of the round, from ``first`` on.
+
+    Each starts a round equally often: a disturbance that grows within a round hits all alike. ``before`` is called at
+    the start of every round.
+    """
+    taken: dict[str, list[Took]] = {name: [] for name in calls}
+    names = list(calls)
+    for number in range(rounds):
+        before()
+        for turn in range(len(names)):
+            name = names[(number + turn) % len(names)]
+            with stopwatch(taken[name], device):
+                calls[name](first + number)
+    return taken
+
+
+def wait(device: torch.device) -> None:
+    """Let a GPU finish."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+class Clock:
+    """Marks in the stream of work. The time from one mark to the next belongs to the name of the first."""
+
+    def __init__(self, device: torch.device):
+        self.on_gpu = device.type == "cuda"
+        self.marks: list[tuple[str, Any]] = []
+
+    def mark(self, name: str) -> None:
+        self.marks.append((name, _event() if self.on_gpu else time.perf_counter()))
+
+    def milliseconds(self) -> dict[str, float]:
+        """Time by name since the clock was last read."""
+        if self.on_gpu:
+            torch.cuda.synchronize()
+        spent: dict[str, float] = {}
+        for (name, start), (_, end) in zip(self.marks, self.marks[1:], strict=False):
+            took = start.elapsed_time(end) if self.on_gpu else (end - start) * 1e3
+            spent[name] = spent.get(name, 0.0) + took
+        self.marks.clear()
+        return spent
+
+
+def _event() -> torch.cuda.Event:
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
 
 
 @dataclass(frozen=True)
@@ -50,7 +153,7 @@ class Times:
 
     @staticmethod
     def of(samples: Sequence[float], method: str) -> Times:
-        """From at least two samples in microseconds."""
+        """Percentiles of at least two samples in microseconds."""
         deciles = statistics.quantiles(samples, n=10, method="inclusive")
         values = deciles[1], statistics.median(samples), deciles[7]
         return Times(*(round(value, 4) for value in values), len(samples), method)
@@ -59,30 +162,9 @@ class Times:
         return asdict(self)
 
 
-@contextmanager
-def side_stream(device: torch.device) -> Iterator[None]:
-    """On CUDA, a stream of its own: autograd runs a backward pass on the stream of its forward pass, and a CUDA graph
-    cannot be captured on the default one, so whatever is captured must have been prepared here."""
-    if device.type != "cuda":
-        yield
-        return
-    stream = torch.cuda.Stream(device)
-    stream.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(stream):
-        yield
-    torch.cuda.current_stream(device).wait_stream(stream)
-
-
 def cpu_times(call: Callable[[], Any], seconds: float = 0.2, least: int = 5) -> Times:
-    """Wall-clock time of a call, repeated for about ``seconds`` and at least ``least`` times."""
-    call()
-    samples: list[float] = []
-    until = time.perf_counter() + seconds
-    while len(samples) < least or time.perf_counter() < until:
-        start = time.perf_counter()
-        call()
-        samples.append((time.perf_counter() - start) * 1e6)
-    return Times.of(samples, "cpu")
+    """Wall-clock time of a call on the CPU."""
+    return Times.of([took.wall * 1e6 for took in repeat(lambda _: call(), seconds=seconds, least=least)], "cpu")
 
 
 def event_times(call: Callable[[], Any], runs: int = 20) -> Times:
@@ -90,20 +172,13 @@ def event_times(call: Callable[[], Any], runs: int = 20) -> Times:
     for _ in range(WARM_UP):
         call()
     flush = torch.empty(L2_SHARES * l2_bytes(), dtype=torch.uint8, device="cuda")
-    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(runs)]
-    for start, end in events:
-        flush.zero_()
-        start.record()
-        call()
-        end.record()
-    torch.cuda.synchronize()
-    return Times.of([start.elapsed_time(end) * 1e3 for start, end in events], "events")
+    return Times.of(_between_events(call, runs, flush.zero_), "events")
 
 
 def graph_times(calls: Sequence[Callable[[], Any]], runs: int = 30) -> Times:
     """Device time of one call: all ``calls``, which use different data, in one CUDA graph.
 
-    Call it within ``side_stream``, in which the calls were prepared; ``cold_sets`` says how many keep the cache cold.
+    Call it within ``own_stream``, in which the calls were prepared; ``cold_sets`` says how many keep the cache cold.
     """
     for call in calls:
         call()
@@ -114,18 +189,39 @@ def graph_times(calls: Sequence[Callable[[], Any]], runs: int = 30) -> Times:
         results = [call() for call in calls]
     for _ in range(WARM_UP):
         graph.replay()
-    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(runs)]
-    for start, end in events:
-        start.record()
-        graph.replay()
-        end.record()
-    torch.cuda.synchronize()
+    samples = _between_events(graph.replay, runs)
     del results
-    return Times.of([start.elapsed_time(end) * 1e3 / len(calls) for start, end in events], "graph")
+    return Times.of([sample / len(calls) for sample in samples], "graph")
+
+
+def _between_events(call: Callable[[], Any], runs: int, before: Callable[[], Any] = lambda: None) -> list[float]:
+    """Microseconds of the device for each call; ``before`` is called before each, and not timed."""
+    pairs = []
+    for _ in range(runs):
+        before()
+        start = _event()
+        call()
+        pairs.append((start, _event()))
+    torch.cuda.synchronize()
+    return [start.elapsed_time(end) * 1e3 for start, end in pairs]
+
+
+@contextmanager
+def own_stream(device: torch.device) -> Iterator[None]:
+    """A CUDA stream other than the default one, on a GPU: autograd runs a backward pass on the stream of its forward
+    pass, and a CUDA graph cannot be captured on the default stream, so what is captured must be prepared here."""
+    if device.type != "cuda":
+        yield
+        return
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        yield
+    torch.cuda.current_stream(device).wait_stream(stream)
 
 
 def cold_sets(num_bytes: float) -> int:
-    """How many sets of data, of ``num_bytes`` each, must take turns for each to find a cold L2 cache."""
+    """Number of sets of data, of ``num_bytes`` each, that must take turns for each to find a cold L2 cache."""
     return max(1, min(MOST_SETS, -(-L2_SHARES * l2_bytes() // max(int(num_bytes), 1))))
 
 
@@ -148,7 +244,7 @@ def copy_times(num_bytes: float, device: torch.device) -> Times:
     if device.type != "cuda":
         return cpu_times(copies[0])
     kernels = [lambda pair=pair: torch.bitwise_not(pair[1], out=pair[0]) for pair in pairs]
-    with side_stream(device):
+    with own_stream(device):
         return min((graph_times(calls) for calls in (copies, kernels)), key=lambda times: times.p50)
 
 
@@ -162,9 +258,13 @@ def matmul_rate(device: torch.device) -> float:
     return 2 * side**3 / (times.p50 * 1e-6)
 
 
-def write_json(path: Path, report: dict[str, Any]) -> None:
-    """Replace ``path`` at once, so that a run that is cut off leaves whole files."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(report, indent=1) + "\n")
-    partial.replace(path)
+def results(kind: str, device: torch.device | str, **more: Any) -> dict[str, Any]:
+    """The beginning of a results file."""
+    return {"schema": SCHEMA, "kind": kind, "machine": machine(device), **more}
+
+
+def save(path: Path | None, report: dict[str, Any]) -> None:
+    """Write a results file whole, if there is a path for it. Missing folders are made."""
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, report)

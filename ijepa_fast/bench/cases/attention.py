@@ -9,7 +9,7 @@ there are none here.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -18,24 +18,23 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from ijepa_fast import reference
 from ijepa_fast.attention import dispatch as attention
+from ijepa_fast.bench.cases.floors import widths
 from ijepa_fast.bench.cases.rows import Batch, Case, Provider
 from ijepa_fast.ragged import Ragged
 
 
 def attention_cases(batch: Batch) -> list[Case]:
     """Context, target encoder (dense) and predictor."""
-    sets = {
-        "context": (batch.masks.context, batch.model.embed_dim),
-        "target encoder": (
-            Ragged.full(batch.masks.num_images, batch.workload.patches, batch.device),
-            batch.model.embed_dim,
-        ),
-        "predictor": (batch.layout.tokens, batch.model.predictor_embed_dim),
-    }
-    return [_case(batch, part, tokens, width) for part, (tokens, width) in sets.items()]
+    return [attention_case(batch, part) for part in ("context", "target encoder", "predictor")]
 
 
-def _case(batch: Batch, part: str, tokens: Ragged, width: int) -> Case:
+def attention_case(batch: Batch, part: str, peers: Mapping[str, tuple] | None = None) -> Case:
+    """The case of a part, with these peers or all there are."""
+    tokens = batch.masks.context
+    if part != "context":
+        whole = Ragged.full(batch.masks.num_images, batch.workload.patches, batch.device)
+        tokens = whole if part == "target encoder" else batch.layout.tokens
+    width, _ = widths(batch.model, part)
     heads, cu = batch.model.num_heads, tokens.cu_seqlens
     # The longest sequence there is: other libraries choose their tiles by it, and ours launches blocks for it.
     longest = int(tokens.lengths.max())
@@ -54,7 +53,7 @@ def _case(batch: Batch, part: str, tokens: Ragged, width: int) -> Case:
         return reference.varlen_attention(q, k, v, *bounds)[0]
 
     providers = {"ours": Provider(ours)}
-    for name, (load, on_cpu) in PEERS.items():
+    for name, (load, on_cpu) in (PEERS if peers is None else peers).items():
         try:
             if not (on_cpu or batch.device.type == "cuda"):
                 raise Unavailable("runs on CUDA only")

@@ -21,10 +21,10 @@ FORWARD = ["forward"]
 def linear_cases(batch: Batch) -> list[Case]:
     trained = ("context", "predictor")
     return [
-        _linear_gelu(batch, "target encoder", False),
-        *(_linear_gelu(batch, part, True) for part in trained),
-        *(_hidden_gradient(batch, part) for part in trained),
-        *(_weight_gradient(batch, part) for part in trained),
+        linear_gelu(batch, "target encoder", False),
+        *(linear_gelu(batch, part, True) for part in trained),
+        *(hidden_gradient(batch, part) for part in trained),
+        *(weight_gradient(batch, part) for part in trained),
     ]
 
 
@@ -32,7 +32,7 @@ def _rows(batch: Batch, part: str) -> int:
     return len(batch.layout.tokens.indices if part == "predictor" else batch.indices(part))
 
 
-def _linear_gelu(batch: Batch, part: str, keep_pre: bool) -> Case:
+def linear_gelu(batch: Batch, part: str, keep_pre: bool) -> Case:
     rows, (width, hidden) = _rows(batch, part), widths(batch.model, part)
     outputs = 2 if keep_pre else 1
 
@@ -56,7 +56,7 @@ def _linear_gelu(batch: Batch, part: str, keep_pre: bool) -> Case:
     return Case("linear_gelu", name, costs, draw, 0, exact, with_compiled(ours, Provider(eager, low_precision(2))))
 
 
-def _hidden_gradient(batch: Batch, part: str) -> Case:
+def hidden_gradient(batch: Batch, part: str) -> Case:
     rows, (width, hidden) = _rows(batch, part), widths(batch.model, part)
 
     def draw(generator):
@@ -77,7 +77,7 @@ def _hidden_gradient(batch: Batch, part: str) -> Case:
     return Case("hidden_gradient", part, costs, draw, 0, exact, with_compiled(ours, Provider(eager)))
 
 
-def _weight_gradient(batch: Batch, part: str) -> Case:
+def weight_gradient(batch: Batch, part: str) -> Case:
     rows, (width, _) = _rows(batch, part), widths(batch.model, part)
 
     def draw(generator):

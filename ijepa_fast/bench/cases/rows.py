@@ -143,7 +143,7 @@ def row_cases(batch: Batch) -> list[Case]:
     ]
 
 
-def gather_patches(batch: Batch, part: str) -> Case:
+def gather_patches(batch: Batch, part: str, pixels: torch.dtype = torch.uint8) -> Case:
     model, indices, dtype = batch.model, batch.indices(part), batch.dtype
     side, size = model.img_size, model.patch_size
     per_side = side // size
@@ -151,7 +151,7 @@ def gather_patches(batch: Batch, part: str) -> Case:
 
     def draw(generator):
         shape = (batch.masks.num_images, CHANNELS, side, side)
-        return [torch.randint(256, shape, generator=generator, dtype=torch.uint8, device=batch.device)]
+        return [torch.randint(256, shape, generator=generator, dtype=torch.uint8, device=batch.device).to(pixels)]
 
     def ours(images):
         return ops.gather_patches(images, indices, size, model.mean, model.std, dtype)

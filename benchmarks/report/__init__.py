@@ -1,0 +1,1 @@
+"""Results files to pages, tables and charts: ``python -m benchmarks.report``."""
