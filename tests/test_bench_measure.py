@@ -1,4 +1,4 @@
-"""Timing: percentiles, the order of what happens on a GPU (stand-ins for CUDA), and what is said of the machine."""
+"""Timing: what is counted, percentiles, and the order of what happens on a GPU (stand-ins for CUDA)."""
 
 import inspect
 import json
@@ -9,21 +9,37 @@ import pytest
 import torch
 
 from ijepa_fast.bench import measure
-from ijepa_fast.bench.measure import Times
-
-CPU = torch.device("cpu")
+from ijepa_fast.bench.measure import CPU, Times, Took
 
 
 def test_percentiles():
     times = Times.of([float(i) for i in range(101)], "cpu")
-    assert (times.p20, times.p50, times.p80, times.runs) == (20, 50, 80, 101)
     assert times.as_dict() == {"p20": 20, "p50": 50, "p80": 80, "runs": 101, "method": "cpu"}
 
 
-def test_cpu_times_warm_up_and_repeat():
+def test_calls_are_repeated_until_there_are_enough():
     calls = []
-    times = measure.cpu_times(lambda: calls.append(len(calls)), seconds=0, least=7)
-    assert len(calls) == 8 and times.runs == 7 and times.method == "cpu"
+    assert len(measure.repeat(calls.append, least=7, warm_up=2)) == 7 and calls == list(range(9))
+    assert len(measure.repeat(calls.append, least=7, warm_up=3, patience=0.0)) == 2  # slow ones
+    assert len(measure.repeat(lambda _: None, seconds=0.02, least=1)) > 1
+
+
+def test_calls_in_turns_each_begin_a_round_equally_often():
+    order, rounds = [], []
+    calls = {name: lambda number, name=name: order.append((name, number)) for name in "abc"}
+    taken = measure.in_turns(calls, 3, first=5, before=lambda: rounds.append(len(order)))
+    assert [name for name, _ in order] == [*"abc", *"bca", *"cab"] and rounds == [0, 3, 6]
+    assert [number for _, number in order] == [5] * 3 + [6] * 3 + [7] * 3
+    assert all(len(times) == 3 and isinstance(times[0], Took) for times in taken.values())
+
+
+def test_a_clock_gives_the_time_to_the_mark_before(monkeypatch):
+    now = iter((1.0, 1.5, 3.5, 3.75, 4.0))
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: next(now))
+    clock = measure.Clock(CPU)
+    for name in ("masks", "forward", "masks", "end"):
+        clock.mark(name)
+    assert clock.milliseconds() == {"masks": 750.0, "forward": 2000.0} and clock.milliseconds() == {}
 
 
 class FakeCuda:
@@ -64,6 +80,9 @@ class FakeCuda:
             "current_device": lambda: 0,
             "get_device_properties": lambda device: SimpleNamespace(L2_cache_size=l2),
         }
+        # The stand-ins have the signatures of torch.
+        assert {"cuda_graph", "stream"} <= set(inspect.signature(torch.cuda.graph.__init__).parameters)
+        assert "enable_timing" in inspect.signature(torch.cuda.Event.__new__).parameters
         for name, stand_in in stand_ins.items():
             assert hasattr(torch.cuda, name)
             monkeypatch.setattr(torch.cuda, name, stand_in)
@@ -97,12 +116,6 @@ def test_sets_of_data_outgrow_the_cache(monkeypatch):
     assert measure.cold_sets(0) == measure.MOST_SETS
 
 
-def test_the_real_functions_take_what_they_are_given():
-    """The stand-ins above have the signatures of torch."""
-    assert {"cuda_graph", "stream"} <= set(inspect.signature(torch.cuda.graph.__init__).parameters)
-    assert "enable_timing" in inspect.signature(torch.cuda.Event.__new__).parameters
-
-
 def test_floors_on_the_cpu():
     assert measure.copy_times(1 << 20, CPU).p50 > 0
     assert measure.matmul_rate(CPU) > 1e8
@@ -110,6 +123,7 @@ def test_floors_on_the_cpu():
 
 def test_a_file_is_replaced_whole(tmp_path):
     path = tmp_path / "new" / "report.json"
+    measure.save(None, {"a": 0})
     measure.save(path, {"a": 1})
     with pytest.raises(TypeError):
         measure.save(path, {"a": object()})
