@@ -10,7 +10,7 @@ from images import striped_images
 from transformers import AutoImageProcessor, AutoModel
 
 from ijepa_fast import JEPAModel, Ragged
-from ijepa_fast.interop.huggingface import PackedIJepa, from_huggingface, save_huggingface
+from ijepa_fast.interop.huggingface import from_huggingface, save_huggingface
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--folder", default="hf_encoder")
@@ -32,7 +32,6 @@ with torch.no_grad():
 
     # Of image 0 the first row of patches, of image 1 two patches: no padding, no work for patches that are not there.
     tokens = Ragged.from_lists([list(range(8)), [64 + 10, 64 + 20]])
-    print("features of a packed set:", list(PackedIJepa(model)(pixels[:2], tokens).shape))
-
-    back = from_huggingface(arguments.folder)
-    print("back from the folder:", float((back(images) - encoder(images)).abs().max()))
+    back = from_huggingface(model)  # a model, the folder, or a name on the hub
+    print("features of a packed set:", list(back(pixels[:2], tokens).shape))
+    print("back from transformers:", float((back(images) - encoder(images)).abs().max()))

@@ -103,7 +103,10 @@ def test_timm_is_told_the_number_of_heads(run, tmp_path, capsys):
     # Whoever pastes it gives timm what timm_arguments says, and the file.
     given = eval(call, {"timm": SimpleNamespace(create_model=dict)})
     network = load_run(run)[0].target_encoder
-    assert given == timm_arguments(network) | {"checkpoint_path": str(out)} and given["num_heads"] == 2
+    assert given == timm_arguments(network, out) and given["num_heads"] == 2
+    overlay = given["pretrained_cfg_overlay"]
+    assert given["pretrained"] and overlay["file"] == str(out) and overlay["num_classes"] == 0
+    assert overlay["input_size"] == (3, 24, 24) and list(overlay["mean"]) == network.patch_embed.mean
     assert all(value.dtype == torch.float32 for value in read_safetensors(out)[0].values())
 
 

@@ -15,7 +15,6 @@ from transformers import AutoImageProcessor, AutoModel, IJepaConfig, IJepaForIma
 
 from ijepa_fast import Ragged, VisionTransformer
 from ijepa_fast.interop.huggingface import (
-    PackedIJepa,
     attention_forward,
     from_huggingface,
     save_huggingface,
@@ -283,6 +282,7 @@ class TestAttention:
         [
             ({"dropout": 0.1}, "no dropout, got dropout=0.1"),
             ({"is_causal": True}, "not for causal attention"),
+            ({"output_attentions": True}, "has no attention weights to give"),
             ({"attention_mask": torch.zeros(2, 1, 5, 5)}, r"takes masks \[2, 5\] of tokens, got \[2, 1, 5, 5\]"),
             ({"key": torch.zeros(2, 1, 5, 8)}, r"queries \[2, 2, 5, 8\] and keys \[2, 1, 5, 8\]"),
         ],
@@ -294,25 +294,6 @@ class TestAttention:
 
 
 class TestPacked:
-    @pytest.mark.parametrize("padding", [0, 4])
-    def test_features_and_gradients_are_those_of_the_encoder(self, padding):
-        encoder = make_encoder()
-        model, images = to_huggingface(encoder), make_images(encoder)
-        tokens = Ragged.from_lists([[0, 3, 5], [17, 20], list(range(40, 48))])
-        tokens = tokens.padded(tokens.num_rows + padding)
-        ours, theirs = PackedIJepa(model)(images, tokens), encoder(images, tokens)
-        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
-        assert not ours[tokens.indices < 0].any()
-        ours.square().sum().backward()
-        theirs.square().sum().backward()
-        expected = {name: p.grad for name, p in encoder.named_parameters()}
-        found = from_huggingface_names({name: p.grad for name, p in model.named_parameters()})
-        positions = found.pop("pos_embed")
-        assert positions.abs().sum() > 0  # a parameter there
-        largest = max(float(gradient.abs().max()) for gradient in expected.values())
-        for name, gradient in expected.items():
-            torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6 * largest)
-
     @takes_masks
     def test_the_visible_tokens_of_a_masked_model(self):
         encoder = make_encoder()
@@ -320,27 +301,11 @@ class TestPacked:
         there = torch.rand(3, 16, generator=torch.Generator().manual_seed(3)) < 0.5
         tokens = Ragged.from_lists([(b * 16 + row.nonzero().flatten()).tolist() for b, row in enumerate(there)])
         expected = features(model, images, attention_mask=there)[there]
-        torch.testing.assert_close(PackedIJepa(model)(images, tokens), expected, rtol=0, atol=1e-5)
+        torch.testing.assert_close(from_huggingface(model)(images, tokens), expected, rtol=0, atol=1e-5)
 
     def test_images_of_another_size(self):
         model = to_huggingface(make_encoder())
         images = torch.randn(2, 3, 48, 48)
         expected = features(model, images, interpolate_pos_encoding=True)
-        packed = PackedIJepa(model)(images, Ragged.full(2, 36))
+        packed = from_huggingface(model)(images, Ragged.full(2, 36))
         torch.testing.assert_close(packed.unflatten(0, (2, 36)), expected, rtol=0, atol=1e-5)
-        with pytest.raises(ValueError, match="images of 36 x 32 px"):
-            PackedIJepa(model)(torch.randn(2, 3, 36, 32), Ragged.full(2, 16))
-
-    def test_other_models_are_refused(self):
-        with pytest.raises(ValueError, match="of a classifier its .ijepa"):
-            PackedIJepa(IJepaForImageClassification(to_huggingface(make_encoder()).config))
-
-    def test_dropout_and_bytes_are_refused(self):
-        config = to_huggingface(make_encoder()).config
-        config.hidden_dropout_prob = 0.1
-        with pytest.raises(ValueError, match="no dropout, but the config has hidden_dropout_prob=0.1"):
-            PackedIJepa(IJepaModel(config))
-        with pytest.raises(ValueError, match="normalised floats, got torch.uint8"):
-            PackedIJepa(to_huggingface(make_encoder()))(
-                torch.zeros(1, 3, 32, 32, dtype=torch.uint8), Ragged.full(1, 16)
-            )

@@ -1,16 +1,19 @@
 """Weights to and from timm, against names and features that timm gave (tests/golden/timm.json)."""
 
+import functools
 import importlib.util
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from ijepa_fast.interop import official
 from ijepa_fast.model.vit import SIZES, VisionTransformer
+from ijepa_fast.weights.encoder_file import save_encoder
 from ijepa_fast.weights.reading import WeightsError, load_weights, set_layer_norm_eps
-from ijepa_fast.weights.timm import from_timm, timm_arguments, to_timm
+from ijepa_fast.weights.timm import from_timm, timm_arguments, timm_call, to_timm
 from tests import official_case as case
 
 GOLDEN = Path(__file__).parent / "golden" / "timm.json"
@@ -67,6 +70,8 @@ def test_an_eps_that_is_not_that_of_timm_is_told():
     assert "norm_layer" not in timm_arguments(encoder)
     set_layer_norm_eps(encoder, 1e-12)
     assert timm_arguments(encoder)["norm_layer"](7).eps == 1e-12
+    known = {"timm": SimpleNamespace(create_model=dict), "functools": functools, "torch": torch}
+    assert eval(timm_call(encoder, "x.safetensors"), known)["norm_layer"](7).eps == 1e-12
     encoder.norm.eps = 1e-5
     with pytest.raises(ValueError, match=r"must have one eps, got \[1e-12, 1e-05\]"):
         timm_arguments(encoder)
@@ -82,7 +87,7 @@ def test_other_models_of_timm_are_refused(name, what):
 
 
 @pytest.mark.skipif(importlib.util.find_spec("timm") is None, reason="timm is not installed; its numbers are golden")
-def test_timm_itself_loads_them_and_gives_the_same_features():
+def test_timm_itself_loads_them_and_gives_the_same_features(tmp_path):
     import timm
 
     encoder = encoder_of_the_case()
@@ -91,3 +96,8 @@ def test_timm_itself_loads_them_and_gives_the_same_features():
     images = case.images(0).float()
     torch.testing.assert_close(model.forward_features(images), encoder(images), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(from_timm(model), to_timm(encoder), rtol=0, atol=0)
+    save_encoder(tmp_path / "e.safetensors", encoder)
+    arguments = timm_arguments(encoder, tmp_path / "e.safetensors")
+    for changes in ({}, {"num_classes": 5}, {"img_size": 2 * arguments["img_size"]}):
+        model = timm.create_model(**arguments | changes).eval()
+        torch.testing.assert_close(model.blocks[0].attn.qkv.weight, encoder.blocks[0].attn.qkv.weight)

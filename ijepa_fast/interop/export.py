@@ -13,7 +13,7 @@ from ijepa_fast.run.checkpoint import Checkpoint, find, load
 from ijepa_fast.weights.encoder_file import save_encoder
 from ijepa_fast.weights.reading import WeightsError
 from ijepa_fast.weights.runs import ENCODERS, networks_of
-from ijepa_fast.weights.timm import timm_arguments
+from ijepa_fast.weights.timm import timm_call
 
 FORMATS = ("huggingface", "timm", "official", "safetensors")
 
@@ -58,8 +58,7 @@ def export(
         save_encoder(out, network, {"encoder": encoder, "step": state.step})
         use = f'ijepa_fast.weights.encoder_file.load_encoder("{out}")'
         if to == "timm":
-            arguments = timm_arguments(network) | {"checkpoint_path": str(out)}
-            use = f"timm.create_model({', '.join(f'{name}={value!r}' for name, value in arguments.items())})"
+            use = timm_call(network, out)
     return f"{out}: the {encoder} encoder after step {state.step}\nload it with {use}"
 
 

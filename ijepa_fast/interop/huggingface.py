@@ -1,28 +1,26 @@
-"""Hugging Face transformers: encoders as ``IJepaModel`` and back, our attention in its models, packed token sets.
+"""Hugging Face transformers: encoders as ``IJepaModel`` and back, and our attention in its models.
 
 Importing this module makes ``attn_implementation="ijepa_fast"`` known to transformers. Works with transformers 4.56 and
 later and 5; the two name the weights of their modules differently, while the files that both write by default have the
 names of 4.
 
-Legend: B images, L tokens per image, N patches per image, D width, T packed rows, H heads, Dh head dim.
+Legend: B images, L tokens per image, H heads, Dh head dim.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, IJepaConfig, IJepaModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-from ijepa_fast import ops
 from ijepa_fast.attention.dispatch import varlen_attention
 from ijepa_fast.masks.geometry import pack_mask
-from ijepa_fast.model.vit import IMAGENET_MEAN, IMAGENET_STD, VisionTransformer, resize_positions
+from ijepa_fast.model.vit import IMAGENET_MEAN, IMAGENET_STD, VisionTransformer
 from ijepa_fast.ragged import Ragged
 from ijepa_fast.weights.huggingface_names import from_huggingface_names, style_of, to_huggingface_names
 from ijepa_fast.weights.reading import (
@@ -184,7 +182,7 @@ def attention_forward(
     scaling: float | None = None,
     dropout: float = 0.0,
     is_causal: bool | None = None,
-    **unused,
+    **other,
 ) -> tuple[Tensor, None]:
     """Attention of transformers models by ``varlen_attention``.
 
@@ -196,9 +194,12 @@ def attention_forward(
         [B, L, H, Dh], zeros at tokens that are not there; and None for the attention weights.
 
     Raises:
-        ValueError: dropout, causal attention, another kind of mask, or fewer heads of keys than of queries.
+        ValueError: dropout, causal attention, another kind of mask, fewer heads of keys than of queries, or a wish for
+            the attention weights.
     """
     batch, heads, length, head_dim = query.shape
+    if other.get("output_attentions") or getattr(getattr(module, "config", None), "output_attentions", False):
+        raise ValueError(f"attn_implementation={ATTENTION!r} has no attention weights to give: use 'eager' for them")
     if is_causal or (is_causal is None and getattr(module, "is_causal", False)):
         raise ValueError(f"attn_implementation={ATTENTION!r} is not for causal attention")
     if dropout:
@@ -238,87 +239,3 @@ def register_attention() -> None:
 
 
 register_attention()
-
-
-class PackedIJepa(nn.Module):
-    """An ``IJepaModel`` that runs on packed token sets. The weights are those of the model, not copies.
-
-    Args:
-        model: e.g. from ``IJepaModel.from_pretrained``; of a classifier its ``.ijepa``.
-        attention: backend of ``ijepa_fast.attention.dispatch``.
-
-    Raises:
-        ValueError: another model, or one with dropout, which is not computed here.
-    """
-
-    def __init__(self, model: IJepaModel, attention: str = "auto"):
-        super().__init__()
-        model = unwrapped(model)
-        if not isinstance(model, IJepaModel):
-            raise ValueError(f"PackedIJepa runs an IJepaModel (of a classifier its .ijepa), got {type(model).__name__}")
-        config = model.config
-        if config.hidden_dropout_prob or config.attention_probs_dropout_prob:
-            raise ValueError(
-                "PackedIJepa computes no dropout, but the config has "
-                f"hidden_dropout_prob={config.hidden_dropout_prob} and "
-                f"attention_probs_dropout_prob={config.attention_probs_dropout_prob}"
-            )
-        self.model, self.attention = model, attention
-
-    def forward(self, pixel_values: Tensor, tokens: Ragged) -> Tensor:
-        """Features of some patches.
-
-        Args:
-            pixel_values: float [B, C, h, w], normalised. Sides other than the config's interpolate the positions.
-            tokens: the patches that the model sees, as token indices ``image * N + patch``.
-
-        Returns:
-            [T, D], the ``last_hidden_state`` of these patches; zeros on padding rows.
-        """
-        if not pixel_values.is_floating_point():
-            raise ValueError(f"pixel_values must be normalised floats, got {pixel_values.dtype}")
-        x = self._embed(pixel_values, tokens)
-        for layer in self.model.layers if hasattr(self.model, "layers") else self.model.encoder.layer:
-            x = self._layer(layer, x, tokens)
-        x = self.model.layernorm(x)
-        return x if tokens.uniform else x.masked_fill(~tokens.valid[:, None], 0)
-
-    def _embed(self, pixel_values: Tensor, tokens: Ragged) -> Tensor:
-        embeddings = self.model.embeddings
-        projection = embeddings.patch_embeddings.projection
-        patch_size = projection.kernel_size[0]
-        there, here = self._grid(embeddings.patch_embeddings.image_size), self._grid(pixel_values.shape[2:])
-        positions = resize_positions(embeddings.position_embeddings[0], there, here)
-        patches = ops.gather_patches(pixel_values, tokens.indices, patch_size, [], [], projection.weight.dtype)
-        weight = projection.weight.flatten(1)
-        weight = F.pad(weight, (0, patches.shape[1] - weight.shape[1]))
-        return ops.gather_add(F.linear(patches, weight, projection.bias), positions, tokens.indices)
-
-    def _grid(self, sides: tuple[int, int]) -> tuple[int, int]:
-        patch_size = self.model.embeddings.patch_embeddings.projection.kernel_size
-        if any(side % patch for side, patch in zip(sides, patch_size, strict=True)):
-            raise ValueError(f"images of {sides[0]} x {sides[1]} px cannot be cut into patches of {patch_size} px")
-        return sides[0] // patch_size[0], sides[1] // patch_size[1]
-
-    def _layer(self, layer: nn.Module, x: Tensor, tokens: Ragged) -> Tensor:
-        q, k, v, out, mlp = _parts(layer)
-        normed = layer.layernorm_before(x)
-        heads = self.model.config.num_attention_heads
-        q, k, v = (linear(normed).unflatten(-1, (heads, -1)) for linear in (q, k, v))
-        cu, longest = tokens.cu_seqlens, tokens.max_seqlen
-        attended = varlen_attention(q, k, v, cu, cu, longest, longest, backend=self.attention, uniform=tokens.uniform)
-        x = x + out(attended.flatten(1))
-        return x + mlp(layer.layernorm_after(x))
-
-
-def _parts(layer: nn.Module) -> tuple[nn.Module, nn.Module, nn.Module, nn.Module, Callable[[Tensor], Tensor]]:
-    """Projections to queries, keys and values, of the output, and the MLP of a layer."""
-    if hasattr(layer.attention, "q_proj"):  # transformers 5
-        attention = layer.attention
-        return attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj, layer.mlp
-    attention = layer.attention.attention
-
-    def mlp(x: Tensor) -> Tensor:
-        return layer.output.dense(layer.intermediate(x))
-
-    return attention.query, attention.key, attention.value, layer.attention.output.dense, mlp

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
+from pathlib import Path
 
 from torch import Tensor, nn
 
@@ -19,12 +20,18 @@ BASE_MODEL = "vit_base_patch16_gap_224"
 """The timm model whose arguments ``timm_arguments`` overrides."""
 
 
-def timm_arguments(encoder: VisionTransformer) -> dict:
+def timm_arguments(encoder: VisionTransformer, file: Path | str | None = None) -> dict:
     """Arguments of ``timm.create_model`` for a model of the encoder's shape, which returns features.
 
     ``timm.create_model(**timm_arguments(encoder))``; the model's ``forward_features`` is the encoder's forward, and
     its forward the average over patches. Numbers and text, but for the ``norm_layer`` of an encoder whose layer-norm
-    eps is not timm's 1e-6.
+    eps is not timm's 1e-6. ``num_classes`` and ``img_size`` may be changed: timm then makes a new head, and
+    interpolates the positions.
+
+    Args:
+        encoder: the one that the model is for.
+        file: weights of ``to_timm`` (``save_encoder`` writes them) that the model shall be loaded with. Its transforms
+            (``timm.data.resolve_model_data_config``) then are those of the encoder, too.
 
     Raises:
         ValueError: the layer norms of the encoder have several eps.
@@ -34,6 +41,18 @@ def timm_arguments(encoder: VisionTransformer) -> dict:
     block = encoder.blocks[0]
     eps = layer_norm_eps(encoder)
     norm = {} if eps == LAYER_NORM_EPS else {"norm_layer": partial(nn.LayerNorm, eps=eps)}
+    pretrained = {}
+    if file is not None:
+        overlay = {
+            "file": str(file),
+            "num_classes": 0,
+            "mean": tuple(encoder.patch_embed.mean),
+            "std": tuple(encoder.patch_embed.std),
+            "input_size": (encoder.in_chans, height, width),
+        }
+        if encoder.in_chans != 3:
+            overlay["first_conv"] = None  # timm would convert it from three channels
+        pretrained = {"pretrained": True, "pretrained_cfg_overlay": overlay}
     return {
         "model_name": BASE_MODEL,
         "img_size": height if height == width else (height, width),
@@ -46,7 +65,19 @@ def timm_arguments(encoder: VisionTransformer) -> dict:
         "qkv_bias": block.attn.qkv.bias is not None,
         "num_classes": 0,
         **norm,
+        **pretrained,
     }
+
+
+def timm_call(encoder: VisionTransformer, file: Path | str) -> str:
+    """The call that loads ``file`` into a timm model, as Python text."""
+
+    def text(value: object) -> str:
+        is_norm = isinstance(value, partial)
+        return f"functools.partial(torch.nn.LayerNorm, eps={value.keywords['eps']})" if is_norm else repr(value)
+
+    arguments = timm_arguments(encoder, file).items()
+    return f"timm.create_model({', '.join(f'{name}={text(value)}' for name, value in arguments)})"
 
 
 def to_timm(encoder: VisionTransformer) -> dict[str, Tensor]:

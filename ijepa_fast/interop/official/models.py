@@ -77,17 +77,7 @@ def _freeze_table(module: nn.Module, name: str) -> None:
     module.register_parameter(name, nn.Parameter(table, requires_grad=False))
 
 
-class _WideStream:
-    """Under autocast, what goes from block to block is fp32, as in the official code; the package's own is as narrow as
-    the weights."""
-
-    def _run(self, blocks: nn.ModuleList, x: Tensor, tokens: Ragged, queries: Ragged | None) -> Tensor:
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.float()
-        return super()._run(blocks, x, tokens, queries)
-
-
-class VisionTransformer(_WideStream, vit.VisionTransformer):
+class VisionTransformer(vit.VisionTransformer):
     """The encoder of ``ijepa_fast.model.vit`` with the official constructor, call and attributes.
 
     Args:
@@ -97,6 +87,8 @@ class VisionTransformer(_WideStream, vit.VisionTransformer):
     Raises:
         ValueError: sizes that do not fit, or an option without support.
     """
+
+    wide_residual = True  # under autocast too, sums between blocks are fp32 in the official code
 
     def __init__(self, img_size: int | Sequence[int] = (224,), patch_size: int = 16, **options):
         if not isinstance(img_size, int) and len(img_size) == 1:
@@ -117,7 +109,7 @@ class VisionTransformer(_WideStream, vit.VisionTransformer):
         return super().forward(x, None if masks is None else as_masks(masks))
 
 
-class VisionTransformerPredictor(_WideStream, vit.Predictor):
+class VisionTransformerPredictor(vit.Predictor):
     """The predictor of ``ijepa_fast.model.vit`` with the official constructor and call.
 
     Args:
@@ -127,6 +119,8 @@ class VisionTransformerPredictor(_WideStream, vit.Predictor):
     Raises:
         ValueError: the number is no square, sizes do not fit, or an option is without support.
     """
+
+    wide_residual = True
 
     def __init__(
         self,
