@@ -1,6 +1,6 @@
 """One pass over all parameters: AdamW on the masters, their low-precision copies, the EMA and its copies.
 
-``reference.adamw_ema_`` defines it. With bf16 gradients and copies it moves 38 bytes per parameter: gradient (2),
+``ops.adamw_ema_`` defines it. With bf16 gradients and copies it moves 38 bytes per parameter: gradient (2),
 master, moments and EMA in (16) and out (16), and both copies out (4).
 """
 

@@ -1,4 +1,4 @@
-"""Exponential moving average of a list of tensors in one launch (``reference.ema_`` defines it)."""
+"""Exponential moving average of a list of tensors in one launch (``ops.ema_`` defines it)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rows plus the position of their patch, and the way back (``reference.gather_add`` defines both).
+"""Rows plus the position of their patch, and the way back (``ops.gather_add`` defines both).
 
 Legend: T rows, N positions, D width.
 """

@@ -1,4 +1,4 @@
-"""Normalised pixels of the wanted patches, one patch a row (``reference.gather_patches`` defines it).
+"""Normalised pixels of the wanted patches, one patch a row (``ops.gather_patches`` defines it).
 
 Legend: B images, C channels, H x W pixels, p patch size, N patches per image, T rows, K = C * p * p rounded up to 16.
 

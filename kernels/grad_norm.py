@@ -1,4 +1,4 @@
-"""L2 norm over a list of tensors (``reference.grad_norm`` defines it): one sum per block, then one over blocks.
+"""L2 norm over a list of tensors (``ops.grad_norm`` defines it): one sum per block, then one over blocks.
 
 The order of all sums depends on the sizes alone, so the norm has one value.
 """

@@ -1,4 +1,4 @@
-"""Layer-norm with the additions before it, forward and backward (``reference.layer_norm`` defines both).
+"""Layer-norm with the additions before it, forward and backward (``ops.layer_norm`` defines both).
 
 Legend: T rows, D width, P programs of the backward, each with its partial sums.
 

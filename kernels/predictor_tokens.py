@@ -1,4 +1,4 @@
-"""Input rows of the predictor, and the way back (``reference.predictor_tokens`` defines both).
+"""Input rows of the predictor, and the way back (``ops.predictor_tokens`` defines both).
 
 Legend: Tc context rows, Tp predictor rows, M copies of a context row, N positions, D width, P partial rows.
 """

@@ -1,4 +1,4 @@
-"""Rows of e4m3 numbers with their scales (``reference.quantize_fp8`` defines them).
+"""Rows of e4m3 numbers with their scales (``ops.quantize_fp8`` defines them).
 
 Legend: T rows, D width.
 

@@ -1,4 +1,4 @@
-"""Distance of the predictions to the normalised target features (``reference.target_loss`` defines it).
+"""Distance of the predictions to the normalised target features (``ops.target_loss`` defines it).
 
 Legend: T predicted rows, R target rows, S target blocks, D width, held as two powers of two, A + B.
 """

@@ -126,7 +126,7 @@ def forward_kernel(
 def varlen_attention(
     q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int
 ) -> tuple[Tensor, Tensor]:
-    """out [Tq, H, Dh] and log-sum-exp [Tq, H]; arguments and results as ``reference.varlen_attention``.
+    """out [Tq, H, Dh] and log-sum-exp [Tq, H]; arguments and results as ``ops.varlen_attention``.
 
     q, k and v may be views of wider rows (of one [T, 3, H, Dh] tensor); nothing is copied.
 

@@ -286,7 +286,7 @@ def varlen_attention_backward(
     max_q: int,
     max_k: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients into q, k and v, contiguous; arguments as ``reference.varlen_attention_backward``.
+    """Gradients into q, k and v, contiguous; arguments as ``ops.varlen_attention_backward``.
 
     Raises:
         ValueError: see ``check_inputs`` and ``check_gradient_inputs``.

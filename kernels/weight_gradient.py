@@ -1,4 +1,4 @@
-"""Gradient of a linear layer's weight, and of its bias on the way (``reference.weight_gradient`` defines both).
+"""Gradient of a linear layer's weight, and of its bias on the way (``ops.weight_gradient`` defines both).
 
 Legend: T packed rows, N output features, K input features, S splits of the rows.
 

@@ -6,11 +6,17 @@ tests marked `gpu` add bf16.
 
 import mmap
 from collections.abc import Sequence
+from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
 from torch import Tensor
+
+from ijepa_fast import ops
+
+definitions = SimpleNamespace(**{name: op.definition for name, op in vars(ops).items() if hasattr(op, "definition")})
+"""The plain definition of every op, for tests that run one call on ops and on definitions."""
 
 INTERPRETED_DTYPES = (torch.float64, torch.float32, torch.float16)
 

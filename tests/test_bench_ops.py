@@ -1,6 +1,5 @@
 """The table of ops: every provider computes what the reference computes, and what does not is not timed."""
 
-import ast
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -9,7 +8,7 @@ import pytest
 import torch
 from torch.nn.attention.flex_attention import create_block_mask
 
-from ijepa_fast import reference
+from ijepa_fast import ops
 from ijepa_fast.bench import table as ops_table
 from ijepa_fast.bench.cases import attention as attention_cases
 from ijepa_fast.bench.cases import floors
@@ -73,16 +72,13 @@ def test_flex_attention_sees_the_keys_of_each_set(lengths, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     q, k, v = torch.randn(3, sum(lengths), 2, 16, generator=torch.Generator().manual_seed(0))
     found = attention_cases.PEERS["compile"][0](tokens, max(lengths))(q, k, v)
-    exact, _ = reference.varlen_attention(q, k, v, bounds, bounds, max(lengths), max(lengths))
+    exact, _ = ops.varlen_attention.definition(q, k, v, bounds, bounds, max(lengths), max(lengths))
     torch.testing.assert_close(found, exact)
 
 
 def test_every_op_has_a_case():
     """Those of ops/, but for backward passes, which their forward passes bring, and the packed form of attention."""
-    trees = [ast.parse(path.read_text()) for path in (ROOT / "ijepa_fast" / "ops").glob("*.py")]
-    calls = [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Call)]
-    names = [call.args[0].value for call in calls if "custom_op" in ast.unparse(call.func)]
-    names = {name.removeprefix("ijepa_fast::") for name in names}
+    names = {name for name, op in vars(ops).items() if isinstance(op, torch.library.CustomOpDef)}
     wanted = {name for name in names if not name.endswith("_backward")} - {"varlen_self_attention"}
     assert len(wanted) >= 10 and {case.op for case in cases().values()} == wanted
 

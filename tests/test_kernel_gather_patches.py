@@ -14,7 +14,7 @@ from kernel_testing import (
     rows_beyond_int32,
 )
 
-from ijepa_fast import reference
+from ijepa_fast import ops
 from ijepa_fast.kernels import gather_patches as kernels
 
 pytestmark = pytest.mark.interpreter
@@ -47,7 +47,7 @@ EXAMPLES = [draw_case(0, 1, 3, 14, (2, 2), 0), draw_case(1, 1, 3, 14, (1, 1), 0)
 
 def in_fp64(images, indices, patch_size, mean, std, dtype):
     """The reference on pixels that are already fp64 (of uint8 it computes in fp32)."""
-    return reference.gather_patches(images.double() / 255, indices, patch_size, mean, std, dtype)
+    return ops.gather_patches.definition(images.double() / 255, indices, patch_size, mean, std, dtype)
 
 
 @pytest.mark.parametrize("dtype", INTERPRETED_DTYPES)
@@ -62,7 +62,7 @@ def test_uint8_images(dtype, case, normalise):
     arguments = [images, indices, patch_size, list(MEAN[:channels]), list(STD[:channels]), dtype]
     assert_close_to_reference(
         kernels.gather_patches,
-        reference.gather_patches,
+        ops.gather_patches.definition,
         arguments,
         dtype,
         exact_reference=in_fp64,
@@ -80,7 +80,7 @@ def test_floating_images(dtype, case):
     channels = images.shape[1]
     arguments = [images / 255, indices, patch_size, list(MEAN[:channels]), list(STD[:channels]), dtype]
     assert_close_to_reference(
-        kernels.gather_patches, reference.gather_patches, arguments, dtype, magnitudes=[MAGNITUDE]
+        kernels.gather_patches, ops.gather_patches.definition, arguments, dtype, magnitudes=[MAGNITUDE]
     )
 
 

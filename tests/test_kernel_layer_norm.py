@@ -15,7 +15,7 @@ from kernel_testing import (
     rows_beyond_int32,
 )
 
-from ijepa_fast import reference
+from ijepa_fast import ops
 from ijepa_fast.kernels import layer_norm as kernels
 
 pytestmark = pytest.mark.interpreter
@@ -45,11 +45,11 @@ EXAMPLES = [draw_case(0, 8, 15, 0), draw_case(1, 2, 0, 0), draw_case(7, 1100, 15
 def test_forward(dtype, case):
     x, residual, x_bias, weight, bias = case
     size = largest(x) + largest(residual) + largest(x_bias)
-    rstd = largest(reference.layer_norm(*(None if t is None else t.double() for t in case), EPS)[3])
+    rstd = largest(ops.layer_norm.definition(*(None if t is None else t.double() for t in case), EPS)[3])
     out = 4 * size * rstd * (1 if weight is None else largest(weight)) + largest(bias)
     assert_close_to_reference(
         kernels.layer_norm,
-        reference.layer_norm,
+        ops.layer_norm.definition,
         [*case, EPS],
         dtype,
         magnitudes=[out, size, 2 * size, 4 * size * rstd**2],
@@ -69,13 +69,13 @@ def test_backward(dtype, case, needed, programs):
 
     def with_statistics(function):
         def run(grad, grad_h, h, weight):
-            _, _, mean, rstd = reference.layer_norm(h.double(), None, None, None, None, EPS)
-            wide = reference.accumulation_dtype(h.dtype)
+            _, _, mean, rstd = ops.layer_norm.definition(h.double(), None, None, None, None, EPS)
+            wide = ops.accumulation_dtype(h.dtype)
             return function(grad, grad_h, h, mean.to(wide), rstd.to(wide), weight, *needs)
 
         return run
 
-    rstd = largest(reference.layer_norm(h.double(), None, None, None, None, EPS)[3])
+    rstd = largest(ops.layer_norm.definition(h.double(), None, None, None, None, EPS)[3])
     normal = (largest(h) + 0.5) * rstd
     slope = largest(grad) * (1 if weight is None else largest(weight))
     total = 2 * slope * (2 + normal**2) * rstd + largest(grad_h)
@@ -84,7 +84,7 @@ def test_backward(dtype, case, needed, programs):
         patch.setattr(kernels, "BACKWARD_PROGRAMS", {"sm_90": programs})
         assert_close_to_reference(
             with_statistics(kernels.layer_norm_backward),
-            with_statistics(reference.layer_norm_backward),
+            with_statistics(ops.layer_norm_backward.definition),
             [grad, grad_h, h, weight],
             dtype,
             magnitudes=[total, 0, largest(sums) * normal, largest(sums), total * len(h)],
@@ -95,11 +95,11 @@ def test_fp16_beside_an_fp32_stream():
     x, residual, x_bias, weight, bias = EXAMPLES[2]
     arguments = (x.half(), residual, x_bias, weight, bias, EPS)
     out, h, mean, rstd = kernels.layer_norm(*arguments)
-    expected = reference.layer_norm(*arguments)
+    expected = ops.layer_norm.definition(*arguments)
     assert (out.dtype, h.dtype, mean.dtype) == (torch.float16, torch.float32, torch.float32)
     torch.testing.assert_close((out, h, mean, rstd), expected)
     arguments = (out, h, h, mean, rstd, weight, True, True, True)
-    grads, expected = kernels.layer_norm_backward(*arguments), reference.layer_norm_backward(*arguments)
+    grads, expected = kernels.layer_norm_backward(*arguments), ops.layer_norm_backward.definition(*arguments)
     assert [grad.dtype for grad in grads] == [grad.dtype for grad in expected]
     assert grads[1].shape == x.shape
     torch.testing.assert_close(grads, expected)

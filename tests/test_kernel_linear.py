@@ -16,7 +16,7 @@ from kernel_testing import (
     rows_beyond_int32,
 )
 
-from ijepa_fast import reference
+from ijepa_fast import ops
 from ijepa_fast.kernels import linear_gelu as gelu_kernels
 from ijepa_fast.kernels import weight_gradient as gradient_kernels
 from ijepa_fast.kernels.linear_tiles import Tile
@@ -55,7 +55,7 @@ def test_linear_gelu(dtype, case):
     size = largest(x.abs() @ weight.abs().T + bias.abs())
     assert_close_to_reference(
         gelu_kernels.linear_gelu,
-        reference.linear_gelu,
+        ops.linear_gelu.definition,
         [x, weight, bias, keep_pre],
         dtype,
         magnitudes=[2 * STEEPEST * size, size],
@@ -71,7 +71,7 @@ def test_hidden_gradient(dtype, case):
     products = STEEPEST * grad.abs() @ weight.abs()
     assert_close_to_reference(
         gelu_kernels.hidden_gradient,
-        reference.hidden_gradient,
+        ops.hidden_gradient.definition,
         [grad, weight, 2 * pre, need_bias],
         dtype,
         magnitudes=[2 * largest(products), 2 * largest(products.sum(0))],
@@ -91,7 +91,7 @@ def test_weight_gradient(dtype, case):
         patch.setattr(gradient_kernels, "LEAST_ROWS", 32)
         assert_close_to_reference(
             gradient_kernels.weight_gradient,
-            reference.weight_gradient,
+            ops.weight_gradient.definition,
             [grad, x, need_bias],
             dtype,
             magnitudes=[largest(grad.abs().T @ x.abs()), largest(grad.abs().sum(0))],
@@ -133,7 +133,7 @@ def test_rows_of_padding_add_nothing_to_gradients(monkeypatch):
     rows = torch.cat([x, torch.full((116, x.shape[1]), 1e4)])
     grads = torch.cat([grad, torch.zeros(116, grad.shape[1])])
     for padded, plain in zip(
-        gradient_kernels.weight_gradient(grads, rows, True), reference.weight_gradient(grad, x, True), strict=True
+        gradient_kernels.weight_gradient(grads, rows, True), ops.weight_gradient.definition(grad, x, True), strict=True
     ):
         torch.testing.assert_close(padded, plain)
     pre = torch.full((256, 136), 1e4)
@@ -170,7 +170,7 @@ def test_fp32_bias_beside_fp16():
     # Sums in another order may round another way.
     torch.testing.assert_close(
         gelu_kernels.linear_gelu(x, weight, bias, True),
-        reference.linear_gelu(x, weight, bias, True),
+        ops.linear_gelu.definition(x, weight, bias, True),
         rtol=2e-3,
         atol=2e-3,
     )

@@ -16,7 +16,7 @@ from kernel_testing import LastProgram, huge, interpreted
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
-from ijepa_fast import ops, reference
+from ijepa_fast import ops
 from ijepa_fast.kernels import adamw_ema, ema, grad_norm, multi_tensor
 
 SETTINGS = torch.tensor([[1e-2, 0.9, 0.999, 1e-8, 0.1], [3e-3, 0.5, 0.95, 1e-6, 0.0]], dtype=torch.float64)
@@ -101,7 +101,7 @@ def check_update(before: Lists, after: Lists, steps, scale: float, roundings: in
             half a unit; on a GPU Triton's three quotients and two roots are off by up to two units: 3 * 3 + 2 * 2 more.
     """
     exact = before.twin(torch.float64)
-    reference.adamw_ema_(*exact.all(), SETTINGS, steps, MOMENTUM, torch.tensor(scale), YES)
+    ops.adamw_ema_.definition(*exact.all(), SETTINGS, steps, MOMENTUM, torch.tensor(scale), YES)
     for i, param in enumerate(before.params):
         u = unit(param.dtype) * (2 if param.dtype == torch.float64 else 1)  # the reference rounds as well
         lr, beta1, beta2, eps, _ = SETTINGS[before.group_index[i]].tolist()
@@ -162,7 +162,7 @@ def test_ema(target, source, shapes, seed):
     targets = [normal(shape, target, generator, aligned=i != 1) for i, shape in enumerate(shapes)]
     sources = [normal(shape, source, generator, aligned=i != 1) for i, shape in enumerate(shapes)]
     exact = [t.double() for t in targets]
-    reference.ema_(exact, sources, MOMENTUM)
+    ops.ema_.definition(exact, sources, MOMENTUM)
     before = [t.clone() for t in targets]
     ema.ema_(targets, sources, MOMENTUM)
     wide = torch.promote_types(target, torch.float32)
@@ -182,7 +182,7 @@ def test_grad_norm(dtype, shapes, seed):
     generator = torch.Generator().manual_seed(seed)
     grads = [normal(shape, dtype, generator, aligned=i != 1) for i, shape in enumerate(shapes)]
     actual = grad_norm.grad_norm(grads)
-    exact = reference.grad_norm([g.double() for g in grads])
+    exact = ops.grad_norm.definition([g.double() for g in grads])
     assert actual.dtype == torch.promote_types(dtype, torch.float32)
     # 32 terms per thread, 8 warps of 32 threads and a few rounds of partial sums, each rounded once; half of it
     # remains under the root.
@@ -328,7 +328,7 @@ def test_reference_kernel_and_op_have_one_signature(name, module):
     schema = getattr(ops, name)._opoverload._schema
     wanted = [argument.name for argument in schema.arguments]
     assert list(inspect.signature(getattr(module, name)).parameters) == wanted
-    assert list(inspect.signature(getattr(reference, name)).parameters) == wanted
+    assert list(inspect.signature(getattr(ops, name).definition).parameters) == wanted
     assert torch._C._dispatch_has_kernel_for_dispatch_key(schema.name, "CUDA")
 
 
@@ -411,12 +411,12 @@ def test_grad_norm_and_ema_on_a_gpu(dtype):
     generator = torch.Generator().manual_seed(0)
     tensors = [copy_to_gpu(normal(shape, dtype, generator, aligned=i != 1)) for i, shape in enumerate(REAL_SHAPES)]
     norms = [grad_norm.grad_norm(tensors) for _ in range(10)]
-    exact = reference.grad_norm([t.cpu().double() for t in tensors])
+    exact = ops.grad_norm.definition([t.cpu().double() for t in tensors])
     assert_within(norms[0].cpu(), exact, 64 * unit(torch.float32) * exact)
     assert all(torch.equal(norms[0], norm) for norm in norms)
     targets = [torch.randn(t.shape, device="cuda") for t in tensors]
     expected = [t.cpu().double() for t in targets]
-    reference.ema_(expected, [t.cpu() for t in tensors], MOMENTUM)
+    ops.ema_.definition(expected, [t.cpu() for t in tensors], MOMENTUM)
     ema.ema_(targets, tensors, MOMENTUM.cuda())
     for actual, wanted, source in zip(targets, expected, tensors, strict=True):
         magnitude = wanted.abs() + source.cpu().double().abs()

@@ -15,7 +15,7 @@ from kernel_testing import (
     rows_beyond_int32,
 )
 
-from ijepa_fast import reference
+from ijepa_fast import ops
 from ijepa_fast.kernels import predictor_tokens as kernels
 from ijepa_fast.model.predictor_layout import predictor_layout
 from ijepa_fast.ragged import Ragged
@@ -58,7 +58,7 @@ EXAMPLES = [
 @example(EXAMPLES[2])
 @example(EXAMPLES[3])
 def test_forward(dtype, case):
-    assert_close_to_reference(kernels.predictor_tokens, reference.predictor_tokens, case, dtype)
+    assert_close_to_reference(kernels.predictor_tokens, ops.predictor_tokens.definition, case, dtype)
 
 
 @pytest.mark.parametrize("dtype", INTERPRETED_DTYPES)
@@ -73,17 +73,17 @@ def test_backward(dtype, case):
     grad = torch.randn(rows[0].shape[0], mask_token.shape[0], generator=torch.Generator().manual_seed(0))
     assert_close_to_reference(
         kernels.predictor_tokens_backward,
-        reference.predictor_tokens_backward,
+        ops.predictor_tokens_backward.definition,
         [grad, *rows],
         dtype,
-        magnitudes=[largest(sums) for sums in reference.predictor_tokens_backward(grad.abs(), *rows)],
+        magnitudes=[largest(sums) for sums in ops.predictor_tokens_backward.definition(grad.abs(), *rows)],
     )
 
 
 def test_gradient_of_padding_rows_is_ignored():
     _, _, _, indices, sources, copies = EXAMPLES[2]
     grad = torch.randn(indices.shape[0], 64)
-    expected = reference.predictor_tokens_backward(grad, indices, sources, copies)
+    expected = ops.predictor_tokens_backward.definition(grad, indices, sources, copies)
     grad[indices < 0] = float("nan")
     actual = kernels.predictor_tokens_backward(grad, indices, sources, copies)
     assert torch.equal(actual[0], expected[0])
@@ -93,7 +93,7 @@ def test_gradient_of_padding_rows_is_ignored():
 def test_mixed_precision_rounds_to_the_dtype_of_the_context():
     context, *rest = EXAMPLES[2]
     out = kernels.predictor_tokens(context.half(), *rest)
-    assert torch.equal(out, reference.predictor_tokens(context.half(), *rest))
+    assert torch.equal(out, ops.predictor_tokens.definition(context.half(), *rest))
 
 
 def test_non_contiguous_inputs():

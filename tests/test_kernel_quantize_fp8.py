@@ -14,7 +14,7 @@ from kernel_testing import (
     rows_beyond_int32,
 )
 
-from ijepa_fast import reference
+from ijepa_fast import ops
 from ijepa_fast.kernels import quantize_fp8 as kernels
 
 pytestmark = pytest.mark.interpreter
@@ -69,14 +69,14 @@ def assert_same(result, wanted):
 @example(draw_case(9, 161, 1.0, 0))
 def test_kernel_gives_the_bits_of_the_reference(dtype, per_row, case):
     x = case.to(dtype)
-    assert_same(kernels.quantize_fp8(x, per_row), reference.quantize_fp8(x, per_row))
+    assert_same(kernels.quantize_fp8(x, per_row), ops.quantize_fp8.definition(x, per_row))
 
 
 @pytest.mark.parametrize("per_row", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_nearest_number_and_the_whole_range(dtype, per_row):
     x = draw_case(20, 300, 2.0, 0).to(dtype)
-    values, scales = reference.quantize_fp8(x, per_row)
+    values, scales = ops.quantize_fp8.definition(x, per_row)
     amax = x.double().abs().amax(1) if per_row else x.double().abs().amax().view(1)
     torch.testing.assert_close(scales.double(), amax.clamp(min=1e-12) / 448, rtol=2**-23, atol=0)
     scaled = x.double() / scales.double()[:, None]
@@ -94,7 +94,7 @@ def test_the_nearest_number_and_the_whole_range(dtype, per_row):
 def test_what_is_not_finite_stays_so(per_row, bad):
     x = draw_case(4, 48, 1.0, 0)
     x[1, 5] = bad
-    for values, scales in (kernels.quantize_fp8(x, per_row), reference.quantize_fp8(x, per_row)):
+    for values, scales in (kernels.quantize_fp8(x, per_row), ops.quantize_fp8.definition(x, per_row)):
         products = (values.double() * scales.double()[:, None]).sum(1)
         assert not products[1].isfinite()
         assert products[[0, 2, 3]].isfinite().all() or not per_row
@@ -109,7 +109,7 @@ def test_zeros_and_next_to_nothing(per_row):
 
 def test_non_contiguous_inputs():
     x = draw_case(30, 70, 1.0, 0)
-    assert_same(kernels.quantize_fp8(x.T.contiguous().T, True), reference.quantize_fp8(x, True))
+    assert_same(kernels.quantize_fp8(x.T.contiguous().T, True), ops.quantize_fp8.definition(x, True))
 
 
 def test_offsets_beyond_int32(monkeypatch):

@@ -15,7 +15,7 @@ from kernel_testing import (
     rows_beyond_int32,
 )
 
-from ijepa_fast import reference
+from ijepa_fast import ops
 from ijepa_fast.kernels import target_loss as kernels
 
 pytestmark = pytest.mark.interpreter
@@ -63,7 +63,7 @@ def test_forward(dtype, case, kind, normalize):
     arguments = [*case, kind, normalize, EPS]
     size = largest_terms(*case[:2], normalize)
     assert_close_to_reference(
-        kernels.target_loss, reference.target_loss, arguments, dtype, magnitudes=[size * (1 + size)]
+        kernels.target_loss, ops.target_loss.definition, arguments, dtype, magnitudes=[size * (1 + size)]
     )
 
 
@@ -80,11 +80,11 @@ def test_backward(dtype, case, kind, normalize):
     weight = 1 / (target.shape[1] * (len(cu_seqlens) - 1))
 
     def with_grad(function):
-        return lambda *arguments: function(grad.to(reference.accumulation_dtype(arguments[0].dtype)), *arguments)
+        return lambda *arguments: function(grad.to(ops.accumulation_dtype(arguments[0].dtype)), *arguments)
 
     assert_close_to_reference(
         with_grad(kernels.target_loss_backward),
-        with_grad(reference.target_loss_backward),
+        with_grad(ops.target_loss_backward.definition),
         [*case, kind, normalize, EPS],
         dtype,
         magnitudes=[2 * weight * largest_terms(prediction, target, normalize)],
@@ -96,19 +96,21 @@ def test_slope_of_l1():
     sign = torch.randint(-1, 2, (rows.shape[0], target.shape[1]), generator=torch.Generator().manual_seed(0))
     prediction = target[rows.clamp(min=0)] + 0.25 * sign
     arguments = (torch.ones(()), prediction, target, rows, cu_seqlens, "l1", False, EPS)
-    expected = reference.target_loss_backward(*arguments)
+    expected = ops.target_loss_backward.definition(*arguments)
     torch.testing.assert_close(kernels.target_loss_backward(*arguments), expected)
     assert torch.equal(expected.sign(), torch.where((rows >= 0)[:, None], sign, 0).float())
 
 
 def test_kinds_are_those_of_the_reference():
-    assert kernels.KINDS == reference.LOSS_KINDS
+    assert kernels.KINDS == ops.LOSS_KINDS
 
 
 def test_low_precision_prediction_beside_fp32_target():
     prediction, *rest = EXAMPLES[2]
     loss = kernels.target_loss(prediction.half(), *rest, "smooth_l1", True, EPS)
-    expected = reference.target_loss(prediction.half().double(), rest[0].double(), *rest[1:], "smooth_l1", True, EPS)
+    expected = ops.target_loss.definition(
+        prediction.half().double(), rest[0].double(), *rest[1:], "smooth_l1", True, EPS
+    )
     assert loss.dtype == torch.float32
     assert abs(float(loss) - float(expected)) <= 2 * torch.finfo(torch.float32).eps * float(expected)
 

@@ -10,10 +10,10 @@ from typing import NamedTuple
 import pytest
 import torch
 from gpu_checks import check_capture_without_host_sync, check_determinism
-from kernel_testing import assert_close_to_reference, cast, largest
+from kernel_testing import assert_close_to_reference, cast, definitions, largest
 from torch import Tensor
 
-from ijepa_fast import ops, reference
+from ijepa_fast import ops
 from ijepa_fast.model.predictor_layout import predictor_layout
 from ijepa_fast.ragged import Ragged
 
@@ -31,7 +31,7 @@ SMALL = Shapes(images=2, grid=4, patch_size=14, width=40, predictor_width=24)
 
 
 class Case(NamedTuple):
-    """``call(ops)`` is what runs on the arguments, ``call(reference)`` what it is compared with."""
+    """``call(ops)`` is what runs on the arguments, ``call(definitions)`` what it is compared with."""
 
     name: str
     call: Callable
@@ -45,7 +45,7 @@ def named(name: str, arguments: tuple, magnitudes: Callable[[], list[float]] = l
 
 def layer_norm_backward(module) -> Callable:
     def run(grad, grad_h, h, weight):
-        mean, rstd = reference.layer_norm(h, None, None, None, None, 1e-6)[2:]
+        mean, rstd = ops.layer_norm.definition(h, None, None, None, None, 1e-6)[2:]
         return module.layer_norm_backward(grad, grad_h, h, mean, rstd, weight, True, True, True)
 
     return run
@@ -96,7 +96,7 @@ def cases(shapes: Shapes, device: str) -> list[Case]:
 
     # For results that are sums over rows, the sum of the sizes of what is summed.
     def of_tokens():
-        return [largest(sums) for sums in reference.predictor_tokens_backward(grad_tokens.abs(), *tokens)]
+        return [largest(sums) for sums in ops.predictor_tokens_backward.definition(grad_tokens.abs(), *tokens)]
 
     def of_layer_norm():
         weight_sum = largest(grad.abs().sum(0)) * largest(x)
@@ -120,7 +120,9 @@ def cases(shapes: Shapes, device: str) -> list[Case]:
 
 
 def check_accuracy(case: Case, dtype: torch.dtype) -> None:
-    assert_close_to_reference(case.call(ops), case.call(reference), case.arguments, dtype, magnitudes=case.magnitudes())
+    assert_close_to_reference(
+        case.call(ops), case.call(definitions), case.arguments, dtype, magnitudes=case.magnitudes()
+    )
 
 
 CASE_IDS = [f"{case.name}-{i}" for i, case in enumerate(cases(SMALL, "cpu"))]

@@ -10,10 +10,10 @@ from typing import NamedTuple
 import pytest
 import torch
 from gpu_checks import check_capture_without_host_sync, check_determinism
-from kernel_testing import assert_close_to_reference, cast, largest
+from kernel_testing import assert_close_to_reference, cast, definitions, largest
 from torch import Tensor
 
-from ijepa_fast import ops, reference
+from ijepa_fast import ops
 from ijepa_fast.config import ModelConfig
 from ijepa_fast.masks.sampler import MaskConfig, MaskSampler
 from ijepa_fast.model.jepa import IJEPA, Objective
@@ -40,7 +40,7 @@ SMALL = Shapes(37, 24, 40)
 
 
 class Case(NamedTuple):
-    """``call(ops)`` is what runs on the arguments, ``call(reference)`` what it is compared with."""
+    """``call(ops)`` is what runs on the arguments, ``call(definitions)`` what it is compared with."""
 
     call: Callable
     arguments: tuple
@@ -79,7 +79,7 @@ def cases(shapes: Shapes, device: str) -> dict[str, Case]:
 
 
 def check_accuracy(case: Case, dtype: torch.dtype) -> None:
-    assert_close_to_reference(case.call(ops), case.call(reference), case.arguments, dtype, magnitudes=case.magnitudes)
+    assert_close_to_reference(case.call(ops), case.call(definitions), case.arguments, dtype, magnitudes=case.magnitudes)
 
 
 NAMES = list(cases(SMALL, "cpu"))

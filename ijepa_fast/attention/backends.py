@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ijepa_fast import ops, reference
+from ijepa_fast import ops
 from ijepa_fast.attention.padding import PackRows, PadRows, covered, guarded
 
 HALF = (torch.float16, torch.bfloat16)
@@ -109,8 +109,10 @@ def _check_capability() -> None:
 
 
 def _load_reference() -> Callable[..., Tensor]:
+    definition = ops.varlen_attention.definition
+
     def attend(q, k, v, cu_q, cu_k, max_q, max_k, uniform):
-        return reference.varlen_attention(q, k, v, cu_q, cu_k, max_q, max_k)[0]
+        return definition(q, k, v, cu_q, cu_k, max_q, max_k)[0]
 
     return attend
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ijepa_fast import reference
+from ijepa_fast import ops
 
 FLASH_BLOCK = 128
 """Rows of the largest block that FlashAttention-2 cuts a sequence into: up to it, one row costs what all cost."""
@@ -23,7 +23,7 @@ class PadRows(torch.autograd.Function):
     def forward(ctx, x: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
         ctx.save_for_backward(cu_seqlens)
         ctx.num_rows = x.shape[0]
-        return reference.pad_sequences(x, cu_seqlens, max_seqlen)[0]
+        return ops.pad_sequences(x, cu_seqlens, max_seqlen)[0]
 
     @staticmethod
     def backward(ctx, grad: Tensor):
@@ -41,7 +41,7 @@ class PackRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        return reference.pad_sequences(grad, ctx.saved_tensors[0], ctx.max_seqlen)[0], None, None
+        return ops.pad_sequences(grad, ctx.saved_tensors[0], ctx.max_seqlen)[0], None, None
 
 
 def _take_rows(x: Tensor, cu_seqlens: Tensor, num_rows: int) -> Tensor:

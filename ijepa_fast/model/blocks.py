@@ -16,8 +16,8 @@ from ijepa_fast import ops
 from ijepa_fast.attention.dispatch import check_backend, varlen_attention, varlen_self_attention
 from ijepa_fast.model import fused_blocks as fused
 from ijepa_fast.model.fp8 import active_scaling, fp8_linear
+from ijepa_fast.ops import accumulation_dtype
 from ijepa_fast.ragged import Ragged, take_rows
-from ijepa_fast.reference import accumulation_dtype
 
 Init = Literal["flat", "depth_scaled"]
 COMPILED_VERSIONS = 64

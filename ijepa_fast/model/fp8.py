@@ -1,6 +1,6 @@
 """Linear layers in FP8 (e4m3), for the target encoder, which needs no gradient.
 
-Values and scales are those of ``reference.quantize_fp8``: with one scale per tensor, or one per row of the input (a
+Values and scales are those of ``ops.quantize_fp8``: with one scale per tensor, or one per row of the input (a
 token) and per row of the weight (an output feature). Both are found on the device in every forward pass, because the
 EMA changes the weights at every step. Products are summed in fp32, multiplied by both scales, and rounded.
 

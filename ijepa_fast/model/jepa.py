@@ -21,8 +21,8 @@ from ijepa_fast.masks.sampler import Masks
 from ijepa_fast.model.fp8 import Scaling, check_fp8, fp8_products
 from ijepa_fast.model.predictor_layout import PredictorLayout, predictor_layout
 from ijepa_fast.model.vit import Predictor, VisionTransformer
+from ijepa_fast.ops import accumulation_dtype
 from ijepa_fast.ragged import PADDING, Ragged, take_rows
-from ijepa_fast.reference import accumulation_dtype
 from ijepa_fast.side_stream import SideStream
 
 

@@ -81,7 +81,7 @@ class PatchEmbed(nn.Module):
         return F.linear(patches, weight, self.proj.bias.to(weight.dtype))
 
     def pixels(self, images: Tensor, indices: Tensor, dtype: torch.dtype) -> Tensor:
-        """Normalised pixel values of the patches [T, K]; K = C * p * p rounded up, see ``reference.gather_patches``."""
+        """Normalised pixel values of the patches [T, K]; K = C * p * p rounded up, see ``ops.gather_patches``."""
         mean, std = (self.mean, self.std) if images.dtype == torch.uint8 else ([], [])
         return ops.gather_patches(images, indices, self.patch_size, mean, std, dtype)
 

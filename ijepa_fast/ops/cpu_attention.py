@@ -1,6 +1,6 @@
 """Variable-length attention on the CPU: torch's fused kernel on sequences of one length at a time, without padding.
 
-The definition is ``reference.varlen_attention``. Reading lengths costs nothing where the host is the device, and a
+The definition is that of ``ops.varlen_attention``. Reading lengths costs nothing where the host is the device, and a
 sequence of a hundred tokens keeps the cores busy (heads times blocks of 32 queries). Many short sequences would leave
 them idle between calls; these are first brought in order of length, so that one call takes all sequences of a length.
 
@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ijepa_fast.reference import accumulation_dtype
+from ijepa_fast.ops.registration import accumulation_dtype
 
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -107,14 +107,14 @@ def _batched(x_THD: Tensor, count: int) -> Tensor:
 def varlen_attention(
     q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int
 ) -> tuple[Tensor, Tensor]:
-    """As ``reference.varlen_attention``."""
+    """What ``ops.varlen_attention`` computes, for tensors on the CPU."""
     plan = _plan(q, k, cu_q, cu_k)
     out, lse = _attend(_ordered(q, plan.order_q), _ordered(k, plan.order_k), _ordered(v, plan.order_k), plan.runs)
     return _packed(out, plan.order_q), _packed(lse, plan.order_q)
 
 
 def varlen_self_attention(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> tuple[Tensor, Tensor]:
-    """As ``reference.varlen_self_attention``."""
+    """What ``ops.varlen_self_attention`` computes, for tensors on the CPU."""
     plan = _plan(qkv[:, 0], qkv[:, 1], cu_seqlens, cu_seqlens)
     out, lse = _attend(*_ordered(qkv, plan.order_q).unbind(1), plan.runs)
     return _packed(out, plan.order_q), _packed(lse, plan.order_q)
@@ -151,7 +151,7 @@ def varlen_attention_backward(
     max_q: int,
     max_k: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As ``reference.varlen_attention_backward``."""
+    """What ``ops.varlen_attention_backward`` computes, for tensors on the CPU."""
     plan = _plan(q, k, cu_q, cu_k)
     grads = tuple(torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v))
     inputs = _ordered(q, plan.order_q), _ordered(k, plan.order_k), _ordered(v, plan.order_k)
@@ -164,7 +164,7 @@ def varlen_attention_backward(
 def varlen_self_attention_backward(
     grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor, max_seqlen: int
 ) -> Tensor:
-    """As ``reference.varlen_self_attention_backward``."""
+    """What ``ops.varlen_self_attention_backward`` computes, for tensors on the CPU."""
     plan = _plan(qkv[:, 0], qkv[:, 1], cu_seqlens, cu_seqlens)
     grad_qkv = torch.empty(qkv.shape, dtype=qkv.dtype)
     outputs = (_ordered(x, plan.order_q) for x in (grad, out, lse))

@@ -1,21 +1,34 @@
-"""Linear layers and MLPs whose neighbours run inside the products, see ``reference/linear.py``.
+"""Linear layers and MLPs whose neighbours run inside the products: GELU, its derivative, and sums over rows.
 
 ``linear`` and ``mlp`` are differentiable; the ops they are made of are one pass each.
+
+Legend: T packed rows, N output features, K input features, H hidden width of an MLP.
 """
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from ijepa_fast import reference
-from ijepa_fast.ops.registration import cuda_kernel
+from ijepa_fast.ops.registration import accumulation_dtype, op
 
 
-@torch.library.custom_op("ijepa_fast::linear_gelu", mutates_args=())
+@op("linear_gelu")
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, keep_pre: bool) -> tuple[Tensor, Tensor]:
-    with torch.autocast(x.device.type, enabled=False):  # autocast would reach the products inside the reference
-        return reference.linear_gelu(x, weight, bias, keep_pre)
+    """Linear layer and GELU in its exact (erf) form (arXiv 1606.08415): the first half of an MLP.
+
+    Args:
+        x: [T, K]. weight: [N, K] in the dtype of x. bias: [N].
+        keep_pre: whether a backward pass will need ``pre``.
+
+    Returns:
+        gelu(pre) [T, N]; pre = x weight^T + bias [T, N], or empty. Both in the dtype of x; GELU is taken of the rounded
+        ``pre``, which is what the backward pass reads.
+    """
+    wide = accumulation_dtype(x.dtype)
+    pre = F.linear(x.to(wide), weight.to(wide), bias.to(wide)).to(x.dtype)
+    return F.gelu(pre.to(wide)).to(x.dtype), pre if keep_pre else x.new_empty(0)
 
 
 @linear_gelu.register_fake
@@ -24,33 +37,53 @@ def _(x, weight, bias, keep_pre):
     return x.new_empty(shape), x.new_empty(shape if keep_pre else (0,))
 
 
-@torch.library.custom_op("ijepa_fast::hidden_gradient", mutates_args=())
+@op("linear_gelu")
 def hidden_gradient(grad: Tensor, weight: Tensor, pre: Tensor, need_bias: bool) -> tuple[Tensor, Tensor]:
-    with torch.autocast(pre.device.type, enabled=False):
-        return reference.hidden_gradient(grad, weight, pre, need_bias)
+    """Gradient into ``pre`` of ``linear_gelu`` from behind the layer that follows: an MLP's second layer.
+
+    Args:
+        grad: [T, N] of the second layer's output. weight: [N, H], the second layer's. pre: [T, H].
+
+    Returns:
+        ``(grad weight) * gelu'(pre)`` [T, H] in the dtype of pre; its sum over rows [H], the gradient of the first
+        layer's bias, in fp32 (fp64 for fp64), empty if not needed.
+    """
+    wide = accumulation_dtype(pre.dtype)
+    grad_pre = grad.to(wide) @ weight.to(wide) * gelu_slope(pre.to(wide))
+    return grad_pre.to(pre.dtype), grad_pre.sum(0) if need_bias else grad_pre.new_empty(0)
 
 
 @hidden_gradient.register_fake
 def _(grad, weight, pre, need_bias):
-    sums = pre.new_empty(pre.shape[1] if need_bias else 0, dtype=reference.accumulation_dtype(pre.dtype))
+    sums = pre.new_empty(pre.shape[1] if need_bias else 0, dtype=accumulation_dtype(pre.dtype))
     return pre.new_empty(pre.shape), sums
 
 
-@torch.library.custom_op("ijepa_fast::weight_gradient", mutates_args=())
+def gelu_slope(h: Tensor) -> Tensor:
+    """Derivative of the exact GELU, h times the normal distribution's cumulative distribution function."""
+    cumulative = 0.5 * (1 + torch.erf(h * 0.5**0.5))
+    return cumulative + h * torch.exp(-0.5 * h * h) * (2 * torch.pi) ** -0.5
+
+
+@op("weight_gradient")
 def weight_gradient(grad: Tensor, x: Tensor, need_bias: bool) -> tuple[Tensor, Tensor]:
-    with torch.autocast(x.device.type, enabled=False):
-        return reference.weight_gradient(grad, x, need_bias)
+    """Gradients of a linear layer's weight and bias.
+
+    Args:
+        grad: [T, N] of its output. x: [T, K], its input, in the same dtype.
+
+    Returns:
+        ``grad^T x`` [N, K] in their dtype; the sum of grad over rows [N] in fp32 (fp64 for fp64), empty if not needed.
+    """
+    wide = accumulation_dtype(x.dtype)
+    product = grad.to(wide).T @ x.to(wide)
+    return product.to(x.dtype), grad.sum(0, dtype=wide) if need_bias else product.new_empty(0)
 
 
 @weight_gradient.register_fake
 def _(grad, x, need_bias):
-    sums = x.new_empty(grad.shape[1] if need_bias else 0, dtype=reference.accumulation_dtype(x.dtype))
+    sums = x.new_empty(grad.shape[1] if need_bias else 0, dtype=accumulation_dtype(x.dtype))
     return x.new_empty(grad.shape[1], x.shape[1]), sums
-
-
-cuda_kernel(linear_gelu, "linear_gelu", "linear_gelu")
-cuda_kernel(hidden_gradient, "linear_gelu", "hidden_gradient")
-cuda_kernel(weight_gradient, "weight_gradient", "weight_gradient")
 
 
 def _times(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
+from ijepa_fast.ops import SETTINGS, accumulation_dtype
 from ijepa_fast.optim.step_tensors import LOW_PRECISION, Member, Plan, gradient, local
-from ijepa_fast.reference import SETTINGS, accumulation_dtype
 
 FLAT_ALIGNMENT = 128
 """Bytes that flat gradients start at multiples of: a line of the GPU's cache."""

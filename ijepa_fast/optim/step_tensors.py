@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ijepa_fast import ops, reference
+from ijepa_fast import ops
 
 LOW_PRECISION = (torch.bfloat16, torch.float16)
 
@@ -103,8 +103,9 @@ class Plan:
             average_copies,
         )
         self._indices = (copy_index, ema_index, ema_copy_index, [member.group for member in members])
-        # On the CPU what the ops do there, straight: to dispatch one with hundreds of small tensors takes longer.
-        self._ops = reference if masters[0].device.type == "cpu" else ops
+        # On the CPU the definitions, undispatched: to dispatch an op with hundreds of small tensors takes longer.
+        on_cpu = masters[0].device.type == "cpu"
+        self._grad_norm, self._adamw_ema = (op.definition if on_cpu else op for op in (ops.grad_norm, ops.adamw_ema_))
         gradients = self.gradients()
         self._norm_parts = self._divide(gradients)
         self._tables = ops.pointer_tables("adamw_ema_", *self._lists(gradients))
@@ -119,7 +120,7 @@ class Plan:
 
     def norm(self, gradients: Sequence[Tensor]) -> Tensor:
         """Their L2 norm over all ranks, a scalar."""
-        norms = [self._ops.grad_norm([gradients[i] for i in part.members], **part.tables) for part in self._norm_parts]
+        norms = [self._grad_norm([gradients[i] for i in part.members], **part.tables) for part in self._norm_parts]
         if len(norms) == 1 and not self._norm_parts[0].groups:
             return norms[0]
         total = torch.zeros((), dtype=torch.float64, device=norms[0].device)
@@ -135,7 +136,7 @@ class Plan:
     ) -> None:
         """``ops.adamw_ema_`` on the plan's tensors."""
         lists = self._lists(gradients)
-        self._ops.adamw_ema_(*lists, settings, self.steps, momentum, grad_scale, apply, **self._tables)
+        self._adamw_ema(*lists, settings, self.steps, momentum, grad_scale, apply, **self._tables)
 
     def _lists(self, gradients: Sequence[Tensor]) -> tuple[list, ...]:
         masters, *rest = self._tensors

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from ijepa_fast import reference
+from ijepa_fast import ops
 from ijepa_fast.attention import dispatch as attention
 from ijepa_fast.bench.cases.floors import widths
 from ijepa_fast.bench.cases.rows import Batch, Case, Provider
@@ -50,7 +50,7 @@ def attention_case(batch: Batch, part: str, peers: Mapping[str, tuple] | None = 
         return attention.varlen_attention(q, k, v, *bounds, backend=backend, uniform=tokens.uniform)
 
     def exact(q, k, v):
-        return reference.varlen_attention(q, k, v, *bounds)[0]
+        return ops.varlen_attention.definition(q, k, v, *bounds)[0]
 
     providers = {"ours": Provider(ours)}
     for name, (load, on_cpu) in (PEERS if peers is None else peers).items():

@@ -19,7 +19,7 @@ from ijepa_fast.masks.sampler import Masks
 from ijepa_fast.model.jepa import Objective
 from ijepa_fast.model.predictor_layout import predictor_layout
 from ijepa_fast.model.vit import PREDICTOR_DEPTH, SIZES
-from ijepa_fast.reference import padded_patch_width
+from ijepa_fast.ops import padded_patch_width
 
 INDEX = 4  # bytes of an index
 WIDE, LOW = 4, 2  # bytes of an fp32 master, moment or average, and of the bf16 values beside them

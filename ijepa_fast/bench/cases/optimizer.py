@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ijepa_fast import ops, reference
+from ijepa_fast import ops
 from ijepa_fast.bench.cases.floors import on_meta
 from ijepa_fast.bench.cases.rows import Batch, Case, Provider
 from ijepa_fast.model.vit import cast_weights
@@ -87,7 +87,7 @@ def grad_norm(batch: Batch, parameters: Parameters) -> Case:
         "foreach": Provider(foreach, by_dtype),
     }
     costs = batch.costs("grad_norm", PART, ["forward"])
-    return Case("grad_norm", PART, costs, draw, 0, reference.grad_norm, providers, in_place=True)
+    return Case("grad_norm", PART, costs, draw, 0, ops.grad_norm.definition, providers, in_place=True)
 
 
 def ema(batch: Batch, parameters: Parameters) -> Case:
@@ -103,7 +103,7 @@ def ema(batch: Batch, parameters: Parameters) -> Case:
         return targets
 
     def exact(targets, sources):
-        reference.ema_(targets, sources, on_host)
+        ops.ema_.definition(targets, sources, on_host)
         return targets
 
     def foreach(targets, sources):
@@ -161,7 +161,7 @@ def adamw_ema(batch: Batch, parameters: Parameters) -> Case:
         return [*lists, ops.pointer_tables("adamw_ema_", *lists, *index, parameters.group)]
 
     def exact(*lists):
-        reference.adamw_ema_(*lists, *index, parameters.group, *scalars(on_host))
+        ops.adamw_ema_.definition(*lists, *index, parameters.group, *scalars(on_host))
         return results(*lists)
 
     def taken(tensors, places):

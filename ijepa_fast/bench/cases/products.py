@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from ijepa_fast import ops, reference
+from ijepa_fast import ops
 from ijepa_fast.bench.cases.floors import widths
 from ijepa_fast.bench.cases.rows import TABLE_STD, Batch, Case, Provider, low_precision, with_compiled
 
@@ -44,7 +44,7 @@ def linear_gelu(batch: Batch, part: str, keep_pre: bool) -> Case:
         return ops.linear_gelu(x, weight, bias, keep_pre)[:outputs]
 
     def exact(x, weight, bias):
-        return reference.linear_gelu(x, weight, bias, keep_pre)[:outputs]
+        return ops.linear_gelu.definition(x, weight, bias, keep_pre)[:outputs]
 
     def eager(x, weight, bias):
         pre = F.linear(x, weight, bias)
@@ -67,7 +67,7 @@ def hidden_gradient(batch: Batch, part: str) -> Case:
         return ops.hidden_gradient(grad, weight, pre, True)
 
     def exact(grad, weight, pre):
-        return reference.hidden_gradient(grad, weight, pre, True)
+        return ops.hidden_gradient.definition(grad, weight, pre, True)
 
     def eager(grad, weight, pre):
         grad_pre = torch.ops.aten.gelu_backward(grad @ weight, pre)
@@ -87,7 +87,7 @@ def weight_gradient(batch: Batch, part: str) -> Case:
         return ops.weight_gradient(grad, x, True)
 
     def exact(grad, x):
-        return reference.weight_gradient(grad, x, True)
+        return ops.weight_gradient.definition(grad, x, True)
 
     def eager(grad, x):
         return grad.t() @ x, grad.sum(0)

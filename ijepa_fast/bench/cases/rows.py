@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ijepa_fast import ops, reference
+from ijepa_fast import ops
 from ijepa_fast.bench.cases.floors import CHANNELS, MODES, Cost, Workload, cost, hidden_width
 from ijepa_fast.config import ModelConfig
 from ijepa_fast.masks.sampler import MaskConfig, Masks, MaskSampler
@@ -147,7 +147,7 @@ def gather_patches(batch: Batch, part: str, pixels: torch.dtype = torch.uint8) -
     model, indices, dtype = batch.model, batch.indices(part), batch.dtype
     side, size = model.img_size, model.patch_size
     per_side = side // size
-    padding = reference.padded_patch_width(CHANNELS, size) - CHANNELS * size * size
+    padding = ops.padded_patch_width(CHANNELS, size) - CHANNELS * size * size
 
     def draw(generator):
         shape = (batch.masks.num_images, CHANNELS, side, side)
@@ -157,7 +157,7 @@ def gather_patches(batch: Batch, part: str, pixels: torch.dtype = torch.uint8) -
         return ops.gather_patches(images, indices, size, model.mean, model.std, dtype)
 
     def exact(images):
-        return reference.gather_patches(images, indices, size, list(model.mean), list(model.std), torch.float64)
+        return ops.gather_patches.definition(images, indices, size, list(model.mean), list(model.std), torch.float64)
 
     rows = indices.long()
     image, patch = rows // per_side**2, rows % per_side**2
@@ -184,7 +184,7 @@ def gather_add(batch: Batch, part: str) -> Case:
         return ops.gather_add(x, table, indices)
 
     def exact(x, table):
-        return reference.gather_add(x, table, indices)
+        return ops.gather_add.definition(x, table, indices)
 
     def eager(x, table):
         return x + table.index_select(0, rows % patches)
@@ -208,7 +208,7 @@ def predictor_tokens(batch: Batch) -> Case:
         return ops.predictor_tokens(context, token, positions, indices, sources, copies)
 
     def exact(context, token, positions):
-        return reference.predictor_tokens(context, token, positions, indices, sources, copies)
+        return ops.predictor_tokens.definition(context, token, positions, indices, sources, copies)
 
     def eager(context, token, positions):
         values = torch.where(from_context, context.index_select(0, taken), token)
@@ -233,7 +233,7 @@ def target_loss(batch: Batch) -> Case:
         return ops.target_loss(prediction, target, rows, predicted.cu_seqlens, LOSS, True, TARGET_EPS)
 
     def exact(prediction, target):
-        return reference.target_loss(prediction, target, rows, predicted.cu_seqlens, LOSS, True, TARGET_EPS)
+        return ops.target_loss.definition(prediction, target, rows, predicted.cu_seqlens, LOSS, True, TARGET_EPS)
 
     def eager(prediction, target):
         wanted = F.layer_norm(target.index_select(0, taken).float(), (width,), eps=TARGET_EPS)
@@ -254,7 +254,7 @@ def layer_norm(batch: Batch) -> Case:
         return ops.layer_norm(x, None, None, weight, bias, NORM_EPS)[0]
 
     def exact(x, weight, bias):
-        return reference.layer_norm(x, None, None, weight, bias, NORM_EPS)[0]
+        return ops.layer_norm.definition(x, None, None, weight, bias, NORM_EPS)[0]
 
     def eager(x, weight, bias):
         return F.layer_norm(x, (width,), weight, bias, NORM_EPS)
@@ -276,7 +276,7 @@ def layer_norm_with_residual(batch: Batch) -> Case:
         return ops.layer_norm(x, residual, x_bias, weight, bias, NORM_EPS)[:2]
 
     def exact(x, residual, x_bias, weight, bias):
-        return reference.layer_norm(x, residual, x_bias, weight, bias, NORM_EPS)[:2]
+        return ops.layer_norm.definition(x, residual, x_bias, weight, bias, NORM_EPS)[:2]
 
     def eager(x, residual, x_bias, weight, bias):
         h = x + x_bias + residual
@@ -298,11 +298,11 @@ def quantize_fp8(batch: Batch) -> Case:
         return ops.quantize_fp8(x, True)
 
     def exact(x):
-        return [result.double() for result in reference.quantize_fp8(x, True)]
+        return [result.double() for result in ops.quantize_fp8.definition(x, True)]
 
     def eager(x):
         amax = x.abs().amax(1).float().clamp(min=1e-12)
-        return (x.float() * (448 / amax)[:, None]).to(reference.FP8), amax / 448
+        return (x.float() * (448 / amax)[:, None]).to(ops.FP8), amax / 448
 
     costs = batch.costs("quantize_fp8", "target encoder", ["forward"])
     return Case("quantize_fp8", "target encoder", costs, draw, 0, exact, with_compiled(ours, Provider(eager)))
