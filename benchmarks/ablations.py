@@ -38,7 +38,7 @@ import ijepa_fast
 from benchmarks.results_files import accuracies
 from ijepa_fast.config import RunConfig, flatten, from_dict
 from ijepa_fast.data.datasets import Sources, open_sources
-from ijepa_fast.evaluate.encoder import judge
+from ijepa_fast.evaluate.encoder import evaluate
 from ijepa_fast.recipe_files import read_recipe, recipes
 from ijepa_fast.run.files import write_json
 from ijepa_fast.train import pretrain
@@ -103,7 +103,7 @@ def run(config: RunConfig, kind: str) -> dict:
     else:
         torch.manual_seed(config.seed)  # as pretrain does
         model = config.model.build(config.objective)
-    figures |= judge(model.target_encoder, sources, config)
+    figures |= evaluate(model.target_encoder, sources, config)
     path = Path(config.output, f"{kind}.json")
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, {"settings": flatten(config), "figures": figures})

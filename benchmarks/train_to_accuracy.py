@@ -44,7 +44,7 @@ from ijepa_fast.bench.measure import Took, in_turns, results, save, stopwatch
 from ijepa_fast.config import ModelConfig, RunConfig, from_dict
 from ijepa_fast.data import TrainLoader
 from ijepa_fast.data.datasets import Sources, open_sources
-from ijepa_fast.evaluate.encoder import judge
+from ijepa_fast.evaluate.encoder import evaluate
 from ijepa_fast.masks.sampler import MaskConfig, MaskSampler
 from ijepa_fast.model.jepa import IJEPA, Objective, variance_covariance
 from ijepa_fast.recipe_files import read_recipe
@@ -192,14 +192,14 @@ def contest(
         for number, batch in enumerate(TrainLoader(sources.train, **loading(config), num_steps=steps)):
             contender.train(batch.images.to(device, non_blocking=True), number)
     took = {"seconds": samples[0].wall, "cpu_seconds": samples[0].cpu}
-    figures = judge(contender.collect().target_encoder, sources, config)
+    figures = evaluate(contender.collect().target_encoder, sources, config)
     return {"steps": steps, "epochs": steps / per_epoch, **took, **figures}
 
 
 def untrained(config: RunConfig, sources: Sources, device: torch.device) -> dict[str, float]:
     """Figures of the weights that all contenders start from."""
     torch.manual_seed(config.seed)
-    return judge(config.model.build(config.objective).to(device).target_encoder, sources, config)
+    return evaluate(config.model.build(config.objective).to(device).target_encoder, sources, config)
 
 
 def runs(

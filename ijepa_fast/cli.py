@@ -220,7 +220,7 @@ def _evaluation_parser(command: str, description: str):
     parser = _parser(command, description)
     parser.add_argument("checkpoint", type=Path, help="Checkpoint file, or the folder of a run (its newest).")
     parser.add_argument("--data", type=str | None, default=None, help="Labelled images; those of the run by default.")
-    parser.add_argument("--encoder", choices=("target", "context"), default="target", help="Which encoder to judge.")
+    parser.add_argument("--encoder", choices=("target", "context"), default="target", help="Which encoder to evaluate.")
     parser.add_argument("--layers", choices=("last", "last4"), default="last", help="Last block, or last four.")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="Where to compute.")
     return parser
@@ -231,7 +231,7 @@ def _evaluate(parser, argv: list[str], figure: str) -> int:
     from dataclasses import replace
 
     from ijepa_fast.data.datasets import open_sources
-    from ijepa_fast.evaluate.encoder import judge
+    from ijepa_fast.evaluate.encoder import evaluate
     from ijepa_fast.ranks import pick_device
     from ijepa_fast.weights.runs import load_run
 
@@ -245,7 +245,7 @@ def _evaluate(parser, argv: list[str], figure: str) -> int:
     if sources.test is None:
         raise ValueError(f"{parsed.data or config.data} has no labelled test images (folders train/ and val/ or test/)")
     encoder = model.target_encoder if parsed.encoder == "target" else model.context_encoder
-    figures = judge(encoder.to(pick_device(parsed.device, 0)), sources, config)
+    figures = evaluate(encoder.to(pick_device(parsed.device, 0)), sources, config)
     print(json.dumps({"checkpoint": str(parsed.checkpoint), "step": step, "encoder": parsed.encoder,
                       "layers": parsed.layers, figure: figures[figure], "rank": figures["rank"]}))  # fmt: skip
     return 0
@@ -265,7 +265,7 @@ def _masks(argv: list[str]) -> int:
     parser.add_argument("--count", type=int, default=8, help="Number of images.")
     config, parsed = _run_config(parser, argv)
     from ijepa_fast.data.datasets import open_sources
-    from ijepa_fast.evaluate.encoder import draw_masks
+    from ijepa_fast.plots.run import draw_masks
 
     draw_masks(config, open_sources(config.data, max_pixels=config.loader.max_pixels).train, parsed.out, parsed.count)
     print(parsed.out)

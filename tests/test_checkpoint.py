@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from ijepa_fast.optim import FusedAdamW
 from ijepa_fast.run import checkpoint
 from ijepa_fast.run.checkpoint import Checkpoint, CheckpointError
 
@@ -103,11 +104,18 @@ def test_a_pickle_is_refused_and_not_run(tmp_path):
     assert not _Evil.ran
 
 
-def test_optimizer_state_of_another_shape_is_refused():
+def test_optimizer_state_that_does_not_fit_is_refused():
     parameter = torch.nn.Parameter(torch.zeros(3))
-    optimizer = torch.optim.AdamW([parameter])
+    optimizer = FusedAdamW([parameter])
     names = {parameter: "w"}
-    with pytest.raises(CheckpointError, match="no optimizer state for w"):
+    whole = checkpoint.optimizer_tensors(optimizer, names)
+    checkpoint.load_optimizer_tensors(optimizer, names, whole)
+    with pytest.raises(CheckpointError, match="there is no optimizer.w.step; there is no optimizer.w.exp_avg;"):
         checkpoint.load_optimizer_tensors(optimizer, names, {})
-    with pytest.raises(CheckpointError, match=r"exp_avg of w is \(4,\), the parameter \(3,\)"):
-        checkpoint.load_optimizer_tensors(optimizer, names, {"optimizer.w.exp_avg": torch.zeros(4)})
+    for wrong, said in (
+        (torch.zeros(()), r"float32 \[\]"),
+        (torch.zeros(3).int(), r"int32 \[3\]"),
+        (torch.zeros(4), r"float32 \[4\]"),
+    ):
+        with pytest.raises(CheckpointError, match=rf"exp_avg is {said}, not float32 \[3\]"):
+            checkpoint.load_optimizer_tensors(optimizer, names, whole | {"optimizer.w.exp_avg": wrong})

@@ -18,7 +18,7 @@ import torch
 from ijepa_fast.attention.dispatch import BACKENDS, BackendUnavailable
 from ijepa_fast.data import TrainLoader
 from ijepa_fast.data.datasets import open_sources
-from ijepa_fast.evaluate.encoder import draw_pictures
+from ijepa_fast.plots.run import draw_run
 from ijepa_fast.run import checkpoint
 from ijepa_fast.run.checkpoint import CheckpointError
 from ijepa_fast.step.train_step import TrainStep
@@ -50,9 +50,16 @@ def final(folder) -> checkpoint.Checkpoint:
     return checkpoint.load(checkpoint.find(Path(folder)))
 
 
+def metrics(folder) -> list[dict]:
+    """What was recorded, but for the time that it took."""
+    lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in ("images_per_second", "data_wait_share")} for line in lines]
+
+
 def assert_same_end(folder, straight):
     ours, expected = final(folder), final(straight)
     assert ours.step == expected.step == 12
+    assert metrics(folder) == metrics(straight)
     assert ours.tensors.keys() == expected.tensors.keys()
     for name, value in expected.tensors.items():
         assert torch.equal(ours.tensors[name], value), name
@@ -81,10 +88,10 @@ def test_before_and_after_and_pictures(data, tmp_path, caplog):
     with caplog.at_level("INFO", logger="ijepa_fast.train"):
         evaluation = replace(config.evaluation, before_and_after=True, pictures=True, train_images=16)
         summary = pretrain(replace(config, evaluation=evaluation))
-    assert [message for message in caplog.messages if "judging" in message] == [
-        "judging the untrained encoder by k-NN and linear probe (16 training images, 10 test images), "
+    assert [message for message in caplog.messages if "evaluating" in message] == [
+        "evaluating the untrained encoder by k-NN and linear probe (16 training images, 10 test images), "
         "before the first step",
-        "judging the trained encoder by k-NN and linear probe (16 training images, 10 test images)",
+        "evaluating the trained encoder by k-NN and linear probe (16 training images, 10 test images)",
     ]
     assert summary["before"].keys() == summary["after"].keys() == {"knn", "probe", "rank"}
     assert summary["pixels"].keys() == {"knn", "probe"}
@@ -98,7 +105,8 @@ def test_images_without_classes_are_enough(tmp_path):
     config = tiny_run(tmp_path / "photos", tmp_path / "run", steps=3)
     config = replace(config, evaluation=replace(config.evaluation, before_and_after=True))
     summary = pretrain(config)
-    assert summary["steps"] == 3 and "after" not in summary
+    assert summary["steps"] == 3 and summary["loss"] > 0
+    assert summary["before"].keys() == summary["after"].keys() == {"rank"} and "pixels" not in summary
 
 
 def test_bad_files_are_reported_in_the_log_and_in_the_summary(tmp_path, caplog):
@@ -132,7 +140,7 @@ def test_a_batch_that_cannot_be_loaded_ends_the_run_after_the_steps_before_it(da
         patch.setattr(TrainLoader, "__iter__", failing)
         patch.setattr(TrainStep, "__call__", counting)
         pretrain(tiny_run(data, tmp_path / "run"))
-    assert count == 7 and checkpoint.list_steps(tmp_path / "run" / "checkpoints") == [5]
+    assert count == 7 and checkpoint.list_steps(tmp_path / "run" / "checkpoints") == [5, 7]
     pretrain(tiny_run(data, tmp_path / "run"))
     assert_same_end(tmp_path / "run", straight)
 
@@ -148,7 +156,7 @@ def test_attention_chosen_for_training_is_not_needed_afterwards(data, tmp_path, 
     assert config.model == chosen
     model.target_encoder(torch.zeros(1, 3, 24, 24))
     sources = open_sources(str(data))
-    draw_pictures(config, model.target_encoder, sources, tmp_path / "run")
+    draw_run(config, model.target_encoder, sources, tmp_path / "run")
     with pytest.raises(BackendUnavailable, match="is for training"):
         chosen.build(config.objective).target_encoder(torch.zeros(1, 3, 24, 24))
 
@@ -323,14 +331,26 @@ def test_settings_that_are_newer_than_a_run_had_their_defaults(data, tmp_path):
         pretrain(replace(config, train=replace(config.train, fp8_targets="row")))
 
 
-def test_a_damaged_checkpoint_is_an_error_not_a_restart(data, tmp_path):
+def test_of_a_damaged_checkpoint_and_a_whole_one_the_whole_one_is_continued(data, straight, tmp_path, caplog):
     config = tiny_run(data, tmp_path / "run")
+    pretrain(config)
+    newest = checkpoint.find(tmp_path / "run")
+    newest.write_bytes(newest.read_bytes()[:200])
+    (tmp_path / "run" / "summary.json").unlink()
+    pretrain(config)
+    assert "is damaged" in caplog.text and "continuing from step 10 instead" in caplog.text
+    assert_same_end(tmp_path / "run", straight)
+    assert newest.with_name(newest.name + ".damaged").stat().st_size == 200
+
+
+def test_damaged_checkpoints_alone_are_an_error_not_a_restart(data, tmp_path):
+    config = tiny_run(data, tmp_path / "run", keep=1)
     pretrain(config)
     newest = checkpoint.find(tmp_path / "run")
     newest.write_bytes(newest.read_bytes()[:200])
     with pytest.raises(CheckpointError, match="damaged"):
         pretrain(config)
-    assert newest.read_bytes()[:200] and len(newest.read_bytes()) == 200
+    assert newest.stat().st_size == 200
 
 
 def test_a_non_finite_loss_ends_the_run_with_its_step(data, tmp_path, monkeypatch):

@@ -33,11 +33,11 @@ def test_all_commands_take_the_fp32_masters_of_a_bf16_run(data, tmp_path, monkey
 
     judged = []
 
-    def judge(encoder, *_):
+    def evaluate(encoder, *_):
         judged.append(encoder)
         return {"knn": 0.0, "probe": 0.0, "rank": 1.0}
 
-    monkeypatch.setattr(evaluation, "judge", judge)
+    monkeypatch.setattr(evaluation, "evaluate", evaluate)
     for command in ("probe", "knn"):
         assert cli.main([command, str(folder), "--encoder", which, "--device", "cpu"]) == 0
         assert_same(judged.pop(), expected)

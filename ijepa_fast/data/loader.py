@@ -134,6 +134,10 @@ class TrainLoader:
         self._bad = _BadFiles(source, max_bad_share, min_seen)
         self._damaged = getattr(source, "damaged", {})
 
+    def start_at(self, step: int, num_steps: int | None = None) -> None:
+        """Begin at ``step`` the next time this is iterated over, instead of at what was given at construction."""
+        self._requests.start_step, self._requests.num_steps = step, num_steps
+
     @property
     def bad(self) -> dict[str, str]:
         return self._damaged | self._bad.reasons
@@ -225,11 +229,11 @@ class _TrainRequests:
         self._n, self._global_batch, self._seed = n, global_batch, seed
         self._local_batch = global_batch // world_size
         self._offset = rank * self._local_batch
-        self._start_step, self._num_steps = start_step, num_steps
+        self.start_step, self.num_steps = start_step, num_steps
 
     def __iter__(self) -> Iterator[_TrainRequest]:
-        step = self._start_step
-        while self._num_steps is None or step < self._start_step + self._num_steps:
+        step = self.start_step
+        while self.num_steps is None or step < self.start_step + self.num_steps:
             epoch, first_slot, indices = sample_indices(step, self._global_batch, self._n, self._seed)
             mine = indices[self._offset : self._offset + self._local_batch]
             yield _TrainRequest(epoch, first_slot + self._offset, mine)

@@ -185,6 +185,11 @@ class StreamLoader:
         self.bad: dict[str, str] = {}
         self._bad_images = self._seen = 0
 
+    def start_at(self, step: int, num_steps: int | None = None) -> None:
+        """See `TrainLoader.start_at`."""
+        self._batches.start_at(step, num_steps)
+        self._slow_start = step > 0
+
     def __iter__(self) -> Iterator[Batch]:
         for batch in batches(self._batches, self._loading, self._timeout, self._stop, self._slow_start):
             self._note(batch)
@@ -209,7 +214,10 @@ class _StreamBatches(IterableDataset):
         self._shards, self._max_pixels = source.shards, source.max_pixels
         self._seed, self._rank, self._world_size = seed, rank, world_size
         self._batch, self._shuffle, self._crop = batch, shuffle, crop
-        self._start, self._stop = start_step, None if num_steps is None else start_step + num_steps
+        self.start_at(start_step, num_steps)
+
+    def start_at(self, step: int, num_steps: int | None) -> None:
+        self._start, self._stop = step, None if num_steps is None else step + num_steps
 
     def __iter__(self) -> Iterator[Batch]:
         info = get_worker_info()

@@ -138,7 +138,7 @@ class OnlineKNN:
 
         None without at least two labelled entries whose features are finite.
         """
-        rows = self._ring.rows()
+        rows = self.rows()
         usable = (rows["labels"] != UNLABELLED) & rows["features"].isfinite().all(1)
         features, labels, ids = (rows[name][usable] for name in ("features", "labels", "ids"))
         count = min(self.queries, len(labels) // 2)
@@ -154,6 +154,10 @@ class OnlineKNN:
             query_ids=ids[-count:],
         )
         return float((predicted == labels[-count:]).double().mean())
+
+    def rows(self) -> dict[str, Tensor]:
+        """Copies of "features", "labels" and "ids", oldest first: what ``push`` takes. Waits for the device."""
+        return self._ring.rows()
 
     def clear(self) -> None:
         self._ring.clear()

@@ -18,8 +18,8 @@ from ijepa_fast import plots
 from ijepa_fast.config import RunConfig
 from ijepa_fast.data import EvalLoader, Source
 from ijepa_fast.evaluate import pool_features
-from ijepa_fast.evaluate.encoder import draw_masks, picture_images
 from ijepa_fast.model.jepa import IJEPA
+from ijepa_fast.plots.run import draw_masks, picture_images
 from ijepa_fast.report.record import RunRecord
 from ijepa_fast.run import checkpoint as checkpoints
 from ijepa_fast.weights.runs import networks_of

@@ -1,13 +1,16 @@
 """Checkpoints: one safetensors file each, with everything that is not a tensor as JSON in its header.
 
 A file appears under its name only when it is whole: it is written under a temporary name, flushed to the disk and
-renamed. Nothing is ever unpickled.
+renamed. Its header holds the SHA-256 of the file, which is checked before anything in it is used. Nothing is ever
+unpickled.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
+import logging
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,13 +22,25 @@ from torch import Tensor
 
 from ijepa_fast.run.files import write_tensors
 
-FORMAT = "ijepa_fast-1"
+log = logging.getLogger(__name__)
+
+FORMAT = "ijepa_fast-2"
+WITHOUT_CHECKSUM = "ijepa_fast-1"
+"""Format of earlier versions."""
+MOST_STEPS = 10**9 - 1
 _KEY = "ijepa_fast"
 _NAME = re.compile(r"step_(\d{9})\.safetensors")
+_CHECKSUM = re.compile(rb'"sha256":"([0-9a-f]{64})"')
+_BLANK = "0" * 64
+"""Stands in the header while the file is hashed, and then gives way to the checksum."""
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint is missing, damaged, or not one of ours."""
+    """A checkpoint is missing, damaged, not one of ours, or of another run."""
+
+
+class CheckpointDamaged(CheckpointError):
+    """A checkpoint is not what was written; an older one may still be."""
 
 
 @dataclass(frozen=True)
@@ -48,16 +63,50 @@ def path_of(folder: Path, step: int) -> Path:
 
 
 def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
-    """Write a checkpoint and remove all but the newest ``keep``. Returns its path."""
+    """Write a checkpoint and remove all but the newest ``keep``. Returns its path.
+
+    Raises:
+        OSError: it cannot be written; the older ones are untouched.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     final = path_of(folder, checkpoint.step)
-    header = {_KEY: json.dumps({"format": FORMAT, "step": checkpoint.step, "extra": checkpoint.extra})}
-    write_tensors(final, checkpoint.tensors, header)
+    header = json.dumps({"format": FORMAT, "step": checkpoint.step, "extra": checkpoint.extra})
+    try:
+        write_tensors(final, checkpoint.tensors, {_KEY: header, "sha256": _BLANK}, finish=_write_checksum)
+    except OSError as error:
+        newest = max(list_steps(folder), default=None)
+        kept = "there is no older checkpoint" if newest is None else f"{path_of(folder, newest)} is untouched"
+        raise OSError(f"{error}; {kept}") from error
     for old in list_steps(folder)[:-keep]:
         path_of(folder, old).unlink()
     for leftover in folder.glob("step_*.partial"):
         leftover.unlink()
     return final
+
+
+def _hashed(path: Path) -> tuple[bytes | None, bytes, int]:
+    """(checksum that a safetensors file names or None, the one that it has, byte where the first stands)."""
+    with path.open("rb") as file:
+        start = file.read(8)
+        length = int.from_bytes(start, "little")
+        if len(start) < 8 or length > path.stat().st_size:
+            raise ValueError("its header is cut off")
+        header = bytearray(file.read(length))
+        named, place = None, 0
+        if match := _CHECKSUM.search(header):
+            named, place = match[1], match.start(1)
+            header[place : place + len(_BLANK)] = _BLANK.encode()
+        digest = hashlib.sha256(start + header)
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return named, digest.hexdigest().encode(), len(start) + place
+
+
+def _write_checksum(path: Path) -> None:
+    _, checksum, place = _hashed(path)
+    with path.open("r+b") as file:
+        file.seek(place)
+        file.write(checksum)
 
 
 def list_steps(folder: Path) -> list[int]:
@@ -81,42 +130,94 @@ def find(path: Path) -> Path:
     raise CheckpointError(f"no checkpoint at {path}" + ("" if path.exists() else ": it does not exist"))
 
 
-def load(path: Path) -> Checkpoint:
+def load(path: Path, *, name_older: bool = True) -> Checkpoint:
     """Read one checkpoint file.
 
     Raises:
-        CheckpointError: the file is missing, truncated, or was not written by this package; the message says which, and
-            names an older one beside it that is whole.
+        CheckpointDamaged: the file is not what was written; with ``name_older`` the message names the newest one beside
+            it that is older and whole.
+        CheckpointError: it is missing, may not be read, or was not written by this package.
     """
     try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            header = (file.metadata() or {}).get(_KEY)
-            if header is None:
-                raise CheckpointError(f"{path} is a safetensors file, but not a checkpoint of ijepa_fast")
-            about = json.loads(header)
-            if about.get("format") != FORMAT:
-                raise CheckpointError(f"{path} has format {about.get('format')!r}; this version reads {FORMAT!r}")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
+        return _load(path)
     except FileNotFoundError:
         raise CheckpointError(f"no checkpoint at {path}") from None
-    except (SafetensorError, json.JSONDecodeError, OSError) as error:
+    except PermissionError as error:
+        raise CheckpointError(f"{path} may not be read: {error.strerror}") from None
+    except (SafetensorError, OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         message = f"{path} is damaged or not a safetensors file: {error}"
-        if (older := _older_intact(path)) is not None:
+        if name_older and (older := _older_intact(path)) is not None:
             message += f"; {older.name} beside it is whole: remove or rename the damaged file to continue from that"
-        raise CheckpointError(message) from error
-    return Checkpoint(about["step"], tensors, about["extra"])
+        raise CheckpointDamaged(message) from error
+
+
+def _load(path: Path) -> Checkpoint:
+    named, actual, _ = _hashed(path)
+    if named is not None and named != actual:
+        raise ValueError("its checksum is another, so it has changed since it was written")
+    with safe_open(path, framework="pt", device="cpu") as file:
+        header = (file.metadata() or {}).get(_KEY)
+        if header is None:
+            raise CheckpointError(f"{path} is a safetensors file, but not a checkpoint of ijepa_fast")
+        about = json.loads(header)
+        if not isinstance(about, dict) or not isinstance(about.get("format"), str):
+            raise ValueError(f"its metadata are none of a checkpoint, but {header[:80]}")
+        if about.get("format") not in (FORMAT, WITHOUT_CHECKSUM):
+            raise CheckpointError(f"{path} has format {about.get('format')!r}; this version reads {FORMAT!r}")
+        if named is None and about["format"] == FORMAT:
+            raise ValueError("it has no checksum")
+        step, extra = about.get("step"), about.get("extra")
+        if type(step) is not int or not 0 <= step <= MOST_STEPS:
+            raise ValueError(f"its step is no number of steps, but {step!r}")
+        if (match := _NAME.fullmatch(path.name)) and int(match[1]) != step:
+            raise ValueError(f"it says that it was written after step {step}")
+        if not isinstance(extra, dict):
+            raise ValueError(f"it holds no settings, but {str(extra)[:80]!r}")
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+    if named is None:
+        log.info("%s is of an earlier version and has no checksum: whether it is damaged cannot be told", path)
+    return Checkpoint(step, tensors, extra)
+
+
+def check_run(state: Checkpoint, path: Path) -> None:
+    """CheckpointDamaged if the settings and counts of a run are missing from a checkpoint, or are of other types."""
+    kinds = {"settings": dict, "config": dict, "data": str | None, "scaler": dict | None, "bad_files": dict}
+    for name, kind in kinds.items():
+        if name not in state.extra or not isinstance(state.extra[name], kind):
+            raise CheckpointDamaged(f"{path} is damaged: its {name} is {state.extra.get(name)!r:.80}")
+    seconds = state.extra.get("seconds", 0.0)
+    if type(seconds) not in (int, float) or not 0 <= seconds < float("inf"):
+        raise CheckpointDamaged(f"{path} is damaged: its seconds are {seconds!r:.80}")
+
+
+def check_tensors(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], path: Path) -> None:
+    """CheckpointDamaged unless there is a tensor of the same shape and dtype for each that is expected."""
+    wrong = []
+    for name, wanted in expected.items():
+        there = tensors.get(name)
+        if there is None:
+            wrong.append(f"there is no {name}")
+        elif there.shape != wanted.shape or there.dtype != wanted.dtype:
+            wrong.append(f"{name} is {_described(there)}, not {_described(wanted)}")
+    if wrong:
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise CheckpointDamaged(f"{path} does not fit its run: {'; '.join(wrong[:3])}{more}")
+
+
+def _described(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
 
 
 def _older_intact(path: Path) -> Path | None:
-    """The newest checkpoint before the one at ``path``, in the same folder, that has its whole length."""
+    """The newest whole checkpoint before the one at ``path``, in the same folder."""
     if not (match := _NAME.fullmatch(path.name)):
         return None
     for step in reversed(list_steps(path.parent)):
+        older = path_of(path.parent, step)
         if step < int(match[1]):
-            older = path_of(path.parent, step)
-            with contextlib.suppress(SafetensorError, OSError), safe_open(older, framework="pt") as file:
-                if _KEY in (file.metadata() or {}):
-                    return older
+            with contextlib.suppress(SafetensorError, OSError, ValueError, TypeError, KeyError, CheckpointError):
+                _load(older)
+                return older
     return None
 
 
@@ -135,25 +236,18 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, names: dict[Tensor, str]
 
 
 def load_optimizer_tensors(
-    optimizer: torch.optim.Optimizer, names: dict[Tensor, str], tensors: dict[str, Tensor]
+    optimizer: torch.optim.Optimizer, names: dict[Tensor, str], tensors: Mapping[str, Tensor]
 ) -> None:
     """Inverse of ``optimizer_tensors``.
 
     Raises:
-        CheckpointError: a parameter has no state in the file, or one of another shape.
+        CheckpointDamaged: a tensor of the optimizer is missing, or has another shape or dtype.
     """
+    check_tensors(tensors, optimizer_tensors(optimizer, names), Path("the checkpoint"))
     groups = optimizer.state_dict()["param_groups"]
     state = {}
     for group, numbered in zip(optimizer.param_groups, groups, strict=True):
         for parameter, number in zip(group["params"], numbered["params"], strict=True):
-            found = select(tensors, f"optimizer.{names[parameter]}")
-            if not found:
-                raise CheckpointError(f"the checkpoint has no optimizer state for {names[parameter]}")
-            for key, value in found.items():
-                if value.dim() and value.shape != parameter.shape:
-                    raise CheckpointError(
-                        f"optimizer state {key} of {names[parameter]} is {tuple(value.shape)}, "
-                        f"the parameter {tuple(parameter.shape)}"
-                    )
-            state[number] = found
+            kept = optimizer.state.get(parameter, {})
+            state[number] = {key: tensors[f"optimizer.{names[parameter]}.{key}"] for key in kept}
     optimizer.load_state_dict({"state": state, "param_groups": groups})

@@ -54,8 +54,13 @@ def write_json(path: Path, value: object) -> None:
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write a safetensors file; see ``write_whole``."""
+def write_tensors(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    metadata: dict[str, str],
+    finish: Callable[[Path], object] = lambda file: None,
+) -> None:
+    """Write a safetensors file, then call ``finish`` on it before it gets its name; see ``write_whole``."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
@@ -66,6 +71,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
             # Its writer puts the number of the system's error into the text alone.
             number = next((number for number in _NO_ROOM if f"os error {number})" in str(error)), errno.EIO)
             raise OSError(number, os.strerror(number) if number != errno.EIO else str(error)) from error
+        finish(file)
 
     write_whole(path, write, sum(value.nbytes for value in tensors.values()))
 

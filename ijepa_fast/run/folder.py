@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
+import os
 import re
+import socket
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from ijepa_fast.config import RunConfig, as_dict, changes, flatten
 from ijepa_fast.run import checkpoint as checkpoints
-from ijepa_fast.run.checkpoint import CheckpointError
+from ijepa_fast.run.checkpoint import Checkpoint, CheckpointDamaged, CheckpointError
 
 log = logging.getLogger(__name__)
 
@@ -19,6 +23,7 @@ RECORDS = ("environment.json", "before.json", "metrics.jsonl", "summary.json", "
 RUN_FILES = (
     "checkpoints/step_*.safetensors",
     "checkpoints/step_*.partial",
+    "checkpoints/step_*.damaged",
     "tensorboard/events.out.tfevents.*",
     "curves.png",
     "masks.png",
@@ -93,14 +98,69 @@ def remove_run(folder: Path) -> int:
     return len(found)
 
 
-def claim(config: RunConfig, data: str) -> Path | None:
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the folder of a run, which is made if it is not there, for this process alone.
+
+    The lock is on a file in it and ends with the process, however that ends. Where there are no locks (Windows, some
+    network file systems), nothing is held.
+
+    Raises:
+        CheckpointError: another process holds it.
+    """
+    there = folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / ".lock"
+    try:
+        with contextlib.ExitStack() as held:
+            if file := _lock(path):
+                held.callback(file.close)
+                held.callback(path.unlink, missing_ok=True)
+                file.truncate(0)
+                file.write(f"process {os.getpid()} on {socket.gethostname()}")
+                file.flush()
+            yield
+    finally:
+        if not there and not any(folder.iterdir()):
+            folder.rmdir()
+
+
+def _lock(path: Path):
+    try:
+        import fcntl
+    except ImportError:
+        return None
+    while True:
+        file = path.open("a+")
+        try:
+            # A lock of the process: loader workers, which are forked from it, do not keep it.
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno())):
+                return file
+            file.close()  # whoever held it has removed it just now
+        except (BlockingIOError, PermissionError):
+            file.seek(0)
+            holder = file.read() or "another process"
+            file.close()
+            raise CheckpointError(f"{path.parent} is in use by {holder}; give another output folder, or wait") from None
+        except OSError:
+            file.close()
+            return None
+
+
+def claim(
+    config: RunConfig, data: str, check: Callable[[Checkpoint, Path], None] = lambda state, path: None
+) -> Checkpoint | None:
     """Make sure the output folder is ours to write; the checkpoint to continue from, if there is one.
+
+    A newest checkpoint that is damaged is put aside, loudly, for the newest one that is whole.
 
     Args:
         data: fingerprint of the training images.
+        check: raises CheckpointDamaged for a checkpoint whose tensors the run cannot continue from.
 
     Raises:
-        CheckpointError: the folder holds files of others, another run, a damaged checkpoint, or no run where
+        CheckpointError: the folder holds files of others, another run, damaged checkpoints alone, or no run where
             ``resume`` requires one. Nothing was touched then.
     """
     folder = Path(config.output)
@@ -117,8 +177,27 @@ def claim(config: RunConfig, data: str) -> Path | None:
         folder.mkdir(parents=True, exist_ok=True)
         _drop_figures_of_others(config, folder)
         return None
-    newest = checkpoints.path_of(folder / "checkpoints", steps[-1])
-    extra = checkpoints.load(newest).extra
+    damaged: dict[Path, CheckpointDamaged] = {}
+    for step in reversed(steps):
+        path = checkpoints.path_of(folder / "checkpoints", step)
+        try:
+            state = checkpoints.load(path, name_older=False)
+            checkpoints.check_run(state, path)
+            _refuse_other_runs(state, config, data)
+            check(state, path)
+        except CheckpointDamaged as error:
+            damaged[path] = error
+            continue
+        for bad, error in damaged.items():
+            aside = bad.with_name(bad.name + ".damaged")
+            log.warning("%s\nIt is now called %s; continuing from step %d instead", error, aside.name, step)
+            bad.replace(aside)
+        return state
+    raise next(iter(damaged.values()))
+
+
+def _refuse_other_runs(state: Checkpoint, config: RunConfig, data: str) -> None:
+    folder, extra = Path(config.output), state.extra
     # Settings that came into being since the run began had their defaults then.
     allowed, refused = changes(flatten(RunConfig()) | extra["settings"], flatten(config))
     if refused:
@@ -129,7 +208,6 @@ def claim(config: RunConfig, data: str) -> Path | None:
     for name, (old, new) in allowed.items():
         if name not in ("resume", "overwrite"):
             log.info("continuing with %s changed from %r to %r", name, old, new)
-    return newest
 
 
 def _drop_figures_of_others(config: RunConfig, folder: Path) -> None:

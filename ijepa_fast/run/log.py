@@ -1,50 +1,63 @@
-"""What a run leaves to read: metrics.jsonl, TensorBoard events, a progress bar."""
+"""What a run leaves to read: metrics.jsonl, TensorBoard events, a progress bar, lines of log."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
 import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from ijepa_fast.run.files import write_text
 
 log = logging.getLogger(__name__)
 
-SHOWN = {"loss": "loss {:.4f}", "images_per_second": "{:.0f} img/s", "rank": "rank {:.1f}", "knn": "k-NN {:.1%}"}
+SHOWN = {"loss": "loss {:.4f}", "images_per_second": "{} img/s", "rank": "rank {:.1f}", "knn": "k-NN {:.1%}"}
 """What people are shown of the metrics, and how."""
 
 
 class RunLog:
     """Metrics of a run, one dict per log interval.
 
-    On a terminal a progress bar shows loss, images/s, feature rank and damaged files; elsewhere each interval is a log
-    line.
+    On a terminal a progress bar shows loss, images/s, feature rank and damaged files, and log lines appear above it;
+    elsewhere each interval is a log line.
 
     Args:
-        folder: of the run; gets ``metrics.jsonl`` and ``tensorboard/``.
+        folder: of the run; gets ``metrics.jsonl`` and, where TensorBoard can be imported, ``tensorboard/``.
         total_steps: length of the bar.
         start_step: where a resumed run continues; metrics of later steps, from before it was stopped, are dropped.
         description: left of the bar.
+
+    Attributes:
+        last: the metrics written last, of earlier starts too; empty before the first.
     """
 
     def __init__(self, folder: Path, total_steps: int, start_step: int, description: str):
-        self.path = folder / "metrics.jsonl"
-        _drop_lines_after(self.path, start_step)
-        self._file = self.path.open("a")
-        self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step or None)
-        self._bar = tqdm(
-            total=total_steps,
-            initial=start_step,
-            desc=description,
-            unit="step",
-            dynamic_ncols=True,
-            disable=not sys.stderr.isatty(),
+        path = folder / "metrics.jsonl"
+        self.last = _drop_lines_after(path, start_step)
+        self._open = contextlib.ExitStack()
+        self._file = self._open.enter_context(path.open("a", encoding="utf-8"))
+        self._events = _events(folder / "tensorboard", start_step)
+        self._bar = self._open.enter_context(
+            tqdm(
+                total=total_steps,
+                initial=start_step,
+                desc=description,
+                unit="step",
+                dynamic_ncols=True,
+                miniters=1,
+                disable=not sys.stderr.isatty(),
+            )
         )
+        if not self._bar.disable:
+            self._open.enter_context(logging_redirect_tqdm())
+            self._open.enter_context(_ticking(self._bar))
 
     def advance(self) -> None:
         self._bar.update()
@@ -52,12 +65,15 @@ class RunLog:
     def write(self, metrics: dict[str, float | int | None]) -> None:
         """Record one interval. ``metrics["step"]`` counts the steps done; None and NaN values are left out."""
         metrics = {k: v for k, v in metrics.items() if v is not None and not (isinstance(v, float) and math.isnan(v))}
+        self.last = metrics
         self._file.write(json.dumps(metrics) + "\n")
         self._file.flush()
-        for name, value in metrics.items():
-            if name != "step":
-                self._events.add_scalar(name, value, metrics["step"])
-        shown = [text.format(metrics[name]) for name, text in SHOWN.items() if name in metrics]
+        if self._events is not None:
+            for name, value in metrics.items():
+                if name != "step":
+                    self._events.add_scalar(name, value, metrics["step"])
+        values = metrics | {"images_per_second": rate(metrics.get("images_per_second", 0.0))}
+        shown = [text.format(values[name]) for name, text in SHOWN.items() if name in metrics]
         if bad := metrics.get("bad_files"):
             shown.append(f"{bad} damaged file{'s' if bad > 1 else ''} skipped")
         self._bar.set_postfix_str(", ".join(shown))
@@ -65,20 +81,73 @@ class RunLog:
             log.info("step %d/%d: %s", metrics["step"], self._bar.total, ", ".join(shown))
 
     def close(self) -> None:
-        self._bar.close()
-        self._events.close()
-        self._file.close()
+        self._open.close()
+        if self._events is not None:
+            self._events.close()
 
 
-def _drop_lines_after(path: Path, step: int) -> None:
-    if not path.exists():
+def rate(value: float) -> str:
+    """A whole number where it is large, two digits where it is not: 1234, 12, 1.3, 0.021."""
+    return f"{value:.0f}" if value >= 10 else f"{value:.2g}"
+
+
+def _events(folder: Path, start_step: int):
+    """A writer of TensorBoard events, or None where it cannot be imported."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except Exception as error:  # of any kind: versions of its dependencies that do not fit end in any
+        log.warning("TensorBoard files are left out, its import fails: %s: %s", type(error).__name__, error)
+        return None
+    # Events of the resume step itself were written before the run stopped.
+    return SummaryWriter(str(folder), purge_step=start_step + 1 if start_step else None)
+
+
+@contextlib.contextmanager
+def _ticking(bar: tqdm) -> Iterator[None]:
+    """The bar's clock moves while a step takes long."""
+    ended = threading.Event()
+
+    def tick() -> None:
+        while not ended.wait(1.0):
+            bar.refresh()
+
+    thread = threading.Thread(target=tick, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+@contextlib.contextmanager
+def heard() -> Iterator[None]:
+    """Log lines of this package appear on stderr, as the command shows them, unless the program has its own logging."""
+    logger = logging.getLogger("ijepa_fast")
+    if logger.hasHandlers():
+        yield
         return
+    handler, level = logging.StreamHandler(), logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+
+
+def _drop_lines_after(path: Path, step: int) -> dict:
+    """Rewrite a file of metrics without later steps; returns its last record, or an empty one."""
     kept = []
-    for line in path.read_text().splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ():
         try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line)
-        except (json.JSONDecodeError, KeyError):
+            record = json.loads(line)
+            if record["step"] <= step:
+                kept.append(record)
+        except (json.JSONDecodeError, KeyError, TypeError):
             # A killed run can leave half a line at the end.
             continue
-    write_text(path, "".join(line + "\n" for line in kept))
+    if path.exists():
+        write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
+    return kept[-1] if kept else {}

@@ -13,7 +13,7 @@ from ijepa_fast.model.jepa import IJEPA
 from ijepa_fast.model.vit import cast_weights
 from ijepa_fast.optim import FusedAdamW, parameter_groups
 from ijepa_fast.run import checkpoint as checkpoints
-from ijepa_fast.run.checkpoint import Checkpoint
+from ijepa_fast.run.checkpoint import Checkpoint, CheckpointDamaged, CheckpointError
 from ijepa_fast.step.train_step import PRECISION_DTYPES
 from ijepa_fast.weights.reading import WeightsError, load_weights
 
@@ -40,10 +40,18 @@ def load_run(path: Path | str) -> tuple[IJEPA, RunConfig, int]:
 
 def networks_of(state: Checkpoint, path: Path | str) -> tuple[IJEPA, RunConfig]:
     """The fp32 networks in a checkpoint that is read already, and their configuration; ``path`` is for messages."""
-    config = from_dict(state.extra["config"])
-    model = config.model.anywhere().build(config.objective)
+    checkpoints.check_run(state, Path(path))
+    try:
+        config = from_dict(state.extra["config"])
+        model = config.model.anywhere().build(config.objective)
+    except (TypeError, AttributeError, ArithmeticError, ValueError) as error:
+        raise CheckpointError(f"the settings in {path} do not fit this version: {error}") from error
     for part in NETWORKS:
-        load_weights(getattr(model, part), full_precision(state.tensors, part), f"{part} of {path}")
+        weights = full_precision(state.tensors, part)
+        for name, value in weights.items():
+            if not value.is_floating_point():
+                raise CheckpointDamaged(f"{path} is damaged: {part}.{name} holds {value.dtype}")
+        load_weights(getattr(model, part), weights, f"{part} of {path}")
     return model, config
 
 
@@ -56,6 +64,57 @@ def full_precision(tensors: Mapping[str, Tensor], part: str) -> dict[str, Tensor
     kept, source = ("ema", "context_encoder") if part == "target_encoder" else ("master", part)
     weights = checkpoints.select(tensors, f"model.{part}")
     return {name: tensors.get(f"optimizer.{source}.{name}.{kept}", value) for name, value in weights.items()}
+
+
+def training_tensors(model: IJEPA, optimizer: FusedAdamW) -> dict[str, Tensor]:
+    """Every tensor that training continues from, by its name in a checkpoint."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
+    return tensors | checkpoints.optimizer_tensors(optimizer, names) | {"optimizer_skipped": optimizer.skipped}
+
+
+def about_run(config: RunConfig, data: str | None, scaler: torch.amp.GradScaler | None) -> dict:
+    """What a checkpoint holds beside tensors and counts."""
+    return {
+        "settings": flatten(config),
+        "config": as_dict(config),
+        "data": data,
+        "scaler": scaler.state_dict() if scaler is not None else None,
+    }
+
+
+def check_training(
+    state: Checkpoint,
+    path: Path,
+    model: IJEPA,
+    optimizer: FusedAdamW,
+    scaler: torch.amp.GradScaler | None,
+    total_steps: int,
+) -> None:
+    """CheckpointDamaged unless ``restore_training`` can continue from the checkpoint; nothing is changed."""
+    width = model.target_encoder.embed_dim
+    health = state.tensors.get("health.features", torch.zeros(()))
+    if health.dim() != 2 or health.shape[1] != width or health.dtype != torch.float32:
+        raise CheckpointDamaged(f"{path} does not fit its run: its health.features are no rows of {width} features")
+    checkpoints.check_tensors(state.tensors, training_tensors(model, optimizer), path)
+    if state.step > total_steps:
+        raise CheckpointDamaged(f"{path} says that it was written after step {state.step} of {total_steps}")
+    if scaler is not None:
+        kept, wanted = state.extra["scaler"] or {}, scaler.state_dict()
+        if kept.keys() != wanted.keys() or not all(type(value) in (int, float) for value in kept.values()):
+            raise CheckpointDamaged(f"{path} is damaged: its scaler is {kept!r:.80}")
+
+
+def restore_training(
+    state: Checkpoint, model: IJEPA, optimizer: FusedAdamW, scaler: torch.amp.GradScaler | None
+) -> None:
+    """Continue from a checkpoint that ``check_training`` has let pass."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    model.load_state_dict(checkpoints.select(state.tensors, "model"))
+    checkpoints.load_optimizer_tensors(optimizer, names, state.tensors)
+    optimizer.skipped.copy_(state.tensors["optimizer_skipped"])
+    if scaler is not None:
+        scaler.load_state_dict(state.extra["scaler"])
 
 
 def save_run(
@@ -89,14 +148,8 @@ def save_run(
     folder = Path(folder)
     if checkpoints.list_steps(folder / "checkpoints"):
         raise WeightsError(f"{folder} already holds a run; give another folder")
-    extra = {
-        "settings": flatten(config),
-        "config": as_dict(config),
-        "data": data,
-        "scaler": torch.amp.GradScaler("cpu").state_dict() if config.train.precision == "fp16" else None,
-        "bad_files": {},
-        "imported": dict(about or {}),
-    }
+    scaler = torch.amp.GradScaler("cpu") if config.train.precision == "fp16" else None
+    extra = about_run(config, data, scaler) | {"bad_files": {}, "imported": dict(about or {})}
     state = {}
     if data is not None:
         state = _training_state(model, config, step, moments or {})
