@@ -19,7 +19,7 @@ help:
 	@echo "make test      the tests that take minutes (test-all: every test that needs no GPU)"
 	@echo "make lint      ruff: style and format"
 	@echo "make kernels   compile the Triton kernels for sm_90, without a GPU, and judge the machine code"
-	@echo "make bench     the tests, then the microbenchmarks"
+	@echo "make bench     the tests, then every op beside its peers"
 	@echo "make ext       the optional C++/CUDA extension, which draws masks faster (needs a C++ compiler)"
 	@echo "make setup     the set-up alone, which every target does by itself"
 	@echo "make clean     remove .venv and what tools left in the checkout (runs/ stays)"
@@ -44,7 +44,7 @@ kernels:
 	@$(in_environment) --extras train,test -- tools/kernel_check.py $(ARGS)
 
 bench: test
-	@$(in_environment) --extras train,test -- -m pytest benchmarks --benchmark-only $(ARGS)
+	@$(in_environment) --extras train,test -- -m benchmarks.ops $(ARGS)
 
 ext:
 	@$(in_environment) --extras train,test -- tools/build_extension.py $(ARGS)

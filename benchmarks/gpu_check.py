@@ -1,8 +1,11 @@
 """The driver behind gpu_check.sh: runs each part in processes of its own and keeps whatever they wrote.
 
-A results file holds one entry per part: the machine and commit it ran on, its commands with exit status and seconds,
-and what they measured. It is written after every command, so a run that is cut off keeps what it has. Running a part
-again replaces that part alone.
+A whole run goes from what is wanted most to what is wanted least, and every part has a budget that is kept by killing
+its processes: install, quick (every op once against its definition, five steps), step, ops (the hottest), masks, tests,
+and more as time is left. A results file holds one entry per part: the machine and commit it ran on, its commands with
+exit status and seconds, and what they measured. It is written after every command, so a run that is cut off keeps what
+it has. Running a part again replaces that part alone. A summary of at most 40 lines, failures first, stands at the end
+of the output.
 """
 
 from __future__ import annotations
@@ -16,60 +19,184 @@ import sys
 import tempfile
 import time
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.processes import LEAST_SECONDS, Run
+from benchmarks.processes import LEAST_SECONDS, ROOT, Run
 from ijepa_fast.bench.table import with_ratios
 from ijepa_fast.masks import extension
 
-ROOT = Path(__file__).resolve().parents[1]
-BUDGETS = {
-    "install": 60,
-    "masks": 110,
-    "tests": 150,
-    "step": 330,
-    "ops": 170,
-    "scaling": 400,
-    "accuracy": 3600,
-    "tune": 400,
-}
-"""Seconds that a part of a whole run, or of several, may take at most."""
-RESERVED = {"tests": 100, "step": 210, "ops": 80}
-"""Seconds that earlier parts of a whole run leave to these."""
-WHOLE_RUN = ("install", "masks", "tests", "step", "ops")
-WHOLE_SECONDS = 525
+Entry = dict[str, Any]
+WHOLE_RUN = {"install": 60, "quick": 40, "step": 150, "ops": 90, "masks": 60, "tests": 120, "more": 400}
+"""Parts of a whole run and the seconds that each may take; what one leaves goes to the last."""
+WHOLE_SECONDS = 535
+SUMMARY_LINES = 40
 TEST_PROCESSES = 4
-LEAST_STEP_SECONDS = 150
-COMPILE_SECONDS = 300
-"""Least time for whole steps that torch.compile takes part in."""
+FIRST_TESTS = ("test_kernels_on_gpu.py", "test_attention_on_gpu.py", "test_step_on_gpu.py", "test_linear_on_gpu.py")
+LEAST_STEP_SECONDS, COMPILE_SECONDS = 75, 300
+"""Least time for a process of whole steps, and for one that torch.compile takes part in."""
 
 
-def install(run: Run, entry: dict[str, Any]) -> None:
-    """Without network: what the package needs is there, or nothing here could run."""
-    command = [sys.executable, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "--quiet", "-e", "."]
+def python(module: str, *arguments: Any) -> list[str]:
+    return [sys.executable, "-m", module, *map(str, arguments)]
+
+
+def install(run: Run, entry: Entry) -> None:
+    """Install the checkout without network: what it needs is there, or nothing here could run. Build csrc/."""
+    command = python("pip", "install", "--no-build-isolation", "--no-deps", "--quiet", "-e", ".")
     if run.execute(entry, "pip install", command) != 0:
         sys.exit("gpu_check: the checkout could not be installed (above)")
+    build_extension(run, entry)
 
 
-def masks(run: Run, entry: dict[str, Any]) -> None:
-    """Build the extension; equal bits and times; the same under compute-sanitizer."""
-    if build_extension(run, entry) != 0:
-        return
-    measure = [sys.executable, "-m", "benchmarks.masks", "--device", run.device]
-    quick = ["--batches", "8", "33", "--seconds", "0.05"] if run.tiny else ["--seconds", "0.5"]
-    run.execute(entry, "masks", [*measure, *quick, "--json", str(run.scratch / "masks.json")])
-    entry["report"] = run.written("masks.json")
+def build_extension(run: Run, entry: Entry) -> int | None:
+    """Build csrc/ if it is not built: steps would be timed with the slower sampler."""
+    if extension.library_path() is not None and not run.tiny:
+        return 0
+    return run.execute(entry, "build csrc", [sys.executable, "tools/build_extension.py"], **this_gpu_only(entry))
+
+
+def this_gpu_only(entry: Entry) -> dict[str, str]:
+    """Environment in which nvcc compiles for this GPU alone, which takes it a quarter of the time."""
+    capability = entry["machine"].get("capability")
+    return {"TORCH_CUDA_ARCH_LIST": capability} if capability else {}
+
+
+def quick(run: Run, entry: Entry) -> None:
+    """Every op once against its definition on real shapes, then the step as it is by default."""
+    run_ops(
+        run,
+        entry,
+        [("check", ["--models", "tiny" if run.tiny else "ViT-H/14", "--check-only", "--without", "compile"])],
+    )
+    entry["reports"] = []
+    model, batch = ("vit_tiny", 2) if run.tiny else ("vit_h14", 128)
+    run_steps(run, entry, [(model, batch, "exact", "ours")], rounds=5)
+
+
+HOTTEST = (
+    *(f"varlen_attention, {part}" for part in ("context", "target encoder", "predictor")),
+    *("linear_gelu, target encoder", "linear_gelu, context, with pre", "hidden_gradient, context"),
+    *("weight_gradient, context", "layer_norm, context, with residual", "predictor_tokens, predictor"),
+    *("target_loss, targets", "adamw_ema_, all parameters", "grad_norm, all parameters"),
+)
+OTHER_MODELS = ["--models", "ViT-B/16", "ViT-L/16", "ViT-g/16"]
+PLAIN = ["--groups", "rows", "linear", "optimizer", "--without", "compile"]
+ATTENTION = ["--groups", "attention", "--without", "compile"]
+OPS_PASSES: tuple[tuple[str, list[str]], ...] = (
+    ("hottest, ViT-H/14", ["--models", "ViT-H/14", "--cases", *HOTTEST, "--without", "compile"]),
+    # Attention by itself: an illegal access would take all that its process has still to time.
+    ("attention, ViT-H/14", ["--models", "ViT-H/14", *ATTENTION]),
+    ("ViT-H/14", ["--models", "ViT-H/14", *PLAIN]),
+    ("attention", [*OTHER_MODELS, *ATTENTION, "--modes", "forward", "both"]),
+    ("compile", ["--models", "ViT-H/14", "--groups", "rows", "linear", "attention", "--providers", "compile"]),
+    ("rows", [*OTHER_MODELS, *PLAIN]),
+)
+TINY_PASSES = (
+    ("rows", ["--models", "tiny", "--groups", "rows", "--modes", "forward", "--without", "compile"]),
+    ("others", ["--models", "tiny", "--groups", "linear", "attention", "optimizer", "--modes", "forward"]),
+)
+
+
+def ops(run: Run, entry: Entry) -> None:
+    """The hottest ops; all others where this is not part of a whole run."""
+    run_ops(run, entry, TINY_PASSES if run.tiny else OPS_PASSES[:1] if run.whole else OPS_PASSES)
+
+
+def run_ops(run: Run, entry: Entry, passes: Sequence[tuple[str, list[str]]]) -> None:
+    """Most wanted first. Rows of different passes are of one machine and minutes apart, so their ratios stand."""
+    rows: list[dict[str, Any]] = []
+    for number, (name, arguments) in enumerate(passes):
+        seconds = max(run.left() - 20, 1)
+        command = python("benchmarks.ops", "--device", run.device, *arguments, "--seconds", f"{seconds:.0f}")
+        rows += (run.measure(entry, f"ops, {name}", command, f"ops-{number}.json") or {"rows": []})["rows"]
+        entry["rows"] = with_ratios(list({tuple(map(str, place(row))): row for row in reversed(rows)}.values())[::-1])
+        run.save()
+
+
+def place(row: dict[str, Any]) -> tuple:
+    return row["model"], row["op"], row["case"], row["mode"], row["provider"]
+
+
+STEPS = (
+    # Most wanted first; the first four are those of a whole run. What torch.compile takes part in, and so minutes, has
+    # processes of its own, and the baseline one without our compiled blocks.
+    ("vit_h14", 128, "exact", "ours,eager,ours+fused,ours+triton,ours+capture"),
+    ("vit_b16", 512, "exact", "ours,eager,ours+fused,ours+triton,ours+capture"),
+    ("vit_h14", 128, "exact", "ours,compiled"),
+    ("vit_b16", 512, "exact", "ours,compiled"),
+    ("vit_h14", 128, "exact", "ours,ours+fused+triton,ours+fused+triton+fp8,ours+fused+triton+overlap,ours+wide"),
+    ("vit_b16", 512, "exact", "ours,ours+fused+triton,ours+fused+triton+capture,ours+fused+triton+overlap"),
+    ("vit_h14", 128, "batch_min", "ours,eager,ours+triton,ours+fused+triton"),
+    ("vit_l16", 128, "exact", "ours,eager,ours+triton,ours+fused+triton,ours+fused+triton+capture"),
+    ("vit_l16", 128, "exact", "ours,compiled"),
+    ("vit_h14", 128, "batch_min", "ours,compiled"),
+    ("vit_h14", 128, "exact", "ours,ours+compile,ours+compile+triton,ours+compile+fused+triton"),
+    ("vit_b16", 512, "exact", "ours,ours+compile,ours+compile+triton,ours+compile+triton+capture"),
+    ("vit_l16", 128, "exact", "ours,ours+compile,ours+compile+triton,ours+compile+triton+capture"),
+)
+TINY_STEPS = (("vit_tiny", 2, "exact", "ours,eager"),)
+WHOLE_STEPS, MORE_STEPS = 4, 6
+
+
+def step(run: Run, entry: Entry) -> None:
+    """Whole steps. With --steps, those that an earlier run of this commit has measured are kept, and not measured
+    again."""
+    machines = run.earlier.get("machine", {}), entry["machine"]
+    same = all(machines[0].get(name) == machines[1].get(name) for name in ("commit", "gpu", "torch", "triton"))
+    earlier = run.earlier if run.steps and same else {}
+    entry["reports"], entry["commands"] = earlier.get("reports", []), earlier.get("commands", {})
     run.save()
-    tool = compute_sanitizer()
+    build_extension(run, entry)
+    chosen = [step for step in STEPS if run.steps in " ".join(map(str, step))]
+    run_steps(run, entry, TINY_STEPS if run.tiny else chosen[:WHOLE_STEPS] if run.whole else chosen)
+
+
+def run_steps(run: Run, entry: Entry, steps: Sequence[tuple], rounds: int | None = None) -> None:
+    """Where a process dies before it has measured anything, the first implementation is run alone and the others
+    without it: after an illegal access nothing more can be run in one process."""
+    rounds = 2 if run.tiny else rounds or (5 if run.whole else None)
+    for number, (model, batch, masks_of, names) in enumerate(steps):
+        # One that hangs must not take all the others' time; but the first are wanted most.
+        least = COMPILE_SECONDS if "compile" in names else LEAST_STEP_SECONDS
+        limit = max(1.5 * run.left() / (len(steps) - number), least)
+        attempts = [names]
+        while attempts:
+            attempt = attempts.pop(0)
+            name = f"step {model} {masks_of} {attempt}"
+            if entry["commands"].get(name, {}).get("exit_status") == 0:
+                continue
+            command = python("benchmarks.step", "--model", model, "--batch", batch, "--masks", masks_of)
+            command += ["--impl", attempt, "--device", run.device]
+            command += ["--rounds", str(rounds), "--warm-up", "1"] if rounds else []
+            found = run.measure(entry, name, command, limit=limit)
+            died = entry["commands"][name].get("exit_status", 0) not in (0, None)  # stopped ones would be again
+            if attempt == names and died and not (found and found["implementations"]) and "," in names:
+                attempts = names.split(",", 1)
+
+
+def masks(run: Run, entry: Entry) -> None:
+    """Equal bits, and times."""
+    if build_extension(run, entry) == 0:
+        quick = ["--batches", "8", "33", "--seconds", "0.05"] if run.tiny else ["--seconds", "0.5"]
+        command = python("benchmarks.masks", "--device", run.device, *quick)
+        entry["report"] = run.measure(entry, "masks", command, "masks.json")
+        run.save()
+
+
+def sanitizer(run: Run, entry: Entry) -> None:
+    """The CUDA masks under compute-sanitizer."""
+    homes = (os.environ.get("CUDA_HOME"), "/usr/local/cuda")
+    beside = (f"{home}/{folder}" for home in homes if home for folder in ("bin", "compute-sanitizer"))
+    tool = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path=os.pathsep.join(beside))
     if run.device != "cuda" or tool is None:
         entry["sanitizer"] = {"not_run": "compute-sanitizer was not found" if run.device == "cuda" else "no GPU"}
         return
-    watched = [*measure, "--equality-only", "--batches", "33", "200"]
+    watched = python("benchmarks.masks", "--device", "cuda", "--equality-only", "--batches", 33, 200)
     for check in ("memcheck", "racecheck"):
         command = [tool, "--tool", check, "--error-exitcode", "77", *watched]
         name = f"compute-sanitizer {check}"
@@ -79,39 +206,18 @@ def masks(run: Run, entry: dict[str, Any]) -> None:
             run.note(entry["commands"], name, {"not_run": "the tool does not support this machine"})
 
 
-def build_extension(run: Run, entry: dict[str, Any]) -> int | None:
-    return run.execute(entry, "build csrc", [sys.executable, "tools/build_extension.py"], **this_gpu_only(entry))
-
-
-def draw_with_the_extension(run: Run, entry: dict[str, Any]) -> None:
-    """Steps would be timed with the slower sampler where it was not built, as when their part runs by itself."""
-    if not run.tiny and extension.library_path() is None:
-        build_extension(run, entry)
-
-
-def this_gpu_only(entry: dict[str, Any]) -> dict[str, str]:
-    """Environment in which nvcc compiles for this GPU alone, which takes it a quarter of the time."""
-    capability = entry["machine"].get("capability")
-    return {"TORCH_CUDA_ARCH_LIST": capability} if capability else {}
-
-
-def compute_sanitizer() -> str | None:
-    homes = (os.environ.get("CUDA_HOME"), "/usr/local/cuda")
-    beside = (f"{home}/{folder}" for home in homes if home for folder in ("bin", "compute-sanitizer"))
-    return shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path=os.pathsep.join(beside))
-
-
-def tests(run: Run, entry: dict[str, Any]) -> None:
-    """Each file in a process of its own: an illegal access ends the process, and must not end the others."""
+def tests(run: Run, entry: Entry) -> None:
+    """Tests marked gpu, most important first. Each file has a process of its own: an illegal access ends the process,
+    and must not end the others."""
     files, marker = files_with_gpu_tests(), "gpu"
     if run.tiny:
-        files, marker = [path for path in files if path.name == "test_kernels_on_gpu.py"], "not gpu"
+        files, marker = [path for path in files if path.name == FIRST_TESTS[0]], "not gpu"
     entry["files"] = {}
 
     def test(path: Path) -> None:
         junit = run.scratch / f"{path.stem}.xml"
-        command = [sys.executable, "-m", "pytest", str(path.relative_to(ROOT)), "-m", marker, "-q", "--tb=short"]
-        status = run.execute(entry, path.name, [*command, f"--junitxml={junit}"], **this_gpu_only(entry))
+        command = python("pytest", path.relative_to(ROOT), "-m", marker, "-q", "--tb=short", f"--junitxml={junit}")
+        status = run.execute(entry, path.name, command, **this_gpu_only(entry))
         run.note(entry["files"], path.name, outcome(junit, status))
 
     with ThreadPoolExecutor(TEST_PROCESSES) as pool:
@@ -123,135 +229,49 @@ def tests(run: Run, entry: dict[str, Any]) -> None:
 def files_with_gpu_tests() -> list[Path]:
     """Only these are imported: what the other tests need may not be installed where the GPU is."""
     marked = re.compile(r"^(@pytest\.mark\.gpu|pytestmark = .*mark\.gpu)", re.MULTILINE)
-    return sorted(path for path in (ROOT / "tests").glob("test_*.py") if marked.search(path.read_text()))
+    found = [path for path in (ROOT / "tests").glob("test_*.py") if marked.search(path.read_text())]
+    return sorted(found, key=lambda path: (path.name not in FIRST_TESTS, path.name))
 
 
 def outcome(junit: Path, status: int | None) -> dict[str, Any]:
-    """Number of passed tests and names of those that did not. A file that ran none has failed."""
+    """Number of passed tests, and names and messages of those that did not pass. A file that ran none has failed."""
     if not junit.exists():
         return {"passed": 0, "failed": ["stopped before its end" if status is None else f"exit status {status}"]}
     cases = list(ElementTree.parse(junit).getroot().iter("testcase"))
-    bad = [case.get("name", "?") for case in cases if any(case.find(kind) is not None for kind in ("failure", "error"))]
-    skipped = [f"{case.get('name', '?')} (skipped)" for case in cases if case.find("skipped") is not None]
-    found = {"passed": len(cases) - len(bad) - len(skipped), "failed": bad + skipped}
-    if status != 0 and not found["failed"]:
+    bad: list[str] = []
+    for kind in ("failure", "error", "skipped"):
+        for case in (case for case in cases if case.find(kind) is not None):
+            said = (case.find(kind).get("message") or "").split("\n")[0][:200]
+            bad.append(f"{case.get('name', '?')} ({kind if kind == 'skipped' else said or kind})")
+    found = {"passed": len(cases) - len(bad), "failed": bad}
+    if status != 0 and not bad:
         found["failed"] = [f"exit status {status}"]
     return found
 
 
-OTHER_MODELS = ["--models", "ViT-B/16", "ViT-L/16", "ViT-g/16"]
-OPS_PASSES: tuple[tuple[str, list[str]], ...] = (
-    # Attention by itself: an illegal access would take all that its process has still to time.
-    ("ViT-H/14", ["--models", "ViT-H/14", "--groups", "rows", "linear", "optimizer", "--without", "compile"]),
-    ("attention, ViT-H/14", ["--models", "ViT-H/14", "--groups", "attention", "--without", "compile"]),
-    (
-        "attention",
-        [*OTHER_MODELS, "--groups", "attention", "--modes", "forward", "both", "--without", "compile"],
-    ),
-    ("compile", ["--models", "ViT-H/14", "--groups", "rows", "linear", "attention", "--providers", "compile"]),
-    ("rows", [*OTHER_MODELS, "--groups", "rows", "linear", "optimizer", "--without", "compile"]),
-)
-TINY_PASSES = (
-    ("rows", ["--models", "tiny", "--groups", "rows", "--modes", "forward", "--without", "compile"]),
-    ("others", ["--models", "tiny", "--groups", "linear", "attention", "optimizer", "--modes", "forward"]),
-)
-
-
-def ops(run: Run, entry: dict[str, Any]) -> None:
-    """Most wanted first. Rows of different passes are of one machine and minutes apart, so their ratios stand."""
-    rows: list[dict[str, Any]] = []
-    for name, arguments in TINY_PASSES if run.tiny else OPS_PASSES:
-        file = f"ops-{len(rows)}.json"
-        command = [sys.executable, "-m", "benchmarks.ops", "--device", run.device, *arguments]
-        command += ["--seconds", f"{max(run.left() - 20, 1):.0f}", "--json", str(run.scratch / file)]
-        run.execute(entry, f"ops, {name}", command)
-        rows += (run.written(file) or {"rows": []})["rows"]
-        entry["rows"] = with_ratios(rows)
-        run.save()
-
-
-STEPS = (
-    # Most wanted first, and a first one that is short: what is stopped before its first group is timed leaves nothing.
-    # What torch.compile takes part in, and so minutes, has processes of its own, and the baseline one without our
-    # compiled blocks. They come last: a run has time for all the others, or for these (--steps compile).
-    ("vit_h14", 128, "exact", "ours,eager"),
-    ("vit_b16", 512, "exact", "ours,eager,ours+triton,ours+fused+triton"),
-    ("vit_h14", 128, "batch_min", "ours,eager,ours+triton,ours+fused+triton"),
-    ("vit_l16", 128, "exact", "ours,eager,ours+triton,ours+fused+triton"),
-    ("vit_h14", 128, "exact", "ours,ours+triton,ours+fused,ours+fused+triton,ours+fused+triton+cudnn"),
-    ("vit_h14", 128, "exact", "ours,ours+fused+triton+fp8,ours+triton+fp8row,ours+fused+triton+overlap,ours+wide"),
-    ("vit_b16", 512, "exact", "ours,ours+capture,ours+fused+triton+capture,ours+fused+triton+overlap"),
-    ("vit_l16", 128, "exact", "ours,ours+fused+triton+capture,ours+fused+triton+overlap"),
-    ("vit_b16", 512, "exact", "ours,compiled"),
-    ("vit_h14", 128, "exact", "ours,compiled"),
-    ("vit_l16", 128, "exact", "ours,compiled"),
-    ("vit_h14", 128, "batch_min", "ours,compiled"),
-    ("vit_h14", 128, "exact", "ours,ours+compile,ours+compile+triton,ours+compile+fused+triton"),
-    ("vit_b16", 512, "exact", "ours,ours+compile,ours+compile+triton,ours+compile+triton+capture"),
-    ("vit_l16", 128, "exact", "ours,ours+compile,ours+compile+triton,ours+compile+triton+capture"),
-)
-TINY_STEPS = (("vit_tiny", 2, "exact", "ours,eager"),)
-
-
-def step(run: Run, entry: dict[str, Any]) -> None:
-    """Whole steps. Where a process dies before it has measured anything, the first implementation is run alone and the
-    others without it: after an illegal access nothing more can be run in one process.
-
-    With --steps, those that an earlier run of this commit has measured are kept, and not measured again.
-    """
-    machines = run.earlier.get("machine", {}), entry["machine"]
-    same = all(machines[0].get(name) == machines[1].get(name) for name in ("commit", "gpu", "torch", "triton"))
-    earlier = run.earlier if run.steps and same else {}
-    entry["reports"], entry["commands"] = earlier.get("reports", []), earlier.get("commands", {})
-    run.save()
-    draw_with_the_extension(run, entry)
-    steps = TINY_STEPS if run.tiny else [step for step in STEPS if run.steps in " ".join(map(str, step))]
-    for number, (model, batch, masks_of, names) in enumerate(steps):
-        # One that hangs must not take all the others' time; but the first are wanted most.
-        least = COMPILE_SECONDS if "compile" in names else LEAST_STEP_SECONDS
-        limit = max(1.5 * run.left() / (len(steps) - number), least)
-        attempts = [names]
-        while attempts:
-            attempt = attempts.pop(0)
-            name = f"step {model} {masks_of} {attempt}"
-            if entry["commands"].get(name, {}).get("exit_status") == 0:
-                continue
-            command = [sys.executable, "-m", "benchmarks.step", "--model", model, "--batch", str(batch)]
-            command += ["--masks", masks_of, "--impl", attempt, "--device", run.device]
-            command += ["--rounds", "2", "--warm-up", "1"] if run.tiny else []
-            status, found = measured(run, entry, name, command, limit)
-            died = status not in (0, None)  # None: stopped, as it would be again
-            if attempt == names and died and not (found and found["implementations"]):
-                attempts = names.split(",", 1)
-
-
-def measured(
-    run: Run, entry: dict[str, Any], name: str, command: Sequence[str], limit: float = float("inf")
-) -> tuple[int | None, dict[str, Any] | None]:
-    """Exit status and report of a command that writes JSON; the report goes to the entry's, however far it came."""
-    file = f"{re.sub('[^a-z0-9_]+', '-', name.lower())}.json"
-    status = run.execute(entry, name, [*command, "--json", str(run.scratch / file)], limit)
-    found = run.written(file)
-    if found:
-        entry["reports"].append(found)
-        run.save()
-    return status, found
+def more(run: Run, entry: Entry) -> None:
+    """As time is left: FP8, second stream and other options, the sanitizer, time per token."""
+    entry["reports"] = []
+    run_steps(run, entry, [] if run.tiny else STEPS[WHOLE_STEPS:MORE_STEPS])
+    sanitizer(run, entry)
+    scaling(run, entry)
 
 
 SCALING_MODELS = ("vit_h14", "vit_b16")
 
 
-def scaling(run: Run, entry: dict[str, Any]) -> None:
+def scaling(run: Run, entry: Entry) -> None:
     """Time per token over batch and image size."""
-    entry["reports"] = []
-    draw_with_the_extension(run, entry)
+    entry.setdefault("reports", [])
+    build_extension(run, entry)
     models = ("vit_tiny",) if run.tiny else SCALING_MODELS
     for number, model in enumerate(models):
         seconds = run.left() / (len(models) - number)
-        command = [sys.executable, "-m", "benchmarks.scaling", "--model", model, "--device", run.device]
-        command += ["--batches", "1", "2", "--sizes", "224", "--rounds", "2", "--warm-up", "1"] if run.tiny else []
+        command = python("benchmarks.scaling", "--model", model, "--device", run.device)
+        command += "--batches 1 2 --sizes 224 --rounds 2 --warm-up 1".split() if run.tiny else []
         # What is begun before that ends after it: a batch of 512 takes half a minute.
-        measured(run, entry, f"scaling {model}", [*command, "--seconds", f"{max(seconds - 40, 1):.0f}"], seconds)
+        command += ["--seconds", f"{max(seconds - 40, 1):.0f}"]
+        run.measure(entry, f"scaling {model}", command, limit=seconds)
 
 
 TRAININGS = 8
@@ -260,62 +280,84 @@ published algorithm takes several times as long for these."""
 JUDGING_SECONDS = 120
 
 
-def accuracy(run: Run, entry: dict[str, Any]) -> None:
+def accuracy(run: Run, entry: Entry) -> None:
     """What training buys, on the images that --data names."""
     entry["reports"] = []
-    draw_with_the_extension(run, entry)
+    build_extension(run, entry)
     data = (("demo", "rendered"),) if run.tiny else run.data
     for number, (recipe, path) in enumerate(data):
         seconds = run.left() / (len(data) - number)
         minutes = max((seconds - JUDGING_SECONDS) / TRAININGS / 60, 0.2)
-        command = [sys.executable, "-m", "benchmarks.train_to_accuracy", "--recipe", recipe, "--data", path]
-        command += ["--name", recipe, "--regularised", "--device", run.device]
-        command += (
-            ["--steps", "2", "--equal", "epochs", "--batch", "8", "--threads", "1"]
-            if run.tiny
-            else ["--minutes", f"{minutes:.2f}"]
-        )
-        measured(run, entry, f"accuracy {recipe}", command, seconds)
+        command = python("benchmarks.train_to_accuracy", "--recipe", recipe, "--data", path, "--name", recipe)
+        command += ["--regularised", "--device", run.device]
+        tiny = "--steps 2 --equal epochs --batch 8 --threads 1".split()
+        command += tiny if run.tiny else ["--minutes", f"{minutes:.2f}"]
+        run.measure(entry, f"accuracy {recipe}", command, limit=seconds)
 
 
-def tune(run: Run, entry: dict[str, Any]) -> None:
+def tune(run: Run, entry: Entry) -> None:
     """Proposals for the kernels' tables."""
-    run.execute(entry, "tune", [sys.executable, "-m", "benchmarks.tune", "--json", str(run.scratch / "tune.json")])
-    entry["report"] = run.written("tune.json")
+    entry["report"] = run.measure(entry, "tune", python("benchmarks.tune"), "tune.json")
 
 
-PARTS: dict[str, Callable[[Run, dict[str, Any]], None]] = {
+PARTS: dict[str, Callable[[Run, Entry], None]] = {
     "install": install,
-    "masks": masks,
-    "tests": tests,
+    "quick": quick,
     "step": step,
     "ops": ops,
+    "masks": masks,
+    "tests": tests,
+    "more": more,
+    "sanitizer": sanitizer,
     "scaling": scaling,
     "accuracy": accuracy,
     "tune": tune,
 }
 
 
-def faults(report: dict[str, Any]) -> list[str]:
-    """What a reader of the results must know went wrong, in words."""
-    found = []
-    for part, entry in report["parts"].items():
+def faults(parts: dict[str, Entry]) -> Iterator[str]:
+    """What went wrong, in words."""
+    for part, entry in parts.items():
         if "error" in entry:
-            found.append(f"{part}: {entry['error']}")
+            yield f"{part}: {entry['error']}"
+        yield from (f"{part}: {name} did not pass" for name in entry.get("failed", []))
+        for row in (row for row in entry.get("rows", []) if "failed" in row):
+            model, op, case, mode, provider = place(row)
+            yield f"{part}: {provider} of {op}, {case}, {mode} ({model}): {row['failed']}"
+        for report in entry.get("reports", []):
+            yield from (f"{part}: {name}: {reason}" for name, reason in report.get("failed", {}).items())
         for name, result in entry["commands"].items():
             if "not_run" in result:
-                found.append(f"{part}: {name} was not run: {result['not_run']}")
+                yield f"{part}: {name} was not run: {result['not_run']}"
             elif "stopped_after_s" in result:
-                found.append(f"{part}: {name} was stopped after {result['stopped_after_s']} s")
+                yield f"{part}: {name} was stopped after {result['stopped_after_s']} s"
             elif result["exit_status"]:
-                found.append(f"{part}: {name} ended with exit status {result['exit_status']}")
-        found += [f"{part}: {name} did not pass" for name in entry.get("failed", [])]
-        found += [
-            f"{part}: {row['provider']} of {row['op']}, {row['case']}, {row['mode']} ({row['model']}): {row['failed']}"
-            for row in entry.get("rows", [])
-            if "failed" in row
-        ]
-    return found
+                yield f"{part}: {name} ended with exit status {result['exit_status']}"
+
+
+def figures(parts: dict[str, Entry]) -> Iterator[str]:
+    """What was measured, in a line each."""
+    for part, entry in parts.items():
+        if "passed" in entry:
+            yield f"{part}: {entry['passed']} tests passed"
+        for report in entry.get("reports", []):
+            where = f"{report.get('settings', {}).get('model')} {report.get('settings', {}).get('masks')}"
+            for name, found in report.get("implementations", {}).items():
+                share = found["share_of_matmul_peak"]
+                yield f"{part}: {where} {name}: {found['images_per_second']:,.1f} images/s, {share:.0%} of matmul"
+        ours = [row for row in entry.get("rows", []) if row["provider"] == "ours"]
+        timed = [f"{row['op']} {row['of_floor']:.0%}" for row in ours if "times" in row]
+        if ours:
+            yield f"{part}: {len(ours)} rows of ours, " + (f"of floor: {', '.join(timed[:12])}" if timed else "checked")
+        if entry.get("report") and "equal" in entry["report"]:
+            yield f"{part}: {entry['report']['equal']['comparisons']} batches of masks equal to the bit"
+
+
+def summary(parts: dict[str, Entry]) -> list[str]:
+    """At most ``SUMMARY_LINES`` lines: failures first."""
+    lines = [line[:240] for line in (*faults(parts), *figures(parts))]
+    cut = [f"... and {len(lines) - SUMMARY_LINES + 1} lines more"] if len(lines) > SUMMARY_LINES else []
+    return lines[: SUMMARY_LINES - len(cut)] + cut
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -324,20 +366,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the results file")
     parser.add_argument("--seconds", type=float, default=WHOLE_SECONDS, help="for everything")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument(
-        "--data",
-        nargs="+",
-        default=[],
-        metavar="RECIPE=PATH",
-        help="for part accuracy: image folders with train/ and val/",
-    )
-    parser.add_argument(
-        "--steps",
-        default="",
-        metavar="WORDS",
-        help='for part step: only those with these words in "MODEL BATCH MASKS IMPLEMENTATIONS", such as "compile" or '
-        '"vit_h14 128 exact ours,eager"',
-    )
+    help_data = "for part accuracy: image folders with train/ and val/"
+    parser.add_argument("--data", nargs="+", default=[], metavar="RECIPE=PATH", help=help_data)
+    help_steps = 'for part step: only those with these words in "MODEL BATCH MASKS IMPLEMENTATIONS", such as "compile"'
+    parser.add_argument("--steps", default="", metavar="WORDS", help=help_steps)
     parser.add_argument("--tiny", action="store_true", help="a small version of every part; all that a CPU can do")
     options = parser.parse_args(argv)
     data = [tuple(pair.split("=", 1)) for pair in options.data]
@@ -345,6 +377,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"--data takes RECIPE=PATH, got {bad[0]!r}")
     if "accuracy" in options.part and not (data or options.tiny):
         parser.error("--part accuracy needs --data RECIPE=PATH, e.g. imagenette=PATH")
+    if not any(options.steps in " ".join(map(str, step)) for step in STEPS):
+        parser.error(f"--steps {options.steps!r} names none of the whole steps")
     if options.device == "cuda" and not torch.cuda.is_available():
         print("gpu_check: torch sees no CUDA device. --device cpu --tiny runs the chain, small, without one.")
         return 2
@@ -354,26 +388,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     name = torch.cuda.get_device_name() if options.device == "cuda" else "dry run"
     path = options.out.resolve() / f"gpu-{re.sub('[^a-z0-9]+', '-', name.lower())}.json"
     until = time.monotonic() + options.seconds
-    wanted = WHOLE_RUN if "all" in options.part else tuple(part for part in PARTS if part in options.part)
-    if not any(options.steps in " ".join(map(str, step)) for step in STEPS):
-        parser.error(f"--steps {options.steps!r} names none of the whole steps")
+    whole = "all" in options.part
+    wanted = tuple(WHOLE_RUN) if whole else tuple(part for part in PARTS if part in options.part)
     with tempfile.TemporaryDirectory() as scratch:
-        run = Run(options.device, options.tiny, path, Path(scratch), data, options.steps)
+        run = Run(options.device, options.tiny, path, Path(scratch), data, options.steps, whole)
         run.report = json.loads(path.read_text()) if path.exists() else {"schema": 1, "kind": "gpu_check", "parts": {}}
-        for number, part in enumerate(wanted):
-            reserved = sum(RESERVED.get(later, 0) for later in wanted[number + 1 :])
-            limit = BUDGETS[part] if len(wanted) > 1 else options.seconds
-            entry = run.begin(part, min(limit, max(until - time.monotonic() - reserved, LEAST_SECONDS)))
-            started = time.monotonic()
+        for part in wanted:
+            seconds = min(WHOLE_RUN[part] if whole else options.seconds, max(until - time.monotonic(), LEAST_SECONDS))
+            entry, started = run.begin(part, seconds), time.monotonic()
             try:
                 PARTS[part](run, entry)
             except Exception as problem:  # the parts that follow are worth having
                 entry["error"] = f"{type(problem).__name__}: {problem}"
             entry["seconds"] = round(time.monotonic() - started, 1)
             run.save()
-    found = faults({"parts": {part: run.report["parts"][part] for part in wanted}})
-    print(f"\n{path.name}: {', '.join(wanted)}", *found, sep="\n  ")
-    return 1 if found else 0
+    done = {part: run.report["parts"][part] for part in wanted}
+    print(f"\n{path.name}: {', '.join(wanted)}", *summary(done), sep="\n  ")
+    return 1 if any(faults(done)) else 0
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in one command of under nine minutes and without network: installs the checkout, draws
-# masks, runs the tests marked gpu, times whole steps and every op, and writes benchmarks/results/gpu-<name>.json.
-# What does not fit into nine minutes has parts of its own, which a whole run leaves out: step with all the time for it,
-# scaling (time per token over batch and image size), accuracy (what training buys), tune (proposals for the kernels).
-# A part that is run again replaces that part of the file in --out and keeps the others, so give every run the same.
-# By estimate, --part all comes to the first one to three whole steps; --part step --steps WORDS adds others to them.
-# Without the tests of its GPU and commit, no time of a file is shown.
+# Everything that needs a GPU, in one command of under nine minutes and without network, most wanted first: installs the
+# checkout, holds every op to its definition and runs the step as it is by default (quick), times whole steps, the hottest
+# ops and masks, runs the tests marked gpu, and more as time is left. It writes benchmarks/results/gpu-<name>.json after
+# every command, and prints a summary, failures first. A part that is run again replaces that part of the file in --out
+# and keeps the others, so give every run the same. --part step and ops run all there are; scaling (time per token),
+# accuracy (what training buys) and tune (proposals for the kernels) are no parts of a whole run. Without the tests of its
+# GPU and commit, no time of a file is shown.
 #
-#   benchmarks/gpu_check.sh [--part all|masks|tests|step|ops|scaling|accuracy|tune ...] [--out DIR] [--seconds N]
+#   benchmarks/gpu_check.sh [--part all|quick|step|ops|masks|tests|more|scaling|accuracy|tune ...] [--out DIR] [--seconds N]
 #   benchmarks/gpu_check.sh --part step --steps compile --seconds 590
 #   benchmarks/gpu_check.sh --part accuracy --data cifar10_vits4=PATH imagenette=PATH --seconds 7200
 #   benchmarks/gpu_check.sh --device cpu --tiny      the same chain, small, on a machine without a GPU

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from ijepa_fast.bench import table as ops_table
+from ijepa_fast.bench import table
 from ijepa_fast.bench.cases.floors import MODELS, MODES, TINY
 from ijepa_fast.bench.measure import results, save
 
@@ -24,11 +24,13 @@ from ijepa_fast.bench.measure import results, save
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     known = {**MODELS, **TINY}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", choices=known, default=list(MODELS))
-    parser.add_argument("--groups", nargs="+", choices=ops_table.GROUPS, default=list(ops_table.GROUPS))
+    parser.add_argument("--models", nargs="+", choices=known, help="those of a GPU, or tiny on the CPU, by default")
+    parser.add_argument("--groups", nargs="+", choices=table.GROUPS, default=list(table.GROUPS))
+    parser.add_argument("--cases", nargs="+", metavar="CASE", help='only these, such as "layer_norm, context"')
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
     parser.add_argument("--providers", nargs="+", help="only these")
     parser.add_argument("--without", nargs="+", default=[], help="not these providers")
+    parser.add_argument("--check-only", action="store_true", help="compare with the definition and time nothing")
     parser.add_argument("--images", type=int, help="per batch; 128 on CUDA, 2 on the CPU by default")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin nothing after so long")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
@@ -37,24 +39,25 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     device = torch.device(options.device)
     report = results("ops", device, rows=[])
     gc.freeze()  # what was imported stays; collecting after every row need not look at it
+    print(table.header())
     measured: list[dict[str, Any]] = []
-    for row in ops_table.rows(
-        {name: known[name] for name in options.models},
+    for row in table.rows(
+        {name: known[name] for name in options.models or (TINY if device.type == "cpu" else MODELS)},
         device,
         images=options.images,
         groups=options.groups,
+        wanted=lambda case: case.key in (options.cases or [case.key]),
         modes=options.modes,
         providers=lambda name: name in (options.providers or [name]) and name not in options.without,
+        timed=not options.check_only,
         seconds=options.seconds,
     ):
-        if not measured:
-            print(ops_table.header())
         measured.append(row)
-        report["rows"] = ops_table.with_ratios(measured)
+        report["rows"] = table.with_ratios(measured)
         save(options.json, report)
-        if "times" in row or "failed" in row:
-            print(ops_table.line(row), flush=True)
-    print("\n".join(ops_table.remarks(measured)))
+        if "error" in row or "failed" in row:
+            print(table.line(row), flush=True)
+    print("\n".join(table.remarks(measured)))
     return report
 
 

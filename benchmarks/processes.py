@@ -33,6 +33,7 @@ class Run:
         scratch: folder for what processes leave behind: logs, their own JSON, test reports.
         data: (recipe, folder of images) pairs to train on.
         steps: words that the whole steps to time must have.
+        whole: whether this part is one of a whole run.
         earlier: the entry of the current part that an earlier run left; empty if there is none.
     """
 
@@ -42,6 +43,7 @@ class Run:
     scratch: Path
     data: Sequence[tuple[str, str]] = ()
     steps: str = ""
+    whole: bool = False
     earlier: dict[str, Any] = field(default_factory=dict)
     report: dict[str, Any] = field(default_factory=dict)
     deadline: float = float("inf")
@@ -78,16 +80,11 @@ class Run:
         if seconds < LEAST_SECONDS:
             self.note(entry["commands"], name, {"not_run": "no time was left"})
             return None
-        log = self.log(name)
-        started = time.monotonic()
+        log, started = self.log(name), time.monotonic()
+        environment = {**os.environ, **environment}
         with log.open("w") as output:
             process = subprocess.Popen(
-                command,
-                cwd=ROOT,
-                env={**os.environ, **environment},
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
+                command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
             )
             try:
                 status: int | None = process.wait(seconds)
@@ -103,11 +100,19 @@ class Run:
         print("\n".join(lines[-TAIL_LINES if status == 0 else -3 * TAIL_LINES :]), flush=True)
         return status
 
+    def measure(
+        self, entry: dict[str, Any], name: str, command: Sequence[str], file: str = "", limit: float = float("inf")
+    ) -> dict[str, Any] | None:
+        """Run a command that writes JSON. Its report, however far it came; without the name of a ``file`` it joins the
+        entry's "reports"."""
+        path = self.scratch / (file or f"{re.sub('[^a-z0-9_]+', '-', name.lower())}.json")
+        self.execute(entry, name, [*command, "--json", str(path)], limit)
+        found = json.loads(path.read_text()) if path.exists() else None
+        if found and not file:
+            entry["reports"].append(found)
+            self.save()
+        return found
+
     def log(self, name: str) -> Path:
         """What a command printed."""
         return self.scratch / f"{re.sub('[^A-Za-z0-9]+', '-', name)}.log"
-
-    def written(self, name: str) -> dict[str, Any] | None:
-        """The JSON that a command wrote into the scratch folder, if it did."""
-        path = self.scratch / name
-        return json.loads(path.read_text()) if path.exists() else None

@@ -53,15 +53,18 @@ def trusted(reports: Reports) -> list[Report]:
     return sorted(passed, key=lambda check: PREFERRED_GPU not in (gpu_of(check) or ""))
 
 
-def of_kind(reports: Reports, kind: str, part: str) -> list[Report]:
-    """Reports of a kind, for instance "step": those in a part of GPU runs whose tests passed, and those in files of
-    their own; such a file from a GPU counts only if the tests passed on that GPU with the same commit."""
+def of_kind(reports: Reports, kind: str) -> list[Report]:
+    """Reports of a kind, for instance "step": those of GPU runs whose tests passed, and those in files of their own;
+    such a file from a GPU counts only if the tests passed on that GPU with the same commit."""
     runs = trusted(reports)
-    inside = [found for check in runs for found in check["parts"].get(part, {}).get("reports", [])]
+    parts = [part for check in runs for name, part in check["parts"].items() if name != "quick"]
+    inside = [found for part in parts for found in part.get("reports", []) if found["kind"] == kind]
     passed = {(m["gpu"], m["commit"]) for m in (check["parts"]["tests"]["machine"] for check in runs)}
-    machines = [report["machine"] for report in reports.get(kind, [])]
-    shown = [m["device"] == "cpu" or (m["gpu"], m["commit"]) in passed for m in machines]
-    return [*inside, *(report for report, show in zip(reports.get(kind, []), shown, strict=True) if show)]
+
+    def shown(machine: Report) -> bool:
+        return machine["device"] == "cpu" or (machine["gpu"], machine["commit"]) in passed
+
+    return [*inside, *(report for report in reports.get(kind, []) if shown(report["machine"]))]
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:

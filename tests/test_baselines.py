@@ -5,7 +5,7 @@ import torch
 from dense_jepa import randomize_
 from model_cases import assert_equal, assert_same_gradients, byte_images, make_masks
 
-from benchmarks.baselines import Eager, draw_masks, load_weights, mask_lists
+from benchmarks.baselines import Eager, draw_masks, mask_lists
 from benchmarks.compiled import Compiled, Packed
 from ijepa_fast.config import ModelConfig
 from ijepa_fast.masks.sampler import MaskConfig, Masks, MaskSampler
@@ -114,18 +114,5 @@ def test_draw_masks_follows_the_published_procedure():
             assert (rows.max() - rows.min() + 1) * (columns.max() - columns.min() + 1) == size
     again = draw_masks(16, (14, 14), torch.Generator().manual_seed(0))
     assert torch.equal(again[0][0], context)
-
-
-def test_masks_of_unequal_lengths_cannot_be_stacked():
     with pytest.raises(ValueError, match="different lengths"):
         mask_lists(make_masks(GRID, 4).context, 1, 36)
-
-
-def test_load_weights_takes_low_precision_too():
-    ours = make_ours()
-    step = Eager(MODEL, SCHEDULES)
-    load_weights(step, {name: value.bfloat16() for name, value in ours.state_dict().items()})
-    weight = step.predictor.predictor_proj.weight
-    assert weight.dtype == torch.float32 and torch.equal(
-        weight, ours.predictor.predictor_proj.weight.bfloat16().float()
-    )

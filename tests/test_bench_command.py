@@ -13,7 +13,7 @@ import torch
 import yaml
 
 from ijepa_fast import cli
-from ijepa_fast.bench.command import RECIPES, bench
+from ijepa_fast.bench.command import RECIPES
 from ijepa_fast.bench.steps import step_rate
 from ijepa_fast.config import TrainConfig
 from ijepa_fast.recipe_files import find_recipe
@@ -44,16 +44,9 @@ def test_a_recipe_is_measured(tmp_path, capsys):
     assert 1 < step["context_tokens"] <= 36 and step["images"] == 2
     assert {row["model"] for row in report["rows"]} == {"small"}
     assert {"ours", "eager"} <= {row["provider"] for row in report["rows"]} and "compile" not in printed
-
-
-def test_the_recipes_that_stand_for_a_device_exist():
-    for name in RECIPES.values():
-        assert find_recipe(name).exists()
-
-
-def test_images_must_be_positive():
-    with pytest.raises(ValueError, match="images must be positive, got 0"):
-        bench(tiny_run("none", "none"), "tiny", CPU, images=0)
+    assert cli.main(["bench", "--config", str(config), "--images", "0"]) != 0
+    assert "images must be positive, got 0" in capsys.readouterr().err
+    assert all(find_recipe(name).exists() for name in RECIPES.values())
 
 
 def test_a_loss_that_is_not_finite_is_no_rate(monkeypatch):

@@ -92,7 +92,8 @@ def check():
     sanitizer = {"compute-sanitizer memcheck": {"exit_status": 0, "seconds": 20.0}}
     parts = {
         "tests": {"passed": 120, "failed": []},
-        "masks": {"commands": sanitizer, "report": {"device_times": device_times}},
+        "masks": {"report": {"device_times": device_times}},
+        "more": {"commands": sanitizer},
         "ops": {"rows": rows},
         "step": {"reports": [BASELINES, VARIANTS]},
         "scaling": {"reports": [scaling_report()]},
@@ -164,10 +165,10 @@ def test_a_dry_run_is_no_gpu_run(check):
 
 
 def test_what_the_sanitizer_found_is_told(check):
-    masks = check["parts"]["masks"]
-    masks["commands"]["compute-sanitizer racecheck"] = {"exit_status": 77, "seconds": 20.0}
+    more = check["parts"]["more"]
+    more["commands"]["compute-sanitizer racecheck"] = {"exit_status": 77, "seconds": 20.0}
     assert "racecheck: not clean (exit status 77, seconds 20.0)" in page_of(check)
-    masks["commands"], masks["sanitizer"] = {}, {"not_run": "compute-sanitizer was not found"}
+    more["commands"], more["sanitizer"] = {}, {"not_run": "compute-sanitizer was not found"}
     assert "compute-sanitizer was not run: compute-sanitizer was not found." in page_of(check)
 
 

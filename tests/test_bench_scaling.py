@@ -59,7 +59,7 @@ def test_captured_steps_are_replayed_and_their_update_timed(monkeypatch):
     assert recorders[0].replayed and 0 < point["update_ms"] < point["ms"]
 
 
-def test_what_does_not_fit_is_said_and_ends_no_run(monkeypatch):
+def test_what_does_not_fit_is_said_and_ends_no_run(monkeypatch, capsys):
     def limited(case, *rest):
         if case.batch * case.grid[0] ** 2 > 3 * 144:
             raise torch.OutOfMemoryError("CUDA out of memory")
@@ -73,12 +73,8 @@ def test_what_does_not_fit_is_said_and_ends_no_run(monkeypatch):
         *(None, "does not fit into memory", "a smaller batch did not fit", "a smaller batch did not fit"),
     ]
     assert report["spread"] == pytest.approx(1.02 / 1.01 - 1)
+    with pytest.raises(SystemExit):
+        run("--impl", "eager")
+    assert "must be ours" in capsys.readouterr().err
     late = run("--sizes", "48", "--batches", "1", "--seconds", "-1")
     assert late["points"][0]["not_run"] == "no time after -1 s" and late["spread"] is None
-
-
-def test_only_ours_is_taken(capsys):
-    for name in ("eager", "ours+magic", "ours+capture"):
-        with pytest.raises(SystemExit):
-            run("--impl", name)
-        assert name in capsys.readouterr().err

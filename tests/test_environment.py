@@ -69,7 +69,7 @@ def test_a_virtualenv_that_only_the_path_names_is_active(environment, monkeypatc
 def test_probe_reports_this_environment(environment):
     here = environment.probe(Path(sys.executable))
     assert here["python"] == list(sys.version_info[:2]) and here["prefix"] == sys.prefix
-    assert {"torch", "numpy", "pytest-benchmark"} <= set(here["packages"])
+    assert {"torch", "numpy", "pytest"} <= set(here["packages"])
 
 
 def test_set_up_is_done_once_and_again_when_something_changed(environment, monkeypatch, tmp_path):

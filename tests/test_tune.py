@@ -94,11 +94,6 @@ def test_workloads_are_right(name, slot):
         table.check(case, "ours", mode, CPU)
 
 
-def test_a_row_must_save_more_than_noise():
-    assert tune.fastest({1: 100.0, 2: 98.0, 4: 120.0}, 1) == 1
-    assert tune.fastest({1: 100.0, 2: 96.0, 4: 120.0}, 1) == 2
-
-
 def test_rows_that_break_a_rule_are_not_timed(monkeypatch):
     current = tune.row_at(ADD.rows, WIDE)
     bad, best = current._replace(num_warps=16), current._replace(rows=8)
@@ -122,15 +117,10 @@ def test_proposals_are_python():
         "gather_add.CONFIGS['sm_90', 2], up to 256: Tile(rows=8, columns=256, num_warps=4)  # 8.0 us, "
         "Tile(rows=16, columns=256, num_warps=4) took 10.0"
     )
+    assert tune.fastest({1: 100.0, 2: 98.0, 4: 120.0}, 1) == 1  # less is noise
+    assert tune.fastest({1: 100.0, 2: 96.0, 4: 120.0}, 1) == 2
     stays = Proposal("ema.CONFIGS", Slot("sm_90"), 1, {1: 10.0}, {}, 1)
     assert stays.as_python() == "ema.CONFIGS['sm_90']: 1 stays, 10.0 us"
-
-
-def test_only_a_gpu_can_say(monkeypatch, capsys):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(SystemExit, match="2"):
-        tune.main([])
-    assert "no CUDA device" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -29,14 +29,14 @@ def draw(reports: Reports, folder: Path) -> list[Path]:
     rates = [report for report in reports.get("masks", []) if report["machine"]["device"] == "cpu"]
     rows = [row for check in trusted(reports)[:1] for row in check["parts"].get("ops", {}).get("rows", [])]
     rows = [row for row in rows if row["model"] == MODEL and "times" in row]
-    steps = [report for report in of_kind(reports, "step", "step") if report["machine"]["device"] == "cuda"]
+    steps = [report for report in of_kind(reports, "step") if report["machine"]["device"] == "cuda"]
     charts = {
         "bench_masks": (_masks, rates),
         "bench_ops": (_floors, rows),
         "bench_attention": (_attention, [r for r in rows if (r["op"], r["mode"]) == ("varlen_attention", "both")]),
         "bench_steps": (_steps, steps),
-        "bench_scaling": (_scaling, of_kind(reports, "scaling", "scaling")),
-        "bench_accuracy": (_accuracy, of_kind(reports, "train_to_accuracy", "accuracy")),
+        "bench_scaling": (_scaling, of_kind(reports, "scaling")),
+        "bench_accuracy": (_accuracy, of_kind(reports, "train_to_accuracy")),
         "precision": (_precision, reports.get("precision", [])),
     }
     drawn = []

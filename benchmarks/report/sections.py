@@ -38,7 +38,7 @@ def results_page(reports: Reports) -> str:
 
 def readme(reports: Reports) -> str:
     """Whole steps on a GPU where they were measured, and masks."""
-    on_gpu = [report for report in of_kind(reports, "step", "step") if report["machine"]["device"] == "cuda"]
+    on_gpu = [report for report in of_kind(reports, "step") if report["machine"]["device"] == "cuda"]
     steps_there = "Kernels and whole training steps have not been timed on a GPU yet."
     if on_gpu:
         steps_there = f"On {on(on_gpu[0]['machine'])}:\n\n{step_table(on_gpu)}"
@@ -65,7 +65,7 @@ def target_table(targets: Iterable[Target]) -> list[str]:
 
 
 def steps(reports: Reports) -> list[str]:
-    found = of_kind(reports, "step", "step")
+    found = of_kind(reports, "step")
     parts, machines = ["## Whole steps"], dict.fromkeys(on(report["machine"]) for report in found)
     for machine in machines:
         here = [report for report in found if on(report["machine"]) == machine]
@@ -146,7 +146,7 @@ def scaling(reports: Reports) -> list[str]:
         "A step's time without its update and its attention (timed by itself), over the rows that its three networks "
         "compute. Where it is the same everywhere, cost grows linearly with tokens.",
     ]
-    found = of_kind(reports, "scaling", "scaling")
+    found = of_kind(reports, "scaling")
     head = ["px", "batch", "tokens per image", "step, ms", "update, ms", "attention, ms", "µs per token"]
     for report in found:
         settings, lines = report["settings"], []
@@ -170,7 +170,7 @@ TITLES = {"time": "At equal time", "epochs": "At equal epochs"}
 
 def accuracy(reports: Reports) -> list[str]:
     parts = ["## Accuracy at equal time and at equal epochs"]
-    found = of_kind(reports, "train_to_accuracy", "accuracy")
+    found = of_kind(reports, "train_to_accuracy")
     for report in found:
         settings, model = report["settings"], report["settings"]["model"]
         clock = "processor time" if settings["device"] == "cpu" else "time"
@@ -287,18 +287,19 @@ def masks(reports: Reports) -> list[str]:
 def checks(reports: Reports) -> list[str]:
     parts = ["## Checks on a GPU"]
     for check in gpu_checks(reports):
-        entry, drawn = (check["parts"].get(part, {}) for part in ("tests", "masks"))
+        entry = check["parts"].get("tests", {})
         reasons = failures(check)
         verdict = f"{entry.get('passed', 0)} tests passed" + (f", and: {'; '.join(reasons)}" if reasons else "")
         parts.append(f"{check['file']} ({gpu_of(check)}): {verdict}.")
         if reasons:
             parts.append("Times of this run are not shown.")
-        if "sanitizer" in drawn:
-            parts.append(f"compute-sanitizer was not run: {drawn['sanitizer']['not_run']}.")
-        for name, result in drawn.get("commands", {}).items():
-            if "sanitizer" in name:
-                verdict = ", ".join(f"{what.replace('_', ' ')} {value}" for what, value in result.items())
-                parts.append(f"{name}: {'clean' if result.get('exit_status') == 0 else f'not clean ({verdict})'}.")
+        for part in check["parts"].values():
+            if "sanitizer" in part:
+                parts.append(f"compute-sanitizer was not run: {part['sanitizer']['not_run']}.")
+            for name, result in part["commands"].items():
+                if "sanitizer" in name:
+                    verdict = ", ".join(f"{what.replace('_', ' ')} {value}" for what, value in result.items())
+                    parts.append(f"{name}: {'clean' if result.get('exit_status') == 0 else f'not clean ({verdict})'}.")
     return parts if len(parts) > 1 else [*parts, "Tests marked `gpu`, compute-sanitizer: not run yet."]
 
 

@@ -179,8 +179,9 @@ class Floors:
         return max((self._copies[size], "copy"), (matmul, "matmul"))
 
 
-def row(model: str, case: Case, name: str, mode: str, floors: Floors, device: torch.device) -> dict[str, Any]:
-    """One provider of one case: checked, timed, with its rates. What went wrong, instead of times, under "failed".
+def row(model: str, case: Case, name: str, mode: str, floors: Floors | None, device: torch.device) -> dict[str, Any]:
+    """One provider of one case: checked, timed, with its rates; only checked without floors. What went wrong stands
+    under "failed" in place of times.
 
     Nothing that a provider raises ends the run: the others' results are worth having.
     """
@@ -197,6 +198,8 @@ def row(model: str, case: Case, name: str, mode: str, floors: Floors, device: to
         return found | {"unavailable": reason}
     try:
         found["error"], found["allowed_error"] = (round(x, 4) for x in check(case, name, mode, device))
+        if floors is None:
+            return found
         times, uncaptured = time_provider(case, name, mode, device)
         floor, kind = floors.of(case, mode)
     except Exception as problem:
@@ -223,8 +226,10 @@ def rows(
     images: int | None = None,
     masks: MaskConfig | None = None,
     groups: Sequence[str] = tuple(GROUPS),
+    wanted: Callable[[Case], bool] = lambda case: True,
     modes: Sequence[str] = ("forward", "backward", "both"),
     providers: Callable[[str], bool] = lambda name: True,
+    timed: bool = True,
     seconds: float = float("inf"),
 ) -> Iterator[dict[str, Any]]:
     """Rows of the table, as they are measured.
@@ -233,25 +238,25 @@ def rows(
         models: by the name that stands in the rows.
         images: per batch; ``BATCH`` by default.
         masks: ``MaskConfig()`` by default.
-        groups: names in ``GROUPS``.
+        groups: names in ``GROUPS``; of their cases the ``wanted`` ones.
         providers: which of them, by name.
+        timed: whether to time what was checked.
         seconds: nothing is begun after so long; what is left out comes as rows with "left_out".
     """
     until = time.monotonic() + seconds
     with settings(), own_stream(device):
-        floors = Floors(device)
+        floors = Floors(device) if timed else None
         for model, config in models.items():
             batch = Batch.draw(config, images or BATCH[device.type], device, masks)
-            for group in groups:
-                for case in GROUPS[group](batch):
-                    for mode in (mode for mode in modes if mode in case.costs):
-                        for name in filter(providers, case.providers):
-                            if time.monotonic() < until:
-                                yield row(model, case, name, mode, floors, device)
-                            else:
-                                yield {"model": model, "op": case.op, "case": case.name, "mode": mode,
-                                       "provider": name, "left_out": f"no time after {seconds:.0f} s"}  # fmt: skip
-                            _tidy(device, name)
+            for case in filter(wanted, cases(batch, groups)):
+                for mode in (mode for mode in modes if mode in case.costs):
+                    for name in filter(providers, case.providers):
+                        if time.monotonic() < until:
+                            yield row(model, case, name, mode, floors, device)
+                        else:
+                            place = {"model": model, "op": case.op, "case": case.name, "mode": mode, "provider": name}
+                            yield place | {"left_out": f"no time after {seconds:.0f} s"}
+                        _tidy(device, name)
 
 
 @contextlib.contextmanager
@@ -279,7 +284,7 @@ MOST_SPREAD, MOST_SHARE = 2.0, 1.5
 
 
 def best_of(times: Mapping[str, Any]) -> Any:
-    """By the best method there is."""
+    """The times by the best method there is."""
     return next(times[method] for method in METHODS if method in times)
 
 
@@ -306,20 +311,19 @@ def with_ratios(table: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
-NAMES = f"{'op':<18}{'case':<23}{'pass':<10}{'provider':<13}"
-
-
 def header() -> str:
-    """Of the table for a person. "floor" is the floor's time over the measured one."""
-    head = f"{NAMES}{'us':>11}{'GB/s':>9}{'TFLOP/s':>9}{'floor':>8}"
+    """Head of the table for a person; "floor" is the floor's time over the measured one."""
+    head = f"{'op':<18}{'case':<23}{'pass':<10}{'provider':<13}{'us':>11}{'GB/s':>9}{'TFLOP/s':>9}{'floor':>8}"
     return f"{head}\n{'-' * len(head)}"
 
 
 def line(row: Mapping[str, Any]) -> str:
-    """Of a row that was measured, or failed."""
+    """A row that was measured, checked, or failed."""
     start = f"{row['op']:<18}{row['case']:<23}{row['mode']:<10}{row['provider']:<13}"
     if "failed" in row:
         return f"{start}  failed: {row['failed']}"
+    if "times" not in row:
+        return f"{start}  right, off by {row['error']:g} of {row['allowed_error']:g} units"
     flops = f"{row['tflop_per_s']:>9.1f}" if "tflop_per_s" in row else " " * 9
     return f"{start}{best_of(row['times'])['p50']:>11.1f}{row['gb_per_s']:>9.1f}{flops}{row['of_floor']:>8.0%}"
 
