@@ -31,7 +31,9 @@ if arguments.save.exists():
 else:
     torch.manual_seed(0)
     sizes = {"encoder_dim": 64, "encoder_depth": 3, "predictor_dim": 32, "predictor_depth": 2}
-    model = JEPAModel(sizes, img_size=arguments.size, patch_size=4, total_steps=arguments.steps, mask_ratio=None)
+    regularised = {"variance_weight": 1.0, "covariance_weight": 0.04}  # small data sets collapse without
+    shape = {"img_size": arguments.size, "patch_size": 4}
+    model = JEPAModel(sizes | shape | regularised, total_steps=arguments.steps, mask_ratio=None)
 model.to(device)
 # The groups hold the target encoder's parameters too: the optimizer averages into them in the same pass.
 optimizer = FusedAdamW(parameter_groups(model))

@@ -18,6 +18,7 @@ from ijepa_fast import IJEPA, FusedAdamW, JEPAModel, Ragged, cast_weights, param
 from ijepa_fast.jepa_model.config import JEPAConfig, nearest_heads
 from ijepa_fast.model.jepa import Objective
 from ijepa_fast.model.vit import IMAGENET_MEAN, IMAGENET_STD, PREDICTOR_DEPTH, SIZES, sincos_positions
+from ijepa_fast.optim.schedules import interpolate
 from ijepa_fast.weights.reading import WeightsError, interpolate_positions
 
 
@@ -76,6 +77,8 @@ class TestConfiguration:
             ({"embed_dim": 16, "zz": 1}, "'zz'"),
             ({"masks": {"num_target": 2}}, "'num_target' (did you mean 'num_targets'?)"),
             ({"ema_momentum": 1.5}, "ema_momentum must lie in [0, 1], got 1.5"),
+            ({"momentum_shape": "sine"}, "momentum_shape must be cosine or linear, got 'sine'"),
+            ({"patch_size": (16, 4)}, "patch_size must be one whole number, got (16, 4)"),
             ({"total_steps": 0}, "total_steps must be at least 1, got 0"),
             ({"encoder_dim": 0}, "encoder_dim must be at least 1, got 0"),
             ({"encoder_depth": 0}, "depth must be at least 1, got 0"),
@@ -173,6 +176,22 @@ class TestLoss:
         mean, std = (torch.tensor(v).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
         floats = (images() / 255 - mean) / std
         torch.testing.assert_close(model(floats)[0], model(images())[0], rtol=1e-5, atol=0)
+
+    @pytest.mark.parametrize(("scale", "warned"), [(255, True), (1, True), (-2, False), ("mean 0", False)])
+    def test_floats_that_are_not_normalised_are_told_once(self, scale, warned, caplog):
+        model = tiny(mean=[0] * 3, std=[1] * 3) if scale == "mean 0" else tiny()
+        floats = images() / 255 * (1 if scale == "mean 0" else scale)
+        for _ in range(2):
+            model(floats)
+        assert len(caplog.records) == warned
+        assert not warned or "float images are taken as normalised, but these lie between 0 and" in caplog.text
+
+    @pytest.mark.parametrize("shape", ["cosine", "linear"])
+    def test_the_momentum_has_the_shape_of_the_schedule(self, shape):
+        model = tiny(total_steps=4, **({} if shape == "cosine" else {"momentum_shape": shape}))
+        for step in range(6):
+            model.updates.fill_(step)
+            assert math.isclose(model.momentum(), interpolate(shape, 0.9, 1.0, step / 4))
 
     def test_images_of_another_size_are_refused(self):
         with pytest.raises(ValueError, match="images of 28 x 24 px have 7 x 6 patches, but .* img_size=24, 6 x 6"):

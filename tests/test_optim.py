@@ -247,16 +247,17 @@ def test_four_groups_of_the_official_recipe():
             assert names[twin] == names[parameter].replace("context_encoder", "target_encoder")
 
 
-def test_layer_decay_scales_by_depth():
+@pytest.mark.parametrize("norm_is_a_layer", [False, True])
+def test_layer_decay_scales_by_depth(norm_is_a_layer):
     model = tiny_model()
-    groups = parameter_groups(model, layer_decay=0.5)
+    groups = parameter_groups(model, layer_decay=0.5, norm_is_a_layer=norm_is_a_layer)
     names = {p: n for n, p in model.named_parameters()}
     scale = {names[p]: g["lr_scale"] for g in groups for p in g["params"]}
-    depth = len(model.context_encoder.blocks)
+    depth, last = len(model.context_encoder.blocks), 0.5 if norm_is_a_layer else 1
     assert scale["context_encoder.norm.weight"] == 1
-    assert scale["context_encoder.blocks.1.attn.qkv.weight"] == 0.5
-    assert scale["context_encoder.blocks.0.mlp.fc1.bias"] == 0.25
-    assert scale["context_encoder.patch_embed.proj.weight"] == 0.5 ** (depth + 1)
+    assert scale["context_encoder.blocks.1.attn.qkv.weight"] == last
+    assert scale["context_encoder.blocks.0.mlp.fc1.bias"] == 0.5 * last
+    assert scale["context_encoder.patch_embed.proj.weight"] == 0.5**depth * last
     assert scale["predictor.mask_token"] == 1
     with pytest.raises(ValueError, match="layer_decay must lie in .*, got 1.5"):
         parameter_groups(model, layer_decay=1.5)

@@ -39,8 +39,9 @@ class JEPAConfig:
             ``ijepa_fast.model.jepa.Objective``.
         ema_momentum: of the target encoder; with total_steps, at the start.
         final_momentum: at the end of total_steps.
-        total_steps: optimizer steps over which the momentum goes linearly from ema_momentum to final_momentum. None:
-            it stays where it is.
+        momentum_shape: cosine, or linear as in the official code: how the momentum goes there.
+        total_steps: optimizer steps over which the momentum goes from ema_momentum to final_momentum. None: it stays
+            where it is.
         auto_ema: average into the target encoder whenever the context encoder was stepped. False: only when
             ``update_target`` is called.
         seed: of the masks. Weights come from torch's global generator.
@@ -72,6 +73,7 @@ class JEPAConfig:
     covariance_weight: float = 0.0
     ema_momentum: float = 0.996
     final_momentum: float = 1.0
+    momentum_shape: Literal["cosine", "linear"] = "cosine"
     total_steps: int | None = None
     auto_ema: bool = True
     seed: int = 0
@@ -83,11 +85,16 @@ class JEPAConfig:
 
     def __post_init__(self) -> None:
         for name in ("patch_size", "in_chans", "encoder_dim", "predictor_dim"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+            value = getattr(self, name)
+            if not isinstance(value, int):
+                raise ValueError(f"{name} must be one whole number, got {value!r}")
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
         for name in ("ema_momentum", "final_momentum"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
+        if self.momentum_shape not in ("cosine", "linear"):
+            raise ValueError(f"momentum_shape must be cosine or linear, got {self.momentum_shape!r}")
         if self.total_steps is not None and self.total_steps < 1:
             raise ValueError(f"total_steps must be at least 1, got {self.total_steps}")
 

@@ -5,6 +5,7 @@ Legend: B images, N patches per image, D width, T packed rows.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
@@ -16,6 +17,8 @@ from ijepa_fast.masks.geometry import pack_mask
 from ijepa_fast.model.jepa import Prediction
 from ijepa_fast.model.vit import VisionTransformer
 from ijepa_fast.ragged import Ragged
+
+log = logging.getLogger(__name__)
 
 
 class Encoder(VisionTransformer):
@@ -101,3 +104,19 @@ def cosine_similarity(predicted: Prediction, eps: float) -> Tensor:
     targets = F.layer_norm(targets, targets.shape[-1:], eps=eps)
     similarity = F.cosine_similarity(predicted.values.float(), targets, dim=-1)
     return (similarity * used).sum() / used.sum().clamp(min=1)
+
+
+@torch.compiler.disable
+def warn_of_range(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> None:
+    """Say in the log that float images do not look normalised. This waits for the device: once per model."""
+    if not images.is_floating_point() or not images.numel():
+        return
+    low, high = (float(value) for value in images.detach().aminmax())
+    plain = not any(mean) and set(std) == {1}
+    if high > 30 or (low >= 0 and high <= 1 and not plain):
+        log.warning(
+            "float images are taken as normalised, but these lie between %.4g and %.4g: give uint8 images, which are "
+            "normalised here, or (images - mean) / std",
+            low,
+            high,
+        )

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from ijepa_fast.jepa_model.config import JEPAConfig
 from ijepa_fast.jepa_model.following import averages_into, differ, first_values, holds, performed
-from ijepa_fast.jepa_model.metrics import Encoder, Metrics, cosine_similarity
+from ijepa_fast.jepa_model.metrics import Encoder, Metrics, cosine_similarity, warn_of_range
 from ijepa_fast.masks.sampler import Masks, MaskSampler
 from ijepa_fast.model.jepa import IJEPA, Losses, Objective
 from ijepa_fast.model.vit import Predictor
@@ -127,6 +127,9 @@ class JEPAModel(IJEPA):
         Raises:
             ValueError: images of another shape.
         """
+        if not self._looked_at_images:
+            self._looked_at_images = True
+            warn_of_range(images, self.config.mean, self.config.std)
         if masks is None:
             masks = self.draw_masks(images)
         losses, pooled, similarity = self._compute(images, masks)
@@ -184,7 +187,10 @@ class JEPAModel(IJEPA):
         start, end, steps = self.config.ema_momentum, self.config.final_momentum, self.config.total_steps
         if steps is None:
             return torch.full((), start, dtype=torch.float64, device=self.updates.device)
-        return start + (end - start) * (self.updates.double() / steps).clamp(max=1)
+        progress = (self.updates.double() / steps).clamp(max=1)
+        if self.config.momentum_shape == "cosine":
+            progress = 0.5 - 0.5 * torch.cos(torch.pi * progress)
+        return start + (end - start) * progress
 
     def update_target(self) -> None:
         """Average the context encoder into the target encoder now.
@@ -284,7 +290,7 @@ class JEPAModel(IJEPA):
         self._ema: EMA | None = None
         self._addresses: tuple[int, ...] = ()
         self._followed: weakref.WeakSet[Optimizer] = weakref.WeakSet()
-        self._calling = False
+        self._calling = self._looked_at_images = False
         self._forget_steps()
 
     # Saving
@@ -337,6 +343,6 @@ class JEPAModel(IJEPA):
         about = description_in(metadata, "ijepa_fast", ("format", "config"), path)
         if about["format"] != FORMAT:
             raise WeightsError(f"{path} was not written by JEPAModel.save: its format is {about['format']!r}")
-        model = cls(about["config"])
+        model = cls({"momentum_shape": "linear"} | about["config"])  # as files of earlier versions meant it
         load_weights(model, tensors, str(path))
         return model

@@ -125,8 +125,8 @@ class VisionTransformer(BlockStack):
     ):
         super().__init__()
         self._check(embed_dim, depth, num_heads, mlp_ratio, init, attention)
-        if patch_size < 1:
-            raise ValueError(f"patch_size must be at least 1 pixel, got {patch_size}")
+        if not isinstance(patch_size, int) or patch_size < 1:
+            raise ValueError(f"patch_size must be at least 1 pixel, one number for square patches, got {patch_size}")
         if len(mean) != in_chans or len(std) != in_chans:
             raise ValueError(f"mean and std need {in_chans} values, got {list(mean)} and {list(std)}")
         if not all(value > 0 for value in std):

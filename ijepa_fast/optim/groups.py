@@ -22,16 +22,18 @@ def decays(parameter: Tensor) -> bool:
     return parameter.ndim > 1
 
 
-def parameter_groups(model: nn.Module, layer_decay: float = 1.0) -> list[dict]:
+def parameter_groups(model: nn.Module, layer_decay: float = 1.0, *, norm_is_a_layer: bool = False) -> list[dict]:
     """The four groups of the official recipe: decayed and not, of context encoder and predictor.
 
     Encoder parameters bring their target encoder twin under the key "ema".
 
     Args:
         model: an ``IJEPA``, or anything with its parts ``context_encoder``, ``target_encoder`` and ``predictor``.
-        layer_decay: multiplies the learning rate of the encoder's layer l of L by ``layer_decay ** (L + 1 - l)``, where
-            the patch embedding is layer 0, block i layer i + 1, and the final norm layer L + 1 (arXiv 2106.08254,
-            appendix). 1 keeps four groups; otherwise there is one pair of groups per layer.
+        layer_decay: factor of the learning rate from one encoder layer to the one below. The last block and the final
+            norm have factor 1, the block below ``layer_decay``, the patch embedding ``layer_decay ** blocks``. 1 keeps
+            four groups; otherwise there is one pair of groups per layer.
+        norm_is_a_layer: count the final norm as a layer above the last block, which then has the factor ``layer_decay``
+            (arXiv 2106.08254, appendix); all below have one power more as well.
 
     Returns:
         Groups with "params", "ema" (encoder only), "name", "decays" (bool) and "lr_scale".
@@ -48,7 +50,7 @@ def parameter_groups(model: nn.Module, layer_decay: float = 1.0) -> list[dict]:
                 key, scale = f"{part}-{'decay' if wanted else 'nodecay'}", 1.0
                 if part == "encoder" and layer_decay < 1:
                     layer = _layer_of(name, depth)
-                    key, scale = f"{key}-{layer}", layer_decay ** (depth + 1 - layer)
+                    key, scale = f"{key}-{layer}", layer_decay ** max(depth + norm_is_a_layer - layer, 0)
                 group = groups.setdefault(key, {"params": [], "name": key, "decays": wanted, "lr_scale": scale})
                 group["params"].append(parameter)
                 if part == "encoder":
