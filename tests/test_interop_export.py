@@ -231,8 +231,8 @@ def test_training_starts_from_an_imported_encoder(data, tmp_path, precision):
     assert cli.main(["pretrain", "--config", str(tmp_path / "run" / "config.yaml")]) == 0
     end = checkpoints.load(checkpoints.find(tmp_path / "run"))
     assert (start.step, end.step) == (0, 4)
-    assert start.tensors.keys() == end.tensors.keys()
-    assert {n: t.dtype for n, t in start.tensors.items()} == {n: t.dtype for n, t in end.tensors.items()}
+    kept = {name: value.dtype for name, value in end.tensors.items() if not name.startswith("knn.")}
+    assert {name: value.dtype for name, value in start.tensors.items()} == kept
 
 
 @pytest.fixture(scope="module")
