@@ -262,6 +262,7 @@ def official_file(tmp_path_factory):
         (["export", "RUN", "--to", "onnx", "--out", "x"], "onnx"),
         (["import", "/nowhere", "--out", "x"], "/nowhere"),
         (["import", "FOLDER", "--out", "x"], "is a folder without config.json"),
+        (["import", "RUN", "--out", "x"], "is a run of ijepa_fast and needs no import"),
         (["import", "TEXT", "--out", "x"], "TEXT is damaged or not a file of weights"),
         (["import", "TIMM", "--out", "x"], "is none of the known sizes: give num_heads"),
         (["import", "OTHER", "--out", "x"], "not the weights of a ViT encoder: no pos_embed, patch_embed.proj.weight"),

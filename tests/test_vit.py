@@ -290,6 +290,7 @@ ERRORS = [
     (lambda: make_encoder().intermediate_layers(torch.zeros(1, 1, 24, 24), n=1), r"\[1, 1, 24, 24\]"),
     (lambda: make_encoder()(torch.zeros(1, 3, 24, 24, dtype=torch.int64)), "torch.int64"),
     (lambda: make_encoder()(float_images(1), []), "empty list"),
+    (lambda: make_encoder(patch_size=(16, 4)), r"one number for square patches, got \(16, 4\)"),
     (
         lambda: make_encoder()(float_images(1), [torch.zeros(1, k, dtype=torch.int64) for k in (2, 3)]),
         "same number of patches",

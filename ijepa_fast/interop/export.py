@@ -65,18 +65,18 @@ def export(
 def _official(
     checkpoint: Path, out: Path, model: IJEPA, state: Checkpoint, config: RunConfig, steps_per_epoch: int | None
 ) -> str:
-    found = _last_metrics(checkpoint, state.step)
+    metrics = _last_metrics(checkpoint, state.step)
     if steps_per_epoch is None:
-        if "epoch" not in found:
+        if "epoch" not in metrics:
             raise WeightsError(
                 f"cannot tell how many epochs {state.step} steps are (no metrics.jsonl beside {checkpoint}): "
                 "give steps_per_epoch"
             )
-        steps_per_epoch = round(found["step"] / found["epoch"])
+        steps_per_epoch = round(metrics["step"] / metrics["epoch"])
     if steps_per_epoch < 1:
         raise ValueError(f"steps_per_epoch must be at least 1, got {steps_per_epoch}")
     epoch, rest = divmod(state.step, steps_per_epoch)
-    official = to_official(model, state, config, epoch, found.get("loss", float("nan")))
+    official = to_official(model, state, config, epoch, metrics.get("loss", float("nan")))
     write(out, official)
     said = [f"{out}: both encoders and the predictor after step {state.step}, epoch {epoch}"]
     if official.opt is None:

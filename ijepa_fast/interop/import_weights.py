@@ -32,8 +32,8 @@ LICENCE = "The weights that Meta published are CC-BY-NC-4.0, and stay so in this
 
 
 @dataclass(frozen=True)
-class Found:
-    """What a file or folder holds.
+class Imported:
+    """Weights of another library, and what is known of their networks.
 
     Attributes:
         kind: of file, in words.
@@ -74,21 +74,21 @@ def import_weights(
     Raises:
         WeightsError: the file is refused, damaged, or not understood; or ``out`` holds a run already.
     """
-    found = read_any(source)
-    config = replace(config, output=str(out), model=_model_config(found, config.model, num_heads))
+    imported = read_any(source)
+    config = replace(config, output=str(out), model=_model_config(imported, config.model, num_heads))
     torch.manual_seed(config.seed)
     model = config.model.build(config.objective)
-    load_weights(model.context_encoder, found.context, f"context encoder of {source}")
-    load_weights(model.target_encoder, found.target, f"target encoder of {source}")
-    if found.predictor is not None:
-        load_weights(model.predictor, found.predictor, f"predictor of {source}")
-    step, moments = moments_of(found.run) if found.run is not None else (0, {})
-    about = {"source": Path(source).name, "kind": found.kind}
+    load_weights(model.context_encoder, imported.context, f"context encoder of {source}")
+    load_weights(model.target_encoder, imported.target, f"target encoder of {source}")
+    if imported.predictor is not None:
+        load_weights(model.predictor, imported.predictor, f"predictor of {source}")
+    step, moments = moments_of(imported.run) if imported.run is not None else (0, {})
+    about = {"source": Path(source).name, "kind": imported.kind}
     path = save_run(out, model, config, step, moments=moments, data=data, about=about)
-    said = [f"{path}: {found.kind}, {architecture(found.target)}"]
-    if found.target is found.context:
+    said = [f"{path}: {imported.kind}, {architecture(imported.target)}"]
+    if imported.target is imported.context:
         said.append("both encoders start from the one that is there")
-    if found.predictor is None:
+    if imported.predictor is None:
         said.append("the predictor is new")
     if moments:
         said.append(f"{step} steps done; optimizer state " + ("included" if data else "left out: no data given"))
@@ -96,7 +96,7 @@ def import_weights(
     return config, "\n".join(said)
 
 
-def read_any(source: Path | str) -> Found:
+def read_any(source: Path | str) -> Imported:
     """Read weights, whatever wrote them.
 
     Raises:
@@ -107,6 +107,8 @@ def read_any(source: Path | str) -> Found:
     if not source.exists():
         raise FileNotFoundError(f"there is no file or folder {source}")
     if source.is_dir():
+        if (source / "checkpoints").is_dir():
+            raise WeightsError(f"{source} is a run of ijepa_fast and needs no import: probe, knn and export read it")
         if not (source / "config.json").is_file():
             raise WeightsError(f"{source} is a folder without config.json: not one of transformers' save_pretrained")
         from ijepa_fast.interop.huggingface import from_huggingface
@@ -128,23 +130,23 @@ def read_any(source: Path | str) -> Found:
     if is_official(contents):
         run = parse(contents)
         kind = f"an official checkpoint after epoch {run.epoch}"
-        return Found(kind, run.encoder, run.target_encoder, run.predictor, run=run)
+        return Imported(kind, run.encoder, run.target_encoder, run.predictor, run=run)
     if not isinstance(contents, Mapping):
         raise WeightsError(f"{source} holds {type(contents).__name__}, no weights")
     if all(isinstance(contents.get(name), Mapping) for name in ("encoder", "target_encoder")):
         both = [plain_names(contents[name]) for name in ("encoder", "target_encoder")]
-        return Found("both encoders of an official checkpoint", *both)
+        return Imported("both encoders of an official checkpoint", *both)
     return _of_state(contents, source)
 
 
-def _of_encoder(kind: str, encoder: VisionTransformer) -> Found:
+def _of_encoder(kind: str, encoder: VisionTransformer) -> Imported:
     state, eps = encoder.state_dict(), layer_norm_eps(encoder)
     if eps != LAYER_NORM_EPS:
         kind += f" (its layer-norm eps is {eps}; runs have {LAYER_NORM_EPS})"
-    return Found(kind, state, state, build=build_arguments(encoder))
+    return Imported(kind, state, state, build=build_arguments(encoder))
 
 
-def _of_state(state: Mapping[str, Tensor], source: Path) -> Found:
+def _of_state(state: Mapping[str, Tensor], source: Path) -> Imported:
     for nested in ("state_dict", "model", "encoder"):
         if isinstance(state.get(nested), Mapping):
             state = state[nested]
@@ -155,15 +157,15 @@ def _of_state(state: Mapping[str, Tensor], source: Path) -> Found:
         architecture(weights)
     except WeightsError as error:
         raise WeightsError(f"{source}: {error}") from None
-    return Found("an encoder by itself (which one, the file does not say)", weights, weights)
+    return Imported("an encoder by itself (which one, the file does not say)", weights, weights)
 
 
-def _model_config(found: Found, config: ModelConfig, num_heads: int | None) -> ModelConfig:
+def _model_config(imported: Imported, config: ModelConfig, num_heads: int | None) -> ModelConfig:
     """The configuration with the sizes of the weights."""
-    seen = architecture(found.context)
+    seen = architecture(imported.context)
     if seen.in_chans != 3:
         raise WeightsError(f"the encoder takes {seen.in_chans} channels; runs have 3")
-    height, width = found.build.get("img_size", [seen.patch_size * square_side(seen.num_patches)] * 2)
+    height, width = imported.build.get("img_size", [seen.patch_size * square_side(seen.num_patches)] * 2)
     if height != width:
         raise WeightsError(f"the encoder is for images of {height} x {width} px; runs have square ones")
     sizes = {
@@ -171,17 +173,17 @@ def _model_config(found: Found, config: ModelConfig, num_heads: int | None) -> M
         "patch_size": seen.patch_size,
         "embed_dim": seen.embed_dim,
         "depth": seen.depth,
-        "num_heads": num_heads or found.build.get("num_heads") or seen.num_heads,
+        "num_heads": num_heads or imported.build.get("num_heads") or seen.num_heads,
         "mlp_ratio": seen.hidden / seen.embed_dim,
     }
     for name in ("mean", "std"):
-        if name in found.build:
-            sizes[name] = tuple(found.build[name])
-    if found.predictor is not None:
-        blocks = {name.split(".")[1] for name in found.predictor if name.startswith("predictor_blocks.")}
-        if (first := "predictor_blocks.0.mlp.fc1.weight") not in found.predictor:
+        if name in imported.build:
+            sizes[name] = tuple(imported.build[name])
+    if imported.predictor is not None:
+        blocks = {name.split(".")[1] for name in imported.predictor if name.startswith("predictor_blocks.")}
+        if (first := "predictor_blocks.0.mlp.fc1.weight") not in imported.predictor:
             raise WeightsError(f"not the weights of a predictor: no {first}")
-        hidden, width = found.predictor[first].shape
+        hidden, width = imported.predictor[first].shape
         sizes |= {
             "predictor_embed_dim": width,
             "predictor_depth": len(blocks),

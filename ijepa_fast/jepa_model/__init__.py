@@ -1,4 +1,4 @@
-"""``JEPAModel``: the three networks behind one call, for training loops of others."""
+"""``JEPAModel``: the whole method as one module, for a training loop of your own."""
 
 from ijepa_fast.jepa_model.config import JEPAConfig
 from ijepa_fast.jepa_model.model import JEPAModel

@@ -1,4 +1,4 @@
-"""The settings of ``JEPAModel``, and what follows from those that are not given."""
+"""Settings of ``JEPAModel``, and the values of those that are not given."""
 
 from __future__ import annotations
 
@@ -20,35 +20,37 @@ class JEPAConfig:
         patch_size: side of a patch in pixels; divides img_size.
         in_chans: channels of the images.
         encoder_dim: width of the two encoders, a multiple of 4.
-        encoder_depth: their blocks. By default those of the paper's encoder with the nearest width (tiny 192, small
-            384, base 768: 12; large 1024: 24; huge 1280: 32; giant 1408: 40).
-        encoder_heads: their attention heads. By default the paper's at its widths, otherwise as many as give a head
-            dim near 64.
+        encoder_depth: their transformer blocks. By default as many as in the paper's encoder with the nearest width
+            (tiny 192, small 384, base 768: 12; large 1024: 24; huge 1280: 32; giant 1408: 40).
+        encoder_heads: their attention heads. By default as in the paper at its widths, otherwise as many as give a
+            head dim near 64.
         predictor_dim: width of the predictor, a multiple of 4.
-        predictor_depth: its blocks. By default those that go with the nearest width of the encoder (6, 12 from large
-            on, 16 for giant).
-        predictor_heads: by default the encoder's, or the nearest number that divides predictor_dim.
-        mlp_ratio: hidden width of the encoder's MLPs over its width. By default 4, at the width of giant 6144 / 1408.
-        predictor_mlp_ratio: the same of the predictor. By default mlp_ratio where that is given, otherwise 4.
-        mask_ratio: share of the patches that the context leaves out: it has round((1 - mask_ratio) * N) patches, a
-            uniform random subset of those it can see. None: all that it can see, as in the paper.
+        predictor_depth: its transformer blocks. By default as many as go with the nearest width of the encoder (6, 12
+            from large on, 16 for giant).
+        predictor_heads: its attention heads. By default as many as the encoder has, or the nearest number that divides
+            predictor_dim.
+        mlp_ratio: hidden width of the encoder's MLPs over its width. By default 4; 6144 / 1408 at the width of giant.
+        predictor_mlp_ratio: the same ratio of the predictor. By default mlp_ratio where that is given, otherwise 4.
+        mask_ratio: share of the patches that the context leaves out. It has round((1 - mask_ratio) * N) patches, drawn
+            uniformly from those outside the target blocks. None: all of those, as in the paper.
         masks: further settings of ``MaskConfig``, such as num_targets, target_scale or min_keep. min_keep is by
             default 10, and N / 16 on grids of fewer than 160 patches.
         loss: l2 (paper), smooth_l1 (official code) or l1, between prediction and layer-normalised target features.
-        variance_weight, covariance_weight: of terms that keep the features of small data sets from collapsing, see
-            ``ijepa_fast.model.jepa.Objective``.
-        ema_momentum: of the target encoder; with total_steps, at the start.
-        final_momentum: at the end of total_steps.
-        momentum_shape: cosine, or linear as in the official code: how the momentum goes there.
+        variance_weight, covariance_weight: weights of the terms that keep features of small data sets from collapsing,
+            see ``ijepa_fast.model.jepa.Objective``.
+        ema_momentum: momentum of the target encoder; with total_steps, its value at the start.
+        final_momentum: its value after total_steps.
+        momentum_shape: its curve between them: cosine, or linear as in the official code.
         total_steps: optimizer steps over which the momentum goes from ema_momentum to final_momentum. None: it stays
             where it is.
         auto_ema: average into the target encoder whenever the context encoder was stepped. False: only when
             ``update_target`` is called.
-        seed: of the masks. Weights come from torch's global generator.
-        mean, std: per channel, of images in [0, 1]; uint8 images are normalised with them. By default ImageNet's for
+        seed: seed of the masks. Weights come from torch's global generator.
+        mean, std: mean and standard deviation of each channel, for images in [0, 1]; uint8 images are normalised with
+            them. By default ImageNet's for
             three channels, otherwise 0.5.
-        init: flat (std 0.02 at all depths) or depth_scaled.
-        attention: variable-length attention backend, see ``ijepa-fast doctor``.
+        init: initialisation, flat (std 0.02 at all depths) or depth_scaled.
+        attention: backend of variable-length attention, see ``ijepa-fast doctor``.
         activation_checkpointing: recompute blocks in the backward pass to save memory.
 
     Raises:
@@ -100,12 +102,12 @@ class JEPAConfig:
 
     @classmethod
     def from_keys(cls, keys: Mapping[str, Any]) -> JEPAConfig:
-        """From a dict of keys. Raises ValueError for unknown keys, with the nearest known ones."""
+        """The settings in a dict. Raises ValueError for unknown keys, with the nearest known ones."""
         _refuse_unknown(keys, [f.name for f in fields(cls)], "JEPAModel")
         return cls(**_tuples(keys))
 
     def resolved(self) -> JEPAConfig:
-        """The same settings with everything that was left open filled in."""
+        """The same settings with a value for each that was left open."""
         size = min(SIZES, key=lambda name: abs(SIZES[name]["embed_dim"] - self.encoder_dim))
         exact = SIZES[size] if SIZES[size]["embed_dim"] == self.encoder_dim else {}
         heads = self.encoder_heads
@@ -125,7 +127,7 @@ class JEPAConfig:
         return replace(self, **{name: value for name, value in derived.items() if getattr(self, name) is None})
 
     def mask_config(self, num_patches: int) -> MaskConfig:
-        """The masks for images of this many patches."""
+        """How masks are drawn on images of this many patches."""
         _refuse_unknown(self.masks, [f.name for f in fields(MaskConfig)], "masks")
         settings = {"min_keep": min(10, num_patches // 16)}
         if self.mask_ratio is not None:

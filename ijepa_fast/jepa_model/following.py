@@ -1,4 +1,4 @@
-"""What a target encoder that follows by itself has to know of optimizers: whether they stepped, and what they did."""
+"""How ``JEPAModel`` learns that an optimizer has stepped: from the weights, or from the optimizer."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ijepa_fast.optim import FusedAdamW
 from ijepa_fast.optim.step_tensors import local
 
 _VALUES = 8
-"""Values of each parameter that stand for all of it: a step changes some of them, wherever its gradient is not zero."""
+"""Values of each parameter that are compared; a step changes some of them."""
 
 
 @torch.no_grad()
@@ -20,8 +20,11 @@ def first_values(module: nn.Module) -> Tensor:
 
 
 def differ(now: Tensor, then: Tensor) -> Tensor:
-    """Whether values have changed: a bool scalar on their device, so that nobody waits. Casts and moves are no change,
-    and values of parameters that were sharded in the meantime cannot be compared."""
+    """Whether values have changed, as a bool scalar on their device, so that the host does not wait.
+
+    A cast or a move to another device is no change. Values of parameters that have been sharded since cannot be
+    compared; they count as unchanged.
+    """
     if now.shape != then.shape:
         return torch.zeros((), dtype=torch.bool, device=now.device)
     return (now != then.to(now)).any()
@@ -41,8 +44,11 @@ def averages_into(optimizer: Optimizer, target: nn.Module) -> bool:
 
 
 def performed(optimizer: Optimizer) -> Tensor | bool:
-    """In a post hook of its step: whether the step changed weights. The device is not asked: ``GradScaler`` and
-    gradients that are not finite make some optimizers decide there to leave a step out."""
+    """Whether the optimizer's last step changed weights; to be called in a post hook of the step.
+
+    Some optimizers leave a step out by a decision on the device (``GradScaler``, gradients that are not finite). The
+    answer is then a tensor there, so that the host does not wait.
+    """
     if isinstance(optimizer, FusedAdamW):
         return optimizer.performed
     found_inf = getattr(optimizer, "found_inf", None)  # GradScaler leaves it there for the time of the step

@@ -1,4 +1,4 @@
-"""What ``JEPAModel`` has beside ``IJEPA``: encoders that take a mask, and the metrics of a call.
+"""Parts of ``JEPAModel``: encoders that take a mask, and the metrics of a call.
 
 Legend: B images, N patches per image, D width, T packed rows.
 """
@@ -25,7 +25,7 @@ class Encoder(VisionTransformer):
     """``VisionTransformer`` that also takes a mask of patches.
 
     Attributes:
-        loads: how many times weights were loaded, which an optimizer's step is told from by it.
+        loads: how many times weights were loaded, so that loading is not taken for an optimizer's step.
     """
 
     loads = 0
@@ -44,7 +44,7 @@ class Encoder(VisionTransformer):
 
         Args:
             images: [B, C, h, w]; uint8 is normalised here, float is taken as normalised.
-            mask: the patches that the encoder sees, the others are as if they were not there. None: all. Bool [B, N]:
+            mask: the patches that the encoder sees; the others take no part. None: all. Bool [B, N]:
                 those that are True. int64 [B, K], or a list of such: these patches (the official layout). A ``Ragged``
                 of token indices: packed sets.
             queries: as in ``VisionTransformer``.
@@ -65,13 +65,14 @@ class Encoder(VisionTransformer):
 
 
 class Metrics(Mapping[str, Tensor]):
-    """What a call of ``JEPAModel`` measured: scalars on the device, without gradients. The host waits for the device
-    when a value is read, and not before; ``rank`` is computed only then.
+    """Metrics of a call of ``JEPAModel``: scalars on the device, without gradients. The host waits for the device only
+    when a value is read; ``rank`` is computed only then.
 
     Keys:
-        loss: what is minimised.
+        loss: the loss that is minimised.
         prediction_loss, variance_loss, covariance_loss: its terms, where there is more than the first.
-        feature_std: of the target encoder's average-pooled features over the images of the batch, mean over features.
+        feature_std: standard deviation of the target encoder's average-pooled features over the batch, averaged over
+            features.
         rank: RankMe of these features (arXiv 2210.02885), between 1 (collapsed) and min(B, D).
         cosine_similarity: between prediction and layer-normalised target, mean over target patches.
         tokens: patches of all contexts and targets in the batch.
@@ -98,7 +99,7 @@ class Metrics(Mapping[str, Tensor]):
 
 @torch.no_grad()
 def cosine_similarity(predicted: Prediction, eps: float) -> Tensor:
-    """Mean cosine similarity of predictions and layer-normalised targets over the rows that are no padding."""
+    """Mean cosine similarity of predictions and layer-normalised targets over packed rows, without padding."""
     used = predicted.rows >= 0
     targets = predicted.targets[predicted.rows.clamp(min=0)].float()
     targets = F.layer_norm(targets, targets.shape[-1:], eps=eps)

@@ -204,7 +204,7 @@ class JEPAModel(IJEPA):
             self._average(True)
 
     def follow(self, *optimizers: Optimizer) -> None:
-        """From now on, average after the steps of these optimizers, told by hooks of their own.
+        """Average after each step of these optimizers from now on; hooks of their own tell of it.
 
         Needed for optimizers that call the model during their step (LBFGS), and for several steps without a call of
         the model in between. Of several optimizers over the encoder give all: there is one update when each has
@@ -279,7 +279,7 @@ class JEPAModel(IJEPA):
         self._noted = tuple(first_values(self._modules[name]) for name in ("context_encoder", "target_encoder"))
 
     def _forget_steps(self) -> None:
-        """As if no optimizer had stepped since the last update."""
+        """Start anew: no optimizer is known to have stepped since the last update."""
         self._noted: tuple[Tensor, ...] | None = None  # of the last training call or update
         self._stepped: set[int] = set()  # ids of the followed optimizers that have stepped since the last update
         self._performed: Tensor | bool = False  # whether one of these steps did anything
@@ -300,7 +300,7 @@ class JEPAModel(IJEPA):
         return super().state_dict(*args, **kwargs)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False):
-        """As of any module, but with ``strict`` everything is checked before anything is loaded.
+        """Load weights as any module does; with ``strict``, everything is checked before anything is loaded.
 
         Raises:
             WeightsError: names are missing or unexpected, or shapes differ; the model is left as it was.

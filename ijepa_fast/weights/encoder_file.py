@@ -19,14 +19,14 @@ from ijepa_fast.weights.reading import (
 from ijepa_fast.weights.timm import to_timm
 
 KEY = "ijepa_fast_encoder"
-"""Name of the metadata."""
+"""Key of the description in a file's metadata."""
 
 
 def save_encoder(path: Path | str, encoder: VisionTransformer, about: dict | None = None) -> None:
     """Write an encoder; the file appears under its name only when it is whole.
 
     Args:
-        path: file. timm reads it as well (``interop.timm.timm_arguments`` says for which model).
+        path: file. timm reads it as well (``weights.timm.timm_arguments`` says for which model).
         encoder: any dtype.
         about: kept in the metadata, for people: which encoder it is, after how many steps.
 

@@ -20,15 +20,15 @@ from torch import Tensor, nn
 from ijepa_fast.model.vit import SIZES, VisionTransformer, resize_positions
 
 LISTED = 8
-"""Names of each kind that an error message lists."""
+"""Number of names of each kind that an error message lists."""
 
 POSITION_TABLES = ("pos_embed", "predictor_pos_embed")
-"""Last part of their names."""
+"""Names of position tables, without those of the modules they are in."""
 LAYER_NORM_EPS = 1e-6
-"""Of every network that is not told otherwise, of every network of a run, and of the official code. transformers
-writes another default into its configs."""
+"""Eps of the layer norms of every run, of the official code, and of networks that are not told otherwise.
+transformers writes another default into its configs."""
 _WRAPPERS = ("module.", "_orig_mod.")
-"""What DistributedDataParallel and torch.compile put before the names of a module."""
+"""Prefixes that DistributedDataParallel and torch.compile give to the names of a module."""
 
 
 class WeightsError(ValueError):
@@ -37,7 +37,7 @@ class WeightsError(ValueError):
 
 @dataclass(frozen=True)
 class Architecture:
-    """What the weights of an encoder tell about it. The number of attention heads leaves no trace in them.
+    """Sizes of an encoder, read off its weights. The number of attention heads leaves no trace in them.
 
     Attributes:
         embed_dim, depth, patch_size, in_chans: as in ``VisionTransformer``.
@@ -85,7 +85,7 @@ def square_side(num_patches: int) -> int:
 
 
 def architecture(state: Mapping[str, Tensor]) -> Architecture:
-    """Of an encoder's weights under their official names.
+    """The sizes of an encoder, from its weights under their official names.
 
     Raises:
         WeightsError: these are not the weights of such an encoder.

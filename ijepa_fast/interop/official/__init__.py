@@ -1,4 +1,4 @@
-"""What the official training script takes from its own modules, with the same names, signatures and conventions.
+"""The functions and classes that the official training script imports, with the same names and signatures.
 
 Written from a description of the interface; no line is from the official code (facebookresearch/ijepa, CC-BY-NC-4.0).
 See docs/official.md.

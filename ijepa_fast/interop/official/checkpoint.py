@@ -66,8 +66,8 @@ def read(path: Path | str) -> OfficialCheckpoint:
     """
     contents = read_pickle(path)
     if not is_official(contents):
-        found = ", ".join(map(str, list(contents)[:8])) if isinstance(contents, Mapping) else type(contents).__name__
-        raise WeightsError(f"{path} is no official I-JEPA checkpoint: it needs {', '.join(NETWORKS)}, and has {found}")
+        names = ", ".join(map(str, list(contents)[:8])) if isinstance(contents, Mapping) else type(contents).__name__
+        raise WeightsError(f"{path} is no official I-JEPA checkpoint: it needs {', '.join(NETWORKS)}, and has {names}")
     return parse(contents)
 
 
@@ -136,26 +136,26 @@ def load_checkpoint(
         WeightsError: the file is damaged or does not fit; then nothing has been loaded.
         OSError: it cannot be opened.
     """
-    found = read(r_path)
-    pairs = [(encoder, found.encoder, "encoder"), (predictor, found.predictor, "predictor")]
+    saved = read(r_path)
+    pairs = [(encoder, saved.encoder, "encoder"), (predictor, saved.predictor, "predictor")]
     if target_encoder is not None:
-        pairs.append((target_encoder, found.target_encoder, "target_encoder"))
+        pairs.append((target_encoder, saved.target_encoder, "target_encoder"))
     for module, state, name in pairs:
         check_fit(module, state, f"{name} of {r_path}")
-    check_optimizer(found.opt, opt, r_path)
-    if scaler is not None and not found.scaler:
+    check_optimizer(saved.opt, opt, r_path)
+    if scaler is not None and not saved.scaler:
         raise WeightsError(f"{r_path} has no state of a loss scaler: it is from a run without use_bfloat16")
     for module, state, name in pairs:
         load_weights(module, state, f"{name} of {r_path}")
     excluded = [group.get("WD_exclude", False) for group in opt.param_groups]
-    opt.load_state_dict(found.opt)
+    opt.load_state_dict(saved.opt)
     for group, exclude in zip(opt.param_groups, excluded, strict=True):
         # The file decides about everything but this: where it was forgotten, biases would be decayed from now on.
         if exclude:
             group |= {"WD_exclude": True, "weight_decay": 0}
     if scaler is not None:
-        scaler.load_state_dict(found.scaler)
-    return encoder, predictor, target_encoder, opt, scaler, found.epoch
+        scaler.load_state_dict(saved.scaler)
+    return encoder, predictor, target_encoder, opt, scaler, saved.epoch
 
 
 def save_checkpoint(

@@ -173,7 +173,7 @@ class VisionTransformerPredictor(vit.Predictor):
 
 
 def vit_predictor(**options) -> VisionTransformerPredictor:
-    """As ``VisionTransformerPredictor``."""
+    """The same as ``VisionTransformerPredictor``."""
     return VisionTransformerPredictor(**options)
 
 

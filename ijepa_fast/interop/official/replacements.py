@@ -56,11 +56,11 @@ def accelerate(checkout: Path | str | None = None) -> list[str]:
     checkout = _find(checkout)
     if str(checkout) not in sys.path:
         sys.path.insert(0, str(checkout))
-    found = {name: _import(name, checkout) for name in REPLACEMENTS}
+    modules = {name: _import(name, checkout) for name in REPLACEMENTS}
     originals = {}
     for module_name, replacements in REPLACEMENTS.items():
         for name, ours in replacements.items():
-            theirs = getattr(found[module_name], name, None)
+            theirs = getattr(modules[module_name], name, None)
             where = f"{name} of {module_name.replace('.', '/')}.py in {checkout}"
             if theirs is None:
                 raise CheckoutError(f"no {where}: not the official I-JEPA code, or a version that keeps it elsewhere")

@@ -50,7 +50,7 @@ def to_official(
 
 
 def _optimizer(groups: list[list[str]], state: Checkpoint, config: RunConfig) -> dict | None:
-    numbered, found = [], {}
+    numbered, states = [], {}
     first = 0
     for names in groups:
         numbered.append(list(range(first, first + len(names))))
@@ -58,40 +58,40 @@ def _optimizer(groups: list[list[str]], state: Checkpoint, config: RunConfig) ->
             part, _, inner = name.partition(".")
             key = f"optimizer.{_OURS[part]}.{inner}"
             if f"{key}.step" in state.tensors:
-                found[number] = {kind: state.tensors[f"{key}.{kind}"].float() for kind in ("step", *MOMENTS)}
+                states[number] = {kind: state.tensors[f"{key}.{kind}"].float() for kind in ("step", *MOMENTS)}
         first += len(names)
-    if not found:
+    if not states:
         return None
     optim = config.optim
     shared = {"lr": optim.lr, "betas": tuple(optim.betas), "eps": optim.eps, "weight_decay": optim.weight_decay}
     excluded = {"WD_exclude": True, "weight_decay": 0}
     options = [shared, shared, shared | excluded, shared | excluded]
     return {
-        "state": found,
+        "state": states,
         "param_groups": [{**option, "params": params} for option, params in zip(options, numbered, strict=True)],
     }
 
 
-def moments_of(found: OfficialCheckpoint) -> tuple[int, dict[str, Mapping[str, Tensor]]]:
+def moments_of(official: OfficialCheckpoint) -> tuple[int, dict[str, Mapping[str, Tensor]]]:
     """Steps done, and exp_avg and exp_avg_sq by the names that our optimizer state has; (0, {}) without any.
 
     Raises:
         WeightsError: the numbering is not that of these networks.
     """
-    if not found.opt or not found.opt["state"]:
+    if not official.opt or not official.opt["state"]:
         return 0, {}
-    groups = optimizer_names(found.encoder, found.predictor)
-    sizes = [len(group["params"]) for group in found.opt["param_groups"]]
+    groups = optimizer_names(official.encoder, official.predictor)
+    sizes = [len(group["params"]) for group in official.opt["param_groups"]]
     if sizes != [len(names) for names in groups]:
         raise WeightsError(f"the optimizer groups have {sizes} parameters, the networks {[len(n) for n in groups]}")
-    weights = {"encoder": found.encoder, "predictor": found.predictor}
+    weights = {"encoder": official.encoder, "predictor": official.predictor}
     moments, steps = {}, set()
-    for group, names in zip(found.opt["param_groups"], groups, strict=True):
+    for group, names in zip(official.opt["param_groups"], groups, strict=True):
         for number, name in zip(group["params"], names, strict=True):
             part, _, inner = name.partition(".")
             if inner in POSITION_TABLES:
                 continue
-            state = found.opt["state"].get(number, {})
+            state = official.opt["state"].get(number, {})
             if absent := [kind for kind in ("step", *MOMENTS) if kind not in state]:
                 raise WeightsError(f"the optimizer state of {name} has no {', '.join(absent)}: not that of AdamW")
             if any(state[kind].shape != weights[part][inner].shape for kind in MOMENTS):
