@@ -256,6 +256,12 @@ def test_pixels_of_an_unusual_kind_are_announced(tmp_path, caplog):
     assert announced(caplog, tmp_path / "broken") == (f"images: 1 below {tmp_path}/broken", [])
 
 
+def test_images_in_memory_are_announced(caplog):
+    line, warnings = announced(caplog, "rendered")
+    assert line.startswith("images: 4000 in 8 classes; test images: 2000 in 8 classes; ") and not warnings
+    assert "images in memory, 3 bands of 8 bits" in line
+
+
 def test_the_pixel_limit_reaches_every_source(tmp_path):
     put(tmp_path, "train/a.png", "val/a.png")
     with pytest.raises(ValueError, match="8x8 pixels are more than loader.max_pixels"):

@@ -17,8 +17,8 @@ from tiny import tiny_run
 from ijepa_fast.data import BadFilesError, ImageFolder, TrainLoader, shards
 from ijepa_fast.data.crops import eval_crop
 from ijepa_fast.data.datasets import open_sources, train_loader
+from ijepa_fast.data.remote import RemoteLoader, RemoteShards
 from ijepa_fast.data.shards import TarShards, expand_shards, names_shards
-from ijepa_fast.data.stream import StreamedShards, StreamLoader
 from ijepa_fast.run import checkpoint
 from ijepa_fast.train import pretrain
 
@@ -322,7 +322,7 @@ def url(four):
 
 def stream(shards, **options):
     defaults = {"image_size": 16, "global_batch": 4, "seed": 5, "num_steps": 9, "epoch_images": 24, "shuffle": 5}
-    return StreamLoader(StreamedShards(shards), **defaults | options)
+    return RemoteLoader(RemoteShards(shards), **defaults | options)
 
 
 def assert_same(got, want):

@@ -8,9 +8,9 @@ from typing import NamedTuple
 
 from ijepa_fast.data.folder import ImageFolder, find_split
 from ijepa_fast.data.loader import TrainLoader
+from ijepa_fast.data.remote import RemoteLoader, RemoteShards
 from ijepa_fast.data.shards import TarShards, expand_shards, is_remote, names_shards
 from ijepa_fast.data.source import Source
-from ijepa_fast.data.stream import StreamedShards, StreamLoader
 
 log = logging.getLogger(__name__)
 
@@ -61,14 +61,14 @@ def open_sources(data: str | None, evaluation_data: str | None = None, max_pixel
         return Sources(train, None)
 
 
-def train_loader(source: Source, *, epoch_images: int | None, shuffle: int, **settings) -> TrainLoader | StreamLoader:
-    """The loader that this source needs; ``settings`` as in ``TrainLoader``, the other two as in ``StreamLoader``.
+def train_loader(source: Source, *, epoch_images: int | None, shuffle: int, **settings) -> TrainLoader | RemoteLoader:
+    """The loader that this source needs; ``settings`` as in ``TrainLoader``, the other two as in ``RemoteLoader``.
 
     Raises:
         ValueError: as the loaders, or ``epoch_images`` is set for a source whose images are counted.
     """
-    if isinstance(source, StreamedShards):
-        return StreamLoader(source, epoch_images=epoch_images, shuffle=shuffle, **settings)
+    if isinstance(source, RemoteShards):
+        return RemoteLoader(source, epoch_images=epoch_images, shuffle=shuffle, **settings)
     if epoch_images is not None:
         raise ValueError(
             f"loader.epoch_images is for images from URLs; there are {len(source)} images (got {epoch_images})"
@@ -86,7 +86,7 @@ def _open_training(data: str, max_pixels: int | None) -> tuple[Source, Path | No
         split = find_split(data)
         return ImageFolder(split.train, max_pixels=max_pixels), split.evaluation
     shards = expand_shards(data)
-    return (StreamedShards if is_remote(shards[0]) else TarShards)(shards, max_pixels=max_pixels), None
+    return (RemoteShards if is_remote(shards[0]) else TarShards)(shards, max_pixels=max_pixels), None
 
 
 def _open_labelled(data: str, classes: list[str], max_pixels: int | None) -> Source:

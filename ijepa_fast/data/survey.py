@@ -9,8 +9,8 @@ import numpy as np
 
 from ijepa_fast.data.decode import bands_of, flatten, quietly
 from ijepa_fast.data.folder import kinds
+from ijepa_fast.data.remote import RemoteShards
 from ijepa_fast.data.source import Source
-from ijepa_fast.data.stream import StreamedShards
 
 log = logging.getLogger(__name__)
 
@@ -27,8 +27,8 @@ _UNREAD_IMAGES = {
 
 def announce(train: Source, test: Source | None) -> None:
     """Log the line, and a warning for each thing that would otherwise go wrong unseen."""
-    if isinstance(train, StreamedShards):
-        log.info("images: streamed from %d shards, not counted", len(train.shards))
+    if isinstance(train, RemoteShards):
+        log.info("images: read from %d shards at URLs, not counted", len(train.shards))
         return
     parts = [f"{_counted(train)}"]
     if test is not None:
@@ -85,7 +85,7 @@ def _look(source: Source, index: int) -> tuple[str, int, int, int, int] | None:
         with quietly(), source.open(index) as image:
             bands, file_format = bands_of(image), image.format or "images in memory"
             image.draft("RGB", (512, 512))
-            bits = 16 if image.mode.startswith("I") or ";16" in str(image.tile) else 8
+            bits = 16 if image.mode.startswith("I") or ";16" in str(getattr(image, "tile", "")) else 8
             image.load()
             extrema = flatten(image).getextrema()
     except Exception:  # the loader names and counts what it cannot decode

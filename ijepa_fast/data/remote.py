@@ -1,4 +1,4 @@
-"""Images streamed from WebDataset shards at URLs: read front to back, mixed in a buffer, never indexed.
+"""Images in WebDataset shards at URLs: read front to back, mixed in a buffer, never indexed.
 
 Every pass over the shards has its own order, shared out among ranks and their workers; each worker reads its shards one
 after the other through a shuffle buffer and makes whole batches of what comes out. The result depends on the seed and
@@ -35,8 +35,8 @@ log = logging.getLogger(__name__)
 PREVIEW = 64
 
 
-class StreamedShards:
-    """Tar shards at URLs. As a `Source`, for pictures: the first 64 images. For training: see `StreamLoader`.
+class RemoteShards:
+    """Tar shards at URLs. As a `Source`, for pictures: the first 64 images. For training: see `RemoteLoader`.
 
     Args:
         shards: URLs, or "pipe:" with a command whose output is a tar.
@@ -54,7 +54,7 @@ class StreamedShards:
         return len(self._preview)
 
     def __repr__(self) -> str:
-        return f"StreamedShards({len(self.shards)} shards from {self.shards[0]!r})"
+        return f"RemoteShards({len(self.shards)} shards from {self.shards[0]!r})"
 
     def open(self, index: int) -> Image.Image:
         return open_image(io.BytesIO(self._preview[index].content), self.max_pixels)
@@ -92,8 +92,8 @@ def read_remote(shard: str) -> Iterator[Sample | Damage]:
     yield from damage
 
 
-class StreamLoader:
-    """Endless batches of random-resized crops from `StreamedShards`, exact for given numbers of ranks and workers.
+class RemoteLoader:
+    """Endless batches of random-resized crops from `RemoteShards`, exact for given numbers of ranks and workers.
 
     Step s comes from worker ``s % workers``; its crops, the order of shards and the shuffle buffer are functions of
     (seed, rank, worker, position). An image that cannot be decoded is replaced by another one of its batch, so that a
@@ -121,7 +121,7 @@ class StreamLoader:
 
     def __init__(
         self,
-        source: StreamedShards,
+        source: RemoteShards,
         *,
         image_size,
         global_batch: int,
@@ -168,7 +168,7 @@ class StreamLoader:
         check_crop(scale, ratio, flip)
         self.steps_per_epoch = steps_per_epoch(epoch_images, global_batch)
         crop = {"size": as_height_width(image_size), "scale": tuple(scale), "ratio": tuple(ratio), "flip": flip}
-        self._batches = _StreamBatches(
+        self._batches = _RemoteBatches(
             source,
             seed,
             rank,
@@ -207,7 +207,7 @@ class StreamLoader:
             raise BadFilesError(f"{self._bad_images} of {self._seen} images are bad, for example:{examples}")
 
 
-class _StreamBatches(IterableDataset):
+class _RemoteBatches(IterableDataset):
     """Whole batches of one rank, in a worker."""
 
     def __init__(self, source, seed, rank, world_size, batch, shuffle, crop, start_step, num_steps):
