@@ -1,6 +1,7 @@
 """The whole training steps that are compared, on the same model, images and masks, and the proof that they agree.
 
-``ours`` is the step of this package. Suffixes turn its options on, ``ours+compile+capture``: see ``VARIANTS``.
+``ours`` is the step of this package. Suffixes turn its options on, ``ours+compile+capture``: see
+``ijepa_fast.step.options.SUFFIXES``.
 ``eager`` is the published algorithm (baselines.py), ``compiled`` what a skilled user has without this package
 (compiled.py).
 """
@@ -8,7 +9,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,8 +24,9 @@ from ijepa_fast.masks.sampler import MaskConfig, Masks, MaskSampler
 from ijepa_fast.model.jepa import Objective
 from ijepa_fast.model.vit import IMAGENET_MEAN, IMAGENET_STD, PREDICTOR_DEPTH, SIZES
 from ijepa_fast.optim.schedules import Schedules
-from ijepa_fast.step.build import assemble
+from ijepa_fast.run.build import assemble
 from ijepa_fast.step.flops import StepFlops, TokenCounts, step_flops
+from ijepa_fast.step.options import SUFFIXES, StepOptions, with_suffixes
 
 MODELS = {
     "vit_tiny": ("tiny", 16),
@@ -38,37 +40,8 @@ KINDS = ("ours", "eager", "compiled")
 SEED = 0
 
 
-@dataclass(frozen=True)
-class Variant:
-    """What a suffix of ``ours`` stands for.
-
-    Attributes:
-        train, model: settings of ``TrainConfig`` and of ``ModelConfig``.
-        approximate: it predicts other targets, so its gradients are others, too; see ``check_agreement``.
-        no_phases: why its phases cannot be timed apart, or None.
-    """
-
-    train: dict[str, Any] = field(default_factory=dict)
-    model: dict[str, Any] = field(default_factory=dict)
-    approximate: bool = False
-    no_phases: str | None = None
-
-
-VARIANTS = {
-    "compile": Variant({"compile": True}),
-    "fused": Variant({"fused": True}),
-    "capture": Variant({"capture": True}, no_phases="a replayed graph is one launch"),
-    "fp8": Variant({"fp8_targets": "tensor"}, approximate=True),
-    "fp8row": Variant({"fp8_targets": "row"}, approximate=True),
-    "overlap": Variant({"overlap_target": True}, no_phases="two networks run at the same time"),
-    "triton": Variant(model={"attention": "triton"}),
-    "cudnn": Variant(model={"target_attention": "cudnn"}),
-    "wide": Variant({"wide_residual": True}),
-}
-
-
-def parse(name: str) -> tuple[str, list[Variant]]:
-    """Kind and variants of an implementation's name.
+def parse(name: str) -> tuple[str, list[str]]:
+    """Kind and suffixes of an implementation's name.
 
     Raises:
         ValueError: there is no such implementation, with those there are.
@@ -78,24 +51,24 @@ def parse(name: str) -> tuple[str, list[Variant]]:
         raise ValueError(f"implementations are {', '.join(KINDS)}, got {name!r}")
     if suffixes and kind != "ours":
         raise ValueError(f"suffixes are for ours, got {name!r}")
-    for suffix in suffixes:
-        if suffix not in VARIANTS or suffixes.count(suffix) > 1:
-            raise ValueError(f"suffixes of ours are {', '.join(VARIANTS)}, each at most once, got {name!r}")
-    return kind, [VARIANTS[suffix] for suffix in suffixes]
+    with_suffixes(suffixes)
+    return kind, suffixes
 
 
-def train_config(variants: Sequence[Variant], batch: int, precision: str, device: str = "auto") -> TrainConfig:
-    """Of these variants together. Raises ValueError where their options exclude one another, or the device."""
-    settings = {key: value for variant in variants for key, value in variant.train.items()}
-    return TrainConfig(batch_size=batch, precision=precision, device=device, **settings)
+def run_config(suffixes: Sequence[str], batch: int, precision: str, device: str = "auto") -> RunConfig:
+    """The run of ours with these suffixes, without activation checkpointing: what does not fit into memory is told.
+
+    Raises:
+        ValueError: options exclude one another, or the device.
+    """
+    options = with_suffixes(suffixes, StepOptions(activation_checkpointing=False))
+    train = TrainConfig(batch_size=batch, precision=precision, device=device)
+    return RunConfig(seed=SEED, train=train, step=options)
 
 
 def model_config(name: str, img_size: int = 224) -> ModelConfig:
-    """Without activation checkpointing: a step that does not fit into memory is said not to."""
     size, patch_size = MODELS[name]
-    return ModelConfig(
-        img_size, patch_size, predictor_depth=PREDICTOR_DEPTH[size], activation_checkpointing=False, **SIZES[size]
-    )
+    return ModelConfig(img_size, patch_size, predictor_depth=PREDICTOR_DEPTH[size], **SIZES[size])
 
 
 @dataclass
@@ -107,7 +80,7 @@ class Candidate:
         run: of a step number; trains once.
         tokens, flops: per image, means over the masks of the case.
         captured: steps are replayed from graphs, each captured when its shapes are met for the second time.
-        approximate, no_phases: see ``Variant``.
+        approximate, no_phases: see ``step.options.Suffix``.
     """
 
     name: str
@@ -165,9 +138,9 @@ class Case:
         Raises:
             ValueError: of ``parse``, or options that do not fit together or run on this device.
         """
-        kind, variants = parse(name)
+        kind, suffixes = parse(name)
         if kind == "ours":
-            return self._ours(name, variants)
+            return self._ours(name, suffixes)
         with self.device:
             holder = {"eager": Eager, "compiled": Compiled}[kind](self.model, self.schedules, self.precision)
         load_weights(holder, self.state)
@@ -175,10 +148,8 @@ class Case:
         masks = [self.lists(m) if kind == "eager" else Packed.of(m, self.device) for m in drawn]
         return self._candidate(name, kind, holder, lambda n: holder(self.normalised, masks[n % self.steps], n), drawn)
 
-    def _ours(self, name: str, variants: Sequence[Variant]) -> Candidate:
-        train = train_config(variants, self.batch, self.precision)
-        model_settings = {key: value for variant in variants for key, value in variant.model.items()}
-        config = RunConfig(seed=SEED, model=replace(self.model, **model_settings), train=train)
+    def _ours(self, name: str, suffixes: Sequence[str]) -> Candidate:
+        config = replace(run_config(suffixes, self.batch, self.precision, self.device.type), model=self.model)
         with self.device:
             model = config.model.build(config.objective)
         model.load_state_dict(self.state)
@@ -189,9 +160,9 @@ class Case:
             step,
             lambda n: step(self.images, n % self.steps),
             self.drawn,
-            captured=train.capture,
-            approximate=any(variant.approximate for variant in variants),
-            no_phases=next((variant.no_phases for variant in variants if variant.no_phases), None),
+            captured=config.step.capture,
+            approximate=any(SUFFIXES[suffix].approximate for suffix in suffixes),
+            no_phases=next((why for suffix in suffixes if (why := SUFFIXES[suffix].no_phases)), None),
         )
 
     def _candidate(self, name: str, kind: str, holder: Any, run: Callable, masks: list[Masks], **more) -> Candidate:

@@ -32,23 +32,23 @@ from benchmarks import ablations
 from ijepa_fast.config import ModelConfig, RunConfig, flatten
 from ijepa_fast.data.rendered import NUM_IMAGES, RenderedTextures
 from ijepa_fast.model.blocks import CPU_HIDDEN
-from ijepa_fast.model.fp8 import fp8_products
+from ijepa_fast.model.fp8 import convert_to_fp8
 from ijepa_fast.model.jepa import Objective
 from ijepa_fast.model.vit import SIZES, VisionTransformer, cast_weights
 from ijepa_fast.run.environment import machine
 from ijepa_fast.run.files import write_json
+from ijepa_fast.step.options import StepOptions
 from ijepa_fast.weights.runs import load_run
 
 RECIPE = "ablations/baseline"
 BATCH, STEPS, LOG_EVERY = 32, 400, 10
 WARMUP = 0.13
 """Of the steps, as in the demo."""
-VARIANTS: dict[str, dict[str, Any]] = {
-    "fp32": {"precision": "fp32"},
-    "bf16": {"precision": "bf16"},
-    "bf16, fp32 residual": {"precision": "bf16", "wide_residual": True},
-    "bf16, FP8 targets, tensor": {"precision": "bf16", "fp8_targets": "tensor"},
-    "bf16, FP8 targets, row": {"precision": "bf16", "fp8_targets": "row"},
+VARIANTS = {
+    "fp32": ("fp32", StepOptions()),
+    "bf16": ("bf16", StepOptions()),
+    "bf16, fp32 residual": ("bf16", StepOptions(wide_residual=True)),
+    "bf16, FP8 targets, row": ("bf16", StepOptions(fp8_targets=True)),
 }
 CURVES = ("loss", "rank", "knn")
 ROOT = Path(__file__).resolve().parents[1]
@@ -69,12 +69,14 @@ class ProductsInFp32(TorchFunctionMode):
 
 def run_config(variant: str, seed: int, out: Path, steps: int) -> RunConfig:
     config = ablations.run_config(RECIPE, seed, out)
-    train = replace(config.train, batch_size=BATCH, steps=steps, log_every=LOG_EVERY, **VARIANTS[variant])
+    precision, options = VARIANTS[variant]
+    train = replace(config.train, batch_size=BATCH, steps=steps, log_every=LOG_EVERY, precision=precision)
     folder = variant.replace(", ", "_").replace(" ", "_")
     return replace(
         config,
         output=str(out / folder / f"seed{seed}"),
         train=train,
+        step=options,
         optim=replace(config.optim, warmup_epochs=WARMUP * steps * BATCH / NUM_IMAGES["train"]),
         evaluation=replace(config.evaluation, bank=4000, monitor_every=1),
     )
@@ -92,8 +94,7 @@ def run(config: RunConfig) -> dict[str, Any]:
 def likeness(encoder: VisionTransformer, images: Tensor) -> list[dict[str, Any]]:
     """Cosine similarities of the features after each block, with the final norm, in two precisions.
 
-    Features are those of bf16 weights; layer-normalised, they are what the predictor learns. Images are taken a few at
-    a time, which share one scale under "tensor": as many as the MLP handles at once on a CPU.
+    Features are those of bf16 weights; layer-normalised, they are what the predictor learns.
 
     Returns:
         For each pair of precisions "a", "b" and "blocks" with "mean" and "min" over the patches of all images, and
@@ -102,16 +103,19 @@ def likeness(encoder: VisionTransformer, images: Tensor) -> list[dict[str, Any]]
     patches, hidden = encoder.grid[0] * encoder.grid[1], encoder.blocks[0].mlp.fc1.out_features
     at_once = max(1, CPU_HIDDEN // (patches * hidden))
 
-    def features(scaling: str) -> list[Tensor]:
+    def features() -> list[Tensor]:
         parts = []
-        with torch.no_grad(), ProductsInFp32(), fp8_products(scaling):
+        with torch.no_grad(), ProductsInFp32():
             for part in images.split(at_once):
                 parts.append([x.flatten(0, 1).float() for x in encoder.intermediate_layers(part, len(encoder.blocks))])
         return [torch.cat(of_block) for of_block in zip(*parts, strict=True)]
 
-    wide = features("off")
+    found = {"fp32": features()}
     cast_weights(encoder, torch.bfloat16)
-    found = {"fp32": wide, "bf16": features("off"), "tensor": features("tensor"), "row": features("row")}
+    found["bf16"] = features()
+    convert_to_fp8(encoder.blocks, images.device)
+    encoder.train()
+    found["row"] = features()
 
     def compared(a: str, b: str) -> dict[str, Any]:
         blocks = []
@@ -123,7 +127,7 @@ def likeness(encoder: VisionTransformer, images: Tensor) -> list[dict[str, Any]]
             blocks.append({name: round(float(value), 7) for name, value in cosines.items()})
         return {"a": a, "b": b, "blocks": blocks}
 
-    return [compared("bf16", "fp32"), compared("tensor", "bf16"), compared("row", "bf16")]
+    return [compared("bf16", "fp32"), compared("row", "bf16")]
 
 
 def rendered_images(count: int, side: int) -> Tensor:

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.implementations import MODELS, Case, model_config, parse, train_config
+from benchmarks.implementations import MODELS, Case, model_config, parse, run_config
 from benchmarks.step import phases, warm
 from ijepa_fast.attention.dispatch import varlen_self_attention
 from ijepa_fast.bench.measure import cpu_times, graph_times, own_stream, repeat, results, save
@@ -63,9 +63,7 @@ def _attention(case: Case, tokens: Ragged, width: int, trained: bool) -> Callabl
     qkv.requires_grad_(trained)
 
     def forward():
-        return varlen_self_attention(
-            qkv, tokens.cu_seqlens, tokens.max_seqlen, backend=case.model.attention, uniform=tokens.uniform
-        )
+        return varlen_self_attention(qkv, tokens.cu_seqlens, tokens.max_seqlen, backend="auto", uniform=tokens.uniform)
 
     if not trained:
         return forward
@@ -155,7 +153,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     precision = options.precision or ("bf16" if device.type == "cuda" else "fp32")
     try:
         kind, variants = parse(options.impl)
-        train_config(variants, max(options.batches), precision, device.type)
+        run_config(variants, max(options.batches), precision, device.type)
     except ValueError as problem:
         parser.error(f"--impl {options.impl}: {problem}")
     if kind != "ours":

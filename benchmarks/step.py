@@ -37,17 +37,17 @@ from benchmarks.implementations import (
     MODELS,
     REHEARSAL,
     SEED,
-    VARIANTS,
     Candidate,
     Case,
     check_agreement,
     model_config,
     parse,
-    train_config,
+    run_config,
 )
 from benchmarks.results_files import PHASES
 from ijepa_fast.bench.measure import Clock, Took, in_turns, matmul_rate, repeat, results, save
 from ijepa_fast.bench.table import in_words
+from ijepa_fast.step.options import SUFFIXES
 
 
 def phases(candidate: Candidate, device: torch.device, rounds: int) -> dict[str, float]:
@@ -244,7 +244,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--img-size", type=int, default=224)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--masks", choices=("exact", "batch_min"), default="exact")
-    suffixes = ", ".join(VARIANTS)
+    suffixes = ", ".join(SUFFIXES)
     parser.add_argument(
         "--impl",
         default="ours,eager",
@@ -262,7 +262,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     precision = options.precision or ("bf16" if device.type == "cuda" else "fp32")
     try:
         for name in names:
-            train_config(parse(name)[1], options.batch, precision, device.type)
+            run_config(parse(name)[1], options.batch, precision, device.type)
     except ValueError as problem:
         parser.error(f"--impl {options.impl}: {problem}")
     if options.threads:

@@ -48,8 +48,8 @@ from ijepa_fast.evaluate.encoder import evaluate
 from ijepa_fast.masks.sampler import MaskConfig, MaskSampler
 from ijepa_fast.model.jepa import IJEPA, Objective, variance_covariance
 from ijepa_fast.recipe_files import read_recipe
+from ijepa_fast.run.build import assemble
 from ijepa_fast.run.checkpoint import optimizer_tensors
-from ijepa_fast.step.build import assemble
 from ijepa_fast.weights.runs import NETWORKS, full_precision
 
 CONTENDERS = ("exact", "batch_min", "eager")
@@ -95,7 +95,7 @@ class Contender:
         names = {parameter: name for name, parameter in self.networks.named_parameters()}
         tensors = {f"model.{name}": value for name, value in self.networks.state_dict().items()}
         tensors |= optimizer_tensors(self.optimizer, names)
-        model = self.model.anywhere().build(Objective())
+        model = self.model.build(Objective())
         for part in NETWORKS:
             getattr(model, part).load_state_dict(full_precision(tensors, part))
         return model.to(next(self.networks.parameters()).device)

@@ -153,19 +153,20 @@ def _run_config(parser, argv: list[str]):
     """(RunConfig, namespace as parsed) from flags and --config FILE or RECIPE."""
     import yaml
 
-    from ijepa_fast.config import RunConfig, as_dict, flatten
+    from ijepa_fast.config import RunConfig, as_dict, flatten, present_flags, present_sections
     from ijepa_fast.recipe_files import read_recipe
 
     sections = {name for name, value in as_dict(RunConfig()).items() if isinstance(value, dict)}
 
     def text(recipe: str) -> str:
-        settings = read_recipe(recipe)
+        settings = present_sections(read_recipe(recipe))
         for name in sections & settings.keys():
             if not isinstance(settings[name], dict):
                 raise UsageError(f"{name} in {recipe} must hold settings (name: value), got {settings[name]!r}")
         return yaml.safe_dump(settings, sort_keys=False)
 
     named = []
+    argv = present_flags(argv)
     for i, argument in enumerate(argv):
         if i and argv[i - 1] == "--config":
             argument = text(argument)
@@ -371,8 +372,8 @@ def _fastest(argv: list[str]) -> int:
     import yaml
 
     from ijepa_fast.bench.fastest import check, default_images, fastest
+    from ijepa_fast.config import flags, nested
     from ijepa_fast.ranks import pick_device
-    from ijepa_fast.step.options import flags, nested
 
     device = pick_device(config.train.device, 0)
     images = default_images(config, device, max(parsed.gpus, 1)) if parsed.images is None else parsed.images

@@ -4,97 +4,13 @@ from __future__ import annotations
 
 import difflib
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
-from typing import Literal, get_args
+from typing import Literal
 
 from ijepa_fast.masks.sampler import MaskConfig
-from ijepa_fast.model.fp8 import Scaling
-from ijepa_fast.model.jepa import IJEPA, Objective
-from ijepa_fast.model.vit import IMAGENET_MEAN, IMAGENET_STD, Predictor, VisionTransformer
+from ijepa_fast.model.config import ModelConfig
+from ijepa_fast.model.jepa import Objective
 from ijepa_fast.optim.schedules import Schedules
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """Encoder and predictor.
-
-    Args:
-        img_size: side of the training crops in pixels.
-        patch_size: side of a patch in pixels; divides img_size.
-        embed_dim: width of the encoder, a multiple of 4.
-        depth: blocks of the encoder.
-        num_heads: attention heads of encoder and predictor; divides both widths.
-        mlp_ratio: hidden width of the encoder's MLPs over its width.
-        predictor_embed_dim: width of the predictor, a multiple of 4.
-        predictor_depth: blocks of the predictor.
-        predictor_mlp_ratio: of the predictor; null for the encoder's. The official code always has 4.
-        init: flat (std 0.02 at all depths, as the published models were trained) or depth_scaled.
-        attention: variable-length attention backend, see `ijepa-fast doctor`.
-        target_attention: another backend for whole images in the target encoder, such as cudnn or sdpa; null for that
-            of attention. At most steps its last block computes only some rows, and takes that of attention there. Not
-            measured yet (docs/streams.md).
-        activation_checkpointing: recompute blocks in the backward pass to save memory: true, false, or auto (only
-            where the GPU would be too small without).
-        mean: per channel, of images in [0, 1].
-        std: per channel, of images in [0, 1].
-    """
-
-    img_size: int = 224
-    patch_size: int = 16
-    embed_dim: int = 768
-    depth: int = 12
-    num_heads: int = 12
-    mlp_ratio: float = 4.0
-    predictor_embed_dim: int = 384
-    predictor_depth: int = 6
-    predictor_mlp_ratio: float | None = None
-    init: Literal["flat", "depth_scaled"] = "flat"
-    attention: str = "auto"
-    target_attention: str | None = None
-    activation_checkpointing: bool | Literal["auto"] = "auto"
-    mean: tuple[float, float, float] = IMAGENET_MEAN
-    std: tuple[float, float, float] = IMAGENET_STD
-
-    def __post_init__(self) -> None:
-        for name, network in (("embed_dim", "encoder"), ("predictor_embed_dim", "predictor")):
-            width = getattr(self, name)
-            if self.num_heads < 1 or width % self.num_heads:
-                raise ValueError(
-                    f"model.{name} {width}, the width of the {network}, cannot be split into {self.num_heads} heads "
-                    "(model.num_heads)"
-                )
-
-    def build(self, objective: Objective) -> IJEPA:
-        """The networks, with fresh weights from torch's global generator."""
-        shared = {
-            "num_heads": self.num_heads,
-            "init": self.init,
-            "attention": self.attention,
-            "activation_checkpointing": self.activation_checkpointing is True,
-        }
-        encoder = VisionTransformer(
-            self.img_size,
-            self.patch_size,
-            embed_dim=self.embed_dim,
-            depth=self.depth,
-            mlp_ratio=self.mlp_ratio,
-            mean=self.mean,
-            std=self.std,
-            **shared,
-        )
-        predictor = Predictor(
-            encoder.grid,
-            self.embed_dim,
-            predictor_embed_dim=self.predictor_embed_dim,
-            depth=self.predictor_depth,
-            mlp_ratio=self.mlp_ratio if self.predictor_mlp_ratio is None else self.predictor_mlp_ratio,
-            target_dim=3 * self.patch_size**2 if objective.targets == "pixels" else None,
-            **shared,
-        )
-        return IJEPA(encoder, predictor, objective, self.target_attention)
-
-    def anywhere(self) -> ModelConfig:
-        """The same networks, with attention that runs on any device in any precision: for use after training."""
-        return replace(self, attention="auto", target_attention=None)
+from ijepa_fast.step.options import StepOptions
 
 
 @dataclass(frozen=True)
@@ -197,21 +113,6 @@ class TrainConfig:
         steps: length of the run in steps instead of epochs.
         accumulate: micro-batches per step and rank; saves memory.
         precision: fp32, bf16 (bf16 weights with fp32 masters) or fp16 (the same, with loss scaling).
-        wide_residual: keep the sums between transformer blocks in fp32 where weights are bf16 or fp16; without effect
-            in fp32.
-        fp8_targets: multiply in FP8 (e4m3) in the target encoder's blocks, with one scale per tensor, or one per row;
-            off for the training precision. In bf16, on GPUs of compute capability 8.9 or higher (docs/precision.md);
-            what it gains is not measured yet. The CPU emulates it, slowly.
-        compile: run transformer blocks through torch.compile. Not measured on a GPU yet.
-        fused: run transformer blocks on the package's fused kernels (docs/kernels.md): norms that add the residual,
-            GELU inside products, split sums for weight gradients. Goes with compile or without. On a GPU it needs
-            bf16 or fp16, and with fp8_targets the target encoder keeps its plain blocks. Whether it is faster has not
-            been measured yet.
-        capture: replay steps as CUDA graphs, one for each bucket of token counts. For one GPU, without accumulation, in
-            fp32 or bf16; pays where the host cannot launch kernels fast enough: small models and batches. Takes memory
-            for activations twice. Not measured yet.
-        overlap_target: run the target encoder on a second stream, beside context encoder and predictor. For GPUs; the
-            target encoder's temporaries take memory of their own. What it gains is not measured yet.
         device: auto (a GPU if there is one), cpu or cuda.
         log_every: steps between log lines, the only moments the host waits for the device.
         save_every: steps between checkpoints; one is always written at the end.
@@ -224,12 +125,6 @@ class TrainConfig:
     steps: int | None = None
     accumulate: int = 1
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
-    wide_residual: bool = False
-    fp8_targets: Scaling = "off"
-    compile: bool = False
-    fused: bool = False
-    capture: bool = False
-    overlap_target: bool = False
     device: Literal["auto", "cpu", "cuda"] = "auto"
     log_every: int = 50
     save_every: int = 1000
@@ -244,20 +139,6 @@ class TrainConfig:
             raise ValueError(f"train.steps must be at least 1, got {self.steps}")
         if self.steps is None and not self.epochs > 0:
             raise ValueError(f"train.epochs must be positive, got {self.epochs}")
-        if self.fp8_targets not in get_args(Scaling):
-            choices = ", ".join(get_args(Scaling))
-            raise ValueError(f"train.fp8_targets must be one of {choices}, got {self.fp8_targets!r}")
-        if self.fp8_targets != "off" and self.precision != "bf16":
-            raise ValueError(f"train.fp8_targets {self.fp8_targets} needs precision bf16, got {self.precision}")
-        if self.fused and self.device == "cuda" and self.precision == "fp32":
-            raise ValueError("train.fused on a GPU needs train.precision bf16 or fp16, got fp32")
-        if self.capture and (self.accumulate > 1 or self.precision == "fp16" or self.device == "cpu"):
-            raise ValueError(
-                "train.capture needs a GPU, accumulate 1 and precision fp32 or bf16, "
-                f"got device {self.device}, accumulate {self.accumulate}, precision {self.precision}"
-            )
-        if self.overlap_target and self.device == "cpu":
-            raise ValueError(f"train.overlap_target needs a GPU, got device {self.device}")
 
     def total_steps(self, steps_per_epoch: int) -> int:
         return self.steps if self.steps is not None else max(1, round(self.epochs * steps_per_epoch))
@@ -315,6 +196,7 @@ class RunConfig:
         loader: images to crops.
         optim: AdamW, schedules, EMA.
         train: the loop.
+        step: how a step is computed.
         evaluation: k-NN, probe, pictures.
     """
 
@@ -329,9 +211,12 @@ class RunConfig:
     loader: LoaderConfig = field(default_factory=LoaderConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    step: StepOptions = field(default_factory=StepOptions)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
     def __post_init__(self) -> None:
+        train = self.train
+        self.step.check(precision=train.precision, accumulate=train.accumulate, device=train.device)
         if self.evaluation.layers == "last4" and self.model.depth < 4:
             raise ValueError(
                 f"evaluation.layers last4 needs an encoder of 4 blocks, got model.depth {self.model.depth}"
@@ -343,25 +228,60 @@ CHANGEABLE = {
     "output",
     "resume",
     "overwrite",
-    "model.attention",
-    "model.target_attention",
-    "model.activation_checkpointing",
     "loader.workers",
     "loader.timeout",
     "loader.max_bad_share",
     "train.accumulate",
-    "train.compile",
-    "train.fused",
-    "train.capture",
-    "train.overlap_target",
     "train.device",
     "train.log_every",
     "train.save_every",
     "train.keep",
     "train.deterministic",
     "evaluation",
+    *(f"step.{f.name}" for f in fields(StepOptions) if f.metadata["resumes"]),
 }
 """Settings (or whole sections) that a resumed run may change: but for rounding, it ends with the same weights."""
+
+RENAMED = {
+    "model.attention": "step.attention",
+    "model.activation_checkpointing": "step.activation_checkpointing",
+    "train.capture": "step.capture",
+    "train.overlap_target": "step.overlap_target",
+    "train.wide_residual": "step.wide_residual",
+    "train.fp8_targets": "step.fp8_targets",
+    "train.compile": "step.blocks",
+    "train.fused": "step.blocks",
+    "model.target_attention": None,
+}
+"""Settings of earlier versions -> their present names; None for those without a successor, which are dropped."""
+
+
+def present(settings: dict[str, object]) -> dict[str, object]:
+    """Settings by their dotted names, with those of earlier versions under their present names."""
+    found = {name: value for name, value in settings.items() if name not in RENAMED}
+    for old, value in settings.items():
+        name = RENAMED.get(old)
+        if old == "train.fp8_targets":
+            found.setdefault(name, value not in ("off", False))
+        elif old in ("train.fused", "train.compile"):
+            on = [kind for kind in ("fused", "compile") if settings.get(f"train.{kind}")]
+            found.setdefault(name, "+".join(on) or "plain")
+        elif name is not None:
+            found.setdefault(name, value)
+    return found
+
+
+def present_flags(arguments: list[str]) -> list[str]:
+    """Command-line arguments with the settings of earlier versions under their present names, at the end."""
+    kept, old, rest = [], {}, iter(arguments)
+    for argument in rest:
+        name, equals, value = argument.removeprefix("--").partition("=")
+        if not argument.startswith("--") or name not in RENAMED:
+            kept.append(argument)
+            continue
+        value = value if equals else next(rest, "")
+        old[name] = {"true": True, "false": False}.get(value.lower(), value)
+    return kept + [part for name, value in present(old).items() for part in (f"--{name}", value_text(value))]
 
 
 def flatten(config: RunConfig | dict, prefix: str = "") -> dict[str, object]:
@@ -400,6 +320,8 @@ def from_dict(values: dict, kind: type = RunConfig, where: str = "") -> RunConfi
     Raises:
         ValueError: an unknown setting, with the nearest name, or a value that its section refuses.
     """
+    if kind is RunConfig:
+        values = present_sections(values)
     known = {f.name: f for f in fields(kind)}
     for name in values:
         if name not in known:
@@ -416,3 +338,48 @@ def from_dict(values: dict, kind: type = RunConfig, where: str = "") -> RunConfi
 def _nearest(name: str, names: list[str]) -> str:
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     return f"; did you mean {near[0]}?" if near else ""
+
+
+def present_sections(values: dict) -> dict:
+    """``present`` of settings as a YAML file holds them."""
+    return nested(present(_dotted(values)))
+
+
+def _dotted(values: dict) -> dict[str, object]:
+    """Inverse of ``nested``."""
+    flat = {}
+    for section, value in values.items():
+        flat |= (
+            {f"{section}.{name}": inner for name, inner in value.items()}
+            if isinstance(value, dict)
+            else {section: value}
+        )
+    return flat
+
+
+def nested(settings: dict[str, object]) -> dict:
+    """Settings by their dotted names, as a YAML file holds them."""
+    sections: dict = {}
+    for dotted, value in settings.items():
+        section, dot, name = dotted.partition(".")
+        if dot:
+            sections.setdefault(section, {})[name] = value
+        else:
+            sections[section] = value
+    return sections
+
+
+def with_settings(config: RunConfig, settings: dict[str, object]) -> RunConfig:
+    """``config`` with some settings changed. Raises ValueError where they do not fit together."""
+    changed = nested(settings).items()
+    return replace(config, **{section: replace(getattr(config, section), **values) for section, values in changed})
+
+
+def flags(settings: dict[str, object]) -> str:
+    """Settings as they are typed behind ``ijepa-fast pretrain``."""
+    return " ".join(f"--{name} {value_text(value)}" for name, value in settings.items())
+
+
+def value_text(value: object) -> str:
+    """A value as YAML and flags have it."""
+    return {"True": "true", "False": "false", "None": "null"}.get(str(value), str(value))

@@ -27,13 +27,14 @@ from ijepa_fast.plots.run import draw_run
 from ijepa_fast.ranks import Ranks, ranks
 from ijepa_fast.run import checkpoint as checkpoints
 from ijepa_fast.run import folder as run_folder
+from ijepa_fast.run.build import make_optimizer, make_scaler, make_step, prepare, use_deterministic
 from ijepa_fast.run.checkpoint import Checkpoint
 from ijepa_fast.run.environment import describe
 from ijepa_fast.run.files import write_json, write_text
 from ijepa_fast.run.log import RunLog, heard
 from ijepa_fast.run.meter import Meter
 from ijepa_fast.run.signals import StopFlag
-from ijepa_fast.step.build import make_optimizer, make_scaler, make_step, prepare, use_deterministic
+from ijepa_fast.step.options import StepOptions
 from ijepa_fast.step.train_step import StepResult, TrainStep
 from ijepa_fast.weights.runs import about_run, check_training, load_run, restore_training, training_tensors
 
@@ -368,19 +369,15 @@ def _raise_if_bad(step: TrainStep) -> None:
 
 
 def _hint_at_options(config: RunConfig, device: torch.device) -> None:
-    train, model = config.train, config.model
-    switched_on = train.compile or train.fused or train.capture or train.overlap_target
-    chosen = model.attention != "auto" or model.target_attention is not None
-    if device.type == "cuda" and not (switched_on or chosen):
+    if device.type == "cuda" and config.step == StepOptions():
         log.info("`ijepa-fast fastest` finds out which options of the step are faster on this GPU")
 
 
 def _check_batches(config: RunConfig, me: Ranks) -> None:
     train, group = config.train, config.masks.group_size
-    if train.capture and (me.world_size > 1 or me.device.type != "cuda"):
-        raise ValueError(f"train.capture is for one GPU, but this run has {me.world_size} ranks on {me.device.type}")
-    if train.overlap_target and me.device.type != "cuda":
-        raise ValueError(f"train.overlap_target needs a GPU, but this run is on {me.device.type}")
+    config.step.check(
+        precision=train.precision, accumulate=train.accumulate, device=me.device.type, ranks=me.world_size
+    )
     share = me.world_size * train.accumulate
     if train.batch_size % share:
         raise ValueError(

@@ -7,9 +7,10 @@ import torch
 
 from ijepa_fast.masks.sampler import MaskSampler
 from ijepa_fast.optim.schedules import Schedules
+from ijepa_fast.run.build import assemble
 from ijepa_fast.step import captured
-from ijepa_fast.step.build import assemble
 from ijepa_fast.step.captured import CapturedStep
+from ijepa_fast.step.options import StepOptions
 from ijepa_fast.step.train_step import TrainStep
 from tests.test_captured import Recorder
 from tests.tiny import GRID, MASKS, images, tiny_run, tiny_step
@@ -40,12 +41,17 @@ def test_it_trains_as_the_pieces_put_together_by_hand():
 def test_settings_reach_what_they_are_for():
     config = run({"precision": "fp16", "accumulate": 2}, seed=3)
     optim = replace(config.optim, betas=(0.8, 0.9), eps=1e-6, max_grad_norm=0.5, layer_decay=0.5)
-    model = replace(config.model, activation_checkpointing=True)
-    step = made(replace(config, optim=optim, model=model))
+    options = StepOptions(activation_checkpointing=True, wide_residual=True, attention="sdpa")
+    step = made(replace(config, optim=optim, step=options))
     assert (step.seed, step.accumulate) == (3, 2) and step.scaler is not None
     networks, optimizer = step.model, step.optimizer
     assert networks.context_encoder.blocks[0].mlp.fc1.weight.dtype == torch.float16
     assert networks.context_encoder.activation_checkpointing and networks.predictor.activation_checkpointing
+    assert not networks.target_encoder.activation_checkpointing
+    assert (
+        networks.context_encoder.blocks[1].attn.backend == networks.predictor.predictor_blocks[0].attn.backend == "sdpa"
+    )
+    assert networks.context_encoder.wide_residual and networks.target_encoder.wide_residual
     assert optimizer.max_grad_norm == 0.5 and not optimizer.flat_gradients
     group = optimizer.param_groups[0]
     assert (group["betas"], group["eps"]) == ((0.8, 0.9), 1e-6)
@@ -55,11 +61,11 @@ def test_settings_reach_what_they_are_for():
 def test_compile_and_capture(monkeypatch):
     compiled = []
     monkeypatch.setattr(torch, "compile", lambda function, **options: compiled.append(options) or function)
-    config = run({"device": "auto", "capture": True, "compile": True})
+    config = run({"device": "auto", "capture": True, "blocks": "compile"})
     with pytest.raises(ValueError, match="need a GPU"):
         made(config)
     compiled.clear()
     monkeypatch.setattr(captured, "CudaGraphs", lambda device: Recorder())
     step = made(config)
     assert isinstance(step, CapturedStep) and step.optimizer.flat_gradients and step.scaler is None
-    assert len(compiled) == 3 and all(options["fullgraph"] for options in compiled)
+    assert len(compiled) == 6 and all(options["fullgraph"] for options in compiled)

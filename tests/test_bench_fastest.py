@@ -11,21 +11,18 @@ import yaml
 from ijepa_fast import cli
 from ijepa_fast.bench import fastest as module
 from ijepa_fast.bench.child_process import Failed
-from ijepa_fast.bench.fastest import check, default_images, fastest, first_gradients, try_way
+from ijepa_fast.bench.fastest import check, choices_on, default_images, differing, fastest, first_gradients, try_way
 from ijepa_fast.bench.steps import gradient_difference, random_step
-from ijepa_fast.config import ModelConfig, RunConfig, TrainConfig, flatten, from_dict
+from ijepa_fast.config import RunConfig, TrainConfig, flags, flatten, from_dict, nested, with_settings
 from ijepa_fast.masks.sampler import MaskConfig
 from ijepa_fast.optim.step_tensors import Plan
 from ijepa_fast.step import options
-from ijepa_fast.step.options import choices_on, differing, flags, nested, with_settings
+from ijepa_fast.step.options import Machine, StepOptions
 from tests.tiny import tiny_run
 
 CPU = torch.device("cpu")
-CHOICES = {"gpu": True, "any": ["triton", "torch_varlen"], "whole": ["triton", "cudnn"], "auto": "torch_varlen"}
-NAMES = (
-    "train.fused", "train.compile", "model.attention", "model.target_attention", "train.overlap_target",
-    "train.capture",
-)  # fmt: skip
+CHOICES = {"gpu": True, "gpus": 1, "attention": ["triton", "torch_varlen"], "auto": "torch_varlen"}
+NAMES = ("step.blocks", "step.attention", "step.capture", "step.overlap_target")
 TINY = tiny_run("none", "none")
 
 
@@ -61,51 +58,49 @@ def choose(rates, config=None, choices=CHOICES, **more):
 def test_every_option_is_tried_on_top_of_the_fastest_so_far():
     found, said = choose(
         {
-            "train.fused true": 150.0,
-            "train.fused true train.compile true": 120.0,
-            "train.fused true model.attention triton": 200.0,
-            "train.fused true model.attention triton model.target_attention cudnn": 203.0,  # less than 2 %
-            "train.fused true model.attention triton train.overlap_target true": "no stream",
-            "train.fused true model.attention triton train.capture true": 220.0,
+            "step.blocks fused": 150.0,
+            "step.blocks fused+compile": 120.0,
+            "step.blocks fused step.attention triton": 200.0,
+            "step.blocks fused step.attention triton step.capture true": 220.0,
+            "step.blocks fused step.attention triton step.capture true step.overlap_target true": "no stream",
         }
     )
     assert [named(way["settings"]) for way in found["ways"]] == [
         "",
-        "train.fused true",
-        "train.compile true",
-        "train.fused true train.compile true",
-        "train.fused true model.attention triton",
-        "train.fused true model.attention triton model.target_attention cudnn",
-        "train.fused true model.attention triton train.overlap_target true",
-        "train.fused true model.attention triton train.capture true",
+        "step.blocks compile",
+        "step.blocks fused",
+        "step.blocks fused+compile",
+        "step.blocks fused step.attention triton",
+        "step.blocks fused step.attention triton step.capture true",
+        "step.blocks fused step.attention triton step.capture true step.overlap_target true",
         "",
-        "train.fused true model.attention triton train.capture true",
+        "step.blocks fused step.attention triton step.capture true",
     ]
-    assert found["settings"] == {"train.fused": True, "model.attention": "triton", "train.capture": True}
+    assert found["settings"] == {"step.blocks": "fused", "step.attention": "triton", "step.capture": True}
     assert found["gain"] == 2.2 and found["ways"][6]["failed"] == "no stream"
     assert "no stream" in said and "2.20x" in said and "a GPU" in said
 
 
 def test_options_that_are_on_are_tried_off():
-    on = replace(RunConfig(), train=TrainConfig(fused=True, compile=True, overlap_target=True))
-    found, _ = choose({"train.compile true train.overlap_target true": 130.0, "train.compile true": 140.0}, on)
-    assert found["settings"] == {"train.fused": False, "train.overlap_target": False} and found["gain"] == 1.4
-    assert flags(found["settings"]) == "--train.fused false --train.overlap_target false"
+    on = replace(RunConfig(), step=StepOptions(blocks="fused+compile", overlap_target=True))
+    found, _ = choose({"step.blocks compile step.overlap_target true": 130.0, "step.blocks compile": 140.0}, on)
+    assert found["settings"] == {"step.blocks": "compile", "step.overlap_target": False} and found["gain"] == 1.4
+    assert flags(found["settings"]) == "--step.blocks compile --step.overlap_target false"
 
 
 def test_nothing_faster_changes_nothing():
-    found, said = choose({"train.fused true": 101.0, "train.compile true": "no compiler"})
+    found, said = choose({"step.blocks fused": 101.0, "step.blocks compile": "no compiler"})
     assert found["settings"] == {} and found["gain"] == 1.0 and "once more" not in said
 
 
 def test_what_was_faster_only_once_is_not_believed():
-    found, said = choose({"train.fused true": (150.0, 100.0)})
+    found, said = choose({"step.blocks fused": (150.0, 100.0)})
     assert found["settings"] == {} and found["gain"] == 1.0
     assert "the second time it was 1.00x as fast: nothing is to be changed" in said
 
 
 def test_a_winner_that_fails_the_second_time_is_not_chosen():
-    found, said = choose({"train.fused true": (150.0, "out of memory")})
+    found, said = choose({"step.blocks fused": (150.0, "out of memory")})
     assert found["settings"] == {} and found["ways"][-1]["failed"] == "out of memory"
     assert "the second time one of them failed" in said
 
@@ -113,31 +108,21 @@ def test_a_winner_that_fails_the_second_time_is_not_chosen():
 def test_options_that_the_settings_exclude_are_named_with_the_reason():
     summing = replace(RunConfig(), train=TrainConfig(accumulate=2))
     found, said = choose({}, summing)
-    excluded = [way for way in found["ways"] if way["settings"] == {"train.capture": True}]
-    assert "train.capture needs a GPU, accumulate 1" in excluded[0]["failed"] and excluded[0]["failed"] in said
+    excluded = [way for way in found["ways"] if way["settings"] == {"step.capture": True}]
+    assert "step.capture needs one GPU, train.accumulate 1" in excluded[0]["failed"] and excluded[0]["failed"] in said
 
 
 @pytest.mark.parametrize(
     ("choices", "gpus", "tried"),
     [
         (CHOICES, 1, set(NAMES)),
-        (CHOICES, 8, set(NAMES) - {"train.capture"}),  # a graph is of one GPU
-        (CHOICES | {"gpu": False}, 1, set(NAMES) - {"train.capture", "train.overlap_target"}),
+        (CHOICES, 8, set(NAMES) - {"step.capture"}),  # a graph is of one GPU
+        (CHOICES | {"gpu": False}, 1, set(NAMES) - {"step.capture", "step.overlap_target"}),
     ],
 )
 def test_what_is_tried_depends_on_the_devices(choices, gpus, tried):
     found, _ = choose({}, choices=choices, gpus=gpus)
     assert {name for way in found["ways"] for name in way["settings"]} == tried
-
-
-def test_attention_of_the_targets_is_chosen_beside_that_of_the_others():
-    """What the rest takes is no choice of its own, and one that is set is tried off."""
-    model = ModelConfig(attention="triton", target_attention="cudnn")
-    found, _ = choose({}, replace(RunConfig(), model=model))
-    tried = [way["settings"]["model.target_attention"] for way in found["ways"] if len(way["settings"]) == 1
-             and "model.target_attention" in way["settings"]]  # fmt: skip
-    assert tried == [None]
-    assert flags({"model.target_attention": None}) == "--model.target_attention null"
 
 
 def test_the_step_as_configured_must_run():
@@ -147,7 +132,7 @@ def test_the_step_as_configured_must_run():
 
 def test_results_are_kept_after_every_way(tmp_path):
     path, seen = tmp_path / "new" / "report.json", []
-    found, _ = choose({"train.fused true": 150.0}, path=path)
+    found, _ = choose({"step.blocks fused": 150.0}, path=path)
     assert json.loads(path.read_text()) == found
     attempt = table({})
 
@@ -159,7 +144,7 @@ def test_results_are_kept_after_every_way(tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         fastest(TINY, "some", CPU, images=2, path=path, attempt=until_the_third, say=str)
-    assert [way["settings"] for way in json.loads(path.read_text())["ways"]] == [{}, {"train.fused": True}]
+    assert [way["settings"] for way in json.loads(path.read_text())["ways"]] == [{}, {"step.blocks": "compile"}]
 
 
 @pytest.mark.parametrize(
@@ -210,7 +195,7 @@ def test_other_ways_are_compared_with_the_step_as_configured(configured):
     common, base = configured
     assert base["machine"]["cpu"] and base["choices"]["auto"] == "cpu" and "differences" not in base
     assert base["times"]["runs"] >= module.LEAST and len(base["losses"]) == module.WARM_UP * module.CYCLE
-    other = try_way(with_settings(TINY, {"model.attention": "sdpa", "train.fused": True}), *common, base)
+    other = try_way(with_settings(TINY, {"step.attention": "sdpa", "step.blocks": "fused"}), *common, base)
     differences = other["differences"]
     assert 0 < differences["gradient"] < 1e-4 and differences["losses"] < 1e-5 and differences["skipped"] == 0
     assert other["images_per_second"] > 0 and "machine" not in other
@@ -306,13 +291,13 @@ def test_no_room_for_gradients_is_said(tmp_path):
 
 
 def test_choices_on_a_cpu():
-    assert choices_on(TINY, CPU) == {"gpu": False, "any": ["cpu", "sdpa"], "whole": ["cpu", "sdpa"], "auto": "cpu"}
+    assert choices_on(TINY, CPU) == Machine(False, 1, ("cpu", "sdpa"), "cpu")
 
 
 def test_settings_go_through_yaml_and_flags(tmp_path):
-    settings = {"train.fused": True, "model.attention": "sdpa", "model.target_attention": None}
+    settings = {"step.blocks": "fused", "step.attention": "sdpa", "step.activation_checkpointing": False}
     recipe, added = tmp_path / "recipe.yaml", tmp_path / "fastest.yaml"
-    values = {"train": {"device": "cpu", "batch_size": 8}, "model": {"target_attention": "cpu"}}
+    values = {"train": {"device": "cpu", "batch_size": 8}, "step": {"attention": "cpu"}}
     recipe.write_text(yaml.safe_dump(values))
     added.write_text(yaml.safe_dump(nested(settings)))
     parser = cli._run_parser("pretrain", "")
@@ -324,7 +309,7 @@ def test_settings_go_through_yaml_and_flags(tmp_path):
 
 def test_the_command(tmp_path, capsys, monkeypatch):
     """In processes of their own, as a user has it; without torch.compile, which takes a minute."""
-    monkeypatch.setattr(module, "GROUPS", (options._attention, options._target_attention))
+    monkeypatch.setattr(module, "alternatives", lambda machine: options.alternatives(machine)[1:2])
     small = tmp_path / "small.yaml"
     values = {"model": vars(TINY.model), "masks": {"min_keep": 1}, "train": {"device": "cpu", "precision": "fp32"}}
     values["model"] = {name: value for name, value in values["model"].items() if not isinstance(value, tuple)}
@@ -337,7 +322,7 @@ def test_the_command(tmp_path, capsys, monkeypatch):
     found = json.loads(report.read_text())
     assert not [way for way in found["ways"] if "failed" in way]
     assert yaml.safe_load(out.read_text()) == nested(found["settings"])
-    assert {"model.attention": "sdpa"} in [way["settings"] for way in found["ways"]]
+    assert {"step.attention": "sdpa"} in [way["settings"] for way in found["ways"]]
     chosen = flags(found["settings"])
     assert (f"ijepa-fast pretrain ... {chosen}" if chosen else "nothing here is faster than small") in printed
 
@@ -356,7 +341,8 @@ def test_wrong_usage_of_the_command(flag, capsys):
 @pytest.mark.gpu
 def test_every_way_of_the_package_runs_and_trains_the_same_on_a_gpu(monkeypatch):
     """In this process, and without torch.compile, which takes a minute."""
-    monkeypatch.setattr(module, "GROUPS", (lambda *_: [{"train.fused": True}], *module.GROUPS[1:]))
+    tried_here = lambda machine: [("blocks", ("fused",)), *options.alternatives(machine)[1:]]  # noqa: E731
+    monkeypatch.setattr(module, "alternatives", tried_here)
     config = RunConfig(model=replace(RunConfig().model, embed_dim=192, depth=2, num_heads=3, predictor_depth=2))
     config = with_settings(config, {"model.predictor_embed_dim": 96, "train.device": "cuda"})
 
@@ -368,7 +354,7 @@ def test_every_way_of_the_package_runs_and_trains_the_same_on_a_gpu(monkeypatch)
 
     found = fastest(config, "small", torch.device("cuda"), images=16, seconds=0.2, attempt=attempt)
     tried = {name for way in found["ways"] for name in way["settings"]}
-    assert {"train.fused", "model.attention", "train.overlap_target", "train.capture"} <= tried
+    assert {"step.blocks", "step.attention", "step.overlap_target", "step.capture"} <= tried
     # Backends of other libraries have tests of their own.
     failed = {named(way["settings"]): way["failed"] for way in found["ways"] if "failed" in way}
     assert not [why for names, why in failed.items() if "attention" not in names or "attention triton" in names], failed

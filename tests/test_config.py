@@ -5,7 +5,18 @@ from dataclasses import replace
 import jsonargparse
 import pytest
 
-from ijepa_fast.config import CHANGEABLE, EvaluationConfig, RunConfig, as_dict, changes, flatten, from_dict
+from ijepa_fast.config import (
+    CHANGEABLE,
+    RENAMED,
+    EvaluationConfig,
+    RunConfig,
+    as_dict,
+    changes,
+    flatten,
+    from_dict,
+    present_flags,
+    value_text,
+)
 from ijepa_fast.masks.sampler import MaskConfig
 from ijepa_fast.recipe_files import find_recipe, read_recipe, recipes
 
@@ -107,10 +118,19 @@ def test_changes_are_told_apart():
         ({"objective": {"loss": "huber"}}, "objective.loss must be .* got 'huber'"),
         ({"objective": {"target_eps": 0}}, "objective.target_eps must be positive, got 0"),
         ({"masks": {"context": "batch_min"}}, "needs group_size"),
-        ({"train": {"capture": True, "device": "cpu"}}, "train.capture needs a GPU.* device cpu"),
-        ({"train": {"capture": True, "accumulate": 2}}, "train.capture needs .* accumulate 2"),
-        ({"train": {"capture": True, "precision": "fp16"}}, "train.capture needs .* precision fp16"),
-        ({"train": {"overlap_target": True, "device": "cpu"}}, "train.overlap_target needs a GPU, got device cpu"),
+        ({"step": {"capture": True}, "train": {"device": "cpu"}}, "step.capture needs one GPU.* device cpu"),
+        ({"step": {"capture": True}, "train": {"accumulate": 2}}, "step.capture needs .* accumulate 2"),
+        ({"step": {"capture": True}, "train": {"precision": "fp16"}}, "step.capture needs .* precision fp16"),
+        (
+            {"step": {"overlap_target": True}, "train": {"device": "cpu"}},
+            "step.overlap_target needs a GPU, got device cpu",
+        ),
+        ({"step": {"blocks": "fast"}}, "step.blocks must be one of plain, compile, fused, fused.compile, got 'fast'"),
+        (
+            {"step": {"blocks": "fused"}, "train": {"device": "cuda", "precision": "fp32"}},
+            "step.blocks fused .* got fp32",
+        ),
+        ({"step": {"fp8_targets": True}, "train": {"precision": "fp32"}}, "fp8_targets needs .* bf16, got fp32"),
         ({"model": {"num_heads": 0}}, "cannot be split into 0 heads"),
         ({"model": {"predictor_embed_dim": 388}}, "model.predictor_embed_dim 388, the width of the predictor, .* 12"),
         ({"model": {"depth": 3}, "evaluation": {"layers": "last4"}}, "last4 needs .* got model.depth 3"),
@@ -130,3 +150,29 @@ def test_a_warm_up_longer_than_the_run_is_named():
     ):
         optim.schedules(total_steps=75, steps_per_epoch=50)
     assert replace(optim, schedule_stretch=1.1).schedules(total_steps=75, steps_per_epoch=50).total_steps == 82
+
+
+@pytest.mark.parametrize(
+    ("old", "now"),
+    [
+        ({"train": {"compile": True}}, {"step": {"blocks": "compile"}}),
+        ({"train": {"fused": True, "compile": False}}, {"step": {"blocks": "fused"}}),
+        ({"train": {"fused": True, "compile": True}}, {"step": {"blocks": "fused+compile"}}),
+        ({"train": {"fused": False}, "step": {"blocks": "compile"}}, {"step": {"blocks": "compile"}}),
+        ({"train": {"fp8_targets": "tensor"}}, {"step": {"fp8_targets": True}}),
+        ({"train": {"fp8_targets": "off", "capture": True}}, {"step": {"capture": True}}),
+        ({"model": {"attention": "sdpa", "target_attention": "cudnn"}}, {"step": {"attention": "sdpa"}}),
+        ({"model": {"activation_checkpointing": True}}, {"step": {"activation_checkpointing": True}}),
+    ],
+    ids=str,
+)
+def test_settings_of_earlier_versions(old, now):
+    assert from_dict(old) == from_dict(now)
+    typed = [f"--{section}.{name}" for section, values in old.items() for name in values]
+    values = [value_text(value) for section in old.values() for value in section.values()]
+    joined, parts = [], []
+    for flag, value in zip(typed, values, strict=True):
+        joined.append(f"{flag}={value}")
+        parts += [flag, value]
+    assert present_flags(joined)[-2:] == present_flags(parts)[-2:]
+    assert not RENAMED.keys() & {part.removeprefix("--") for part in present_flags(parts)}

@@ -19,10 +19,10 @@ from model_cases import (
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from ijepa_fast.config import CHANGEABLE, TrainConfig
 from ijepa_fast.masks.sampler import MaskConfig, MaskSampler
-from ijepa_fast.model import fused_blocks as fused
-from ijepa_fast.model.fused_blocks import check_device
+from ijepa_fast.model.fp8 import Fp8Linear
+from ijepa_fast.model.fused_blocks import FusedBlock, Unsummed, check_device
+from ijepa_fast.model.fused_blocks import fuse as fuse_network
 from ijepa_fast.model.vit import cast_weights
 from ijepa_fast.ragged import Ragged
 from ijepa_fast.step.flops import TokenCounts, step_flops
@@ -113,14 +113,15 @@ def test_a_wider_stream_stays_wide_and_is_more_exact():
     x = torch.randn(5, encoder.embed_dim, generator=torch.Generator().manual_seed(0)).bfloat16()
 
     def run(dtype):
-        return fused.run(encoder.blocks, x.to(dtype), tokens, None, fused.block_forward, False)
+        out = encoder.run_blocks(encoder.blocks, x.to(dtype), tokens, None)
+        return out.stream + out.branch + out.bias.to(out.branch.dtype) if isinstance(out, Unsummed) else out
 
     cast_weights(encoder, torch.bfloat16)
     encoder.double()
     exact = run(torch.float64)
     encoder.float()
     cast_weights(encoder, torch.bfloat16)
-    encoder.fuse_blocks()
+    fuse_network(encoder)
     narrow, wide = run(torch.bfloat16), run(torch.float32)
     assert narrow.dtype == torch.bfloat16 and wide.dtype == torch.float32
     assert (wide - exact).norm() < (narrow - exact).norm() < 0.05 * exact.norm()
@@ -160,7 +161,7 @@ def test_counted_flops_are_the_closed_form(all_targets):
 
 def test_padding_rows_are_zero_and_pass_no_gradient():
     encoder, pictures = make_encoder(), byte_images()
-    encoder.fuse_blocks()
+    fuse_network(encoder)
     tokens = Ragged.from_lists([[0, 7, 30], [40, 41]]).padded(9)
     out = encoder(pictures, tokens)
     assert out.shape[0] == 9 and out[5:].eq(0).all() and out[:5].ne(0).any(1).all()
@@ -173,38 +174,31 @@ def test_padding_rows_are_zero_and_pass_no_gradient():
 def test_layers_for_evaluation_are_those_of_plain_blocks():
     encoder, pictures = make_encoder(), byte_images()
     want = encoder.intermediate_layers(pictures, 2)
-    encoder.fuse_blocks()
+    fuse_network(encoder)
     for got, wanted in zip(encoder.intermediate_layers(pictures, 2), want, strict=True):
         assert_equal(got, wanted)
     assert_equal(encoder(pictures), want[-1])
 
 
-@pytest.mark.parametrize("first", ["compile_blocks", "fuse_blocks"])
-def test_fusing_comes_before_compiling_and_once(first):
-    encoder = make_encoder()
-    getattr(encoder, first)()
-    with pytest.raises(ValueError, match="fuse_blocks must come before compile_blocks, and once"):
-        encoder.fuse_blocks()
-
-
-def test_nothing_is_fused_if_one_network_cannot_be():
-    model = make_model(GRID)
-    model.target_encoder.compile_blocks()
-    with pytest.raises(ValueError, match="must come before compile_blocks"):
-        model.fuse_blocks()
-    assert not any(network.fused for network in networks(model))
+def test_a_network_shows_its_kind_and_is_fused_once():
+    model = fuse(fuse(tiny_model()))
+    assert str(model).count("2 x FusedBlock") == 3  # context encoder, target encoder, predictor
+    assert "BranchLinear" in str(model) and "(norm): FusedLayerNorm" in str(model)
+    assert model.state_dict().keys() == tiny_model().state_dict().keys()
 
 
 def test_fp8_products_need_plain_blocks_in_either_order():
     model = tiny_model()
-    model.use_fp8_targets("tensor", torch.device("cpu"))
-    with pytest.raises(ValueError, match=r"FP8 scaling tensor needs plain blocks: give fuse_blocks\(targets=False\)"):
+    model.use_fp8_targets(torch.device("cpu"))
+    with pytest.raises(ValueError, match=r"FP8 products need plain blocks .*: give fuse_blocks\(targets=False\)"):
         model.fuse_blocks()
+    assert not any(isinstance(module, FusedBlock) for module in model.modules())
     model.fuse_blocks(targets=False)
-    assert model.predictor.fused and not model.target_encoder.fused
+    assert isinstance(model.predictor.predictor_blocks[0], FusedBlock)
+    assert isinstance(model.target_encoder.blocks[0].attn.qkv, Fp8Linear)
     other = fuse(tiny_model())
-    with pytest.raises(ValueError, match="needs plain blocks, but the target encoder's are fused"):
-        other.use_fp8_targets("tensor", torch.device("cpu"))
+    with pytest.raises(ValueError, match="need plain blocks, but the target encoder's are fused"):
+        other.use_fp8_targets(torch.device("cpu"))
 
 
 def test_what_a_gpu_cannot_run_is_refused(monkeypatch):
@@ -219,11 +213,3 @@ def test_what_a_gpu_cannot_run_is_refused(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ValueError, match="need Triton, which is not installed"):
         check_device(gpu, torch.bfloat16)
-
-
-def test_the_setting():
-    assert not TrainConfig().fused and "train.fused" in CHANGEABLE
-    TrainConfig(fused=True, device="cuda")
-    TrainConfig(fused=True, device="cpu", precision="fp32")
-    with pytest.raises(ValueError, match="train.fused on a GPU needs train.precision bf16 or fp16, got fp32"):
-        TrainConfig(fused=True, device="cuda", precision="fp32")

@@ -29,7 +29,7 @@ from model_cases import (
     patches_per_image,
 )
 
-from ijepa_fast.attention.dispatch import BACKENDS
+from ijepa_fast.attention.dispatch import BACKENDS, Preference
 from ijepa_fast.masks.sampler import Masks
 from ijepa_fast.model import vit
 from ijepa_fast.model.jepa import IJEPA, Objective, mean_pool, variance_covariance
@@ -89,25 +89,26 @@ def test_smooth_l1_sees_both_sides_of_its_bend():
 
 
 @pytest.mark.parametrize(("selection", "all_targets", "whole"), [("output", 1, 2), ("output", 0, 1), ("input", 1, 0)])
-def test_target_attention_gets_whole_images_and_nothing_else(monkeypatch, selection, all_targets, whole):
+def test_whole_images_can_have_an_attention_of_their_own(monkeypatch, selection, all_targets, whole):
     """``whole``: how many of the target encoder's two blocks compute all rows of all images."""
     grid, objective, uniform = (6, 6), Objective(target_selection=selection), []
     images, masks = make_images(3, grid), make_masks(grid, 3)
-    plain = make_model(grid, objective, attention="reference")
-    other = IJEPA(plain.context_encoder, plain.predictor, objective, target_attention="sdpa")
-    other.target_encoder.load_state_dict(plain.target_encoder.state_dict())
-    want = plain(images, masks, all_targets=bool(all_targets))[0].total
+    model = make_model(grid, objective, attention="reference")
+    want = model(images, masks, all_targets=bool(all_targets))[0].total
+    rows = Preference(("sdpa",), uniform=True), Preference(("reference",))
+    monkeypatch.setattr("ijepa_fast.attention.dispatch.PRIORITY", rows)
+    for network in (model.context_encoder, model.target_encoder, model.predictor):
+        network.use_attention("auto")
     assert BACKENDS["sdpa"].reason() is None
     attend = BACKENDS["sdpa"].attend
     monkeypatch.setattr(BACKENDS["sdpa"], "attend", lambda *a: uniform.append(a[-1]) or attend(*a))
-    assert_equal(other(images, masks, all_targets=bool(all_targets))[0].total, want)
+    assert_equal(model(images, masks, all_targets=bool(all_targets))[0].total, want)
     assert uniform == [True] * whole
 
 
-def test_target_attention_must_be_a_backend():
-    model = make_model((6, 6))
+def test_attention_must_be_a_backend():
     with pytest.raises(ValueError, match="must be one of auto, .*got 'dense'"):
-        IJEPA(model.context_encoder, model.predictor, target_attention="dense")
+        make_model((6, 6)).context_encoder.use_attention("dense")
 
 
 @pytest.mark.parametrize("backend", ["cpu", "sdpa", "reference"])

@@ -16,6 +16,7 @@ from torch import Tensor
 from ijepa_fast import ops
 from ijepa_fast.config import ModelConfig
 from ijepa_fast.masks.sampler import MaskConfig, MaskSampler
+from ijepa_fast.model.fused_blocks import fuse
 from ijepa_fast.model.jepa import IJEPA, Objective
 from ijepa_fast.model.vit import cast_weights
 
@@ -144,7 +145,7 @@ def check_fused_model(device: str, compiled: bool = False, checkpointing: bool =
     plain, fused = build().to(device), build().to(device)
     for network in (fused.context_encoder, fused.target_encoder, fused.predictor):
         network.activation_checkpointing = checkpointing
-        network.fuse_blocks()
+        fuse(network)
         if compiled:
             network.compile_blocks()
 
@@ -173,4 +174,4 @@ def test_fused_models_follow_plain_ones(compiled, checkpointing):
 def test_fused_models_in_fp32_are_refused():
     model = MODEL.build(Objective()).to("cuda")
     with pytest.raises(ValueError, match="need weights in bfloat16 or float16, got torch.float32"):
-        model.predictor.fuse_blocks()
+        fuse(model.predictor)

@@ -1,17 +1,16 @@
 """The memory estimate against what autograd really keeps."""
 
-from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from ijepa_fast.config import ModelConfig, RunConfig, TrainConfig
+from ijepa_fast.config import ModelConfig
 from ijepa_fast.masks.sampler import MaskConfig, MaskSampler
 from ijepa_fast.model.jepa import Objective
 from ijepa_fast.model.vit import cast_weights
 from ijepa_fast.optim import FusedAdamW, parameter_groups
-from ijepa_fast.step.memory import USABLE, activation_bytes, set_checkpointing, state_bytes
+from ijepa_fast.step.memory import USABLE, activation_bytes, needs_checkpointing, state_bytes
 from ijepa_fast.step.train_step import PRECISION_DTYPES
 
 MODEL = ModelConfig(56, 4, embed_dim=96, depth=4, num_heads=4, predictor_embed_dim=48, predictor_depth=3)
@@ -19,15 +18,22 @@ IMAGES = 16
 
 
 def build(precision, checkpointing=False, wide_residual=False):
-    config = RunConfig(
-        model=replace(MODEL, activation_checkpointing=checkpointing),
-        train=TrainConfig(precision=precision, wide_residual=wide_residual),
-    )
-    model = config.model.build(Objective())
+    model = MODEL.build(Objective())
     cast_weights(model, PRECISION_DTYPES[precision])
     for network in (model.context_encoder, model.target_encoder, model.predictor):
         network.wide_residual = wide_residual
-    return config, model
+        network.activation_checkpointing = checkpointing
+    return model
+
+
+def estimated(precision, checkpointing=False, wide_residual=False):
+    size = PRECISION_DTYPES[precision].itemsize
+    options = {"checkpointing": checkpointing, "wide_residual": wide_residual}
+    return activation_bytes(MODEL, MaskConfig(), IMAGES, size, **options)
+
+
+def needed(model, device, captured=False):
+    return needs_checkpointing(model, MODEL, MaskConfig(), IMAGES, 2, torch.device(device), captured=captured)
 
 
 def kept_bytes(model, masks, images):
@@ -49,25 +55,24 @@ def kept_bytes(model, masks, images):
 
 @pytest.mark.parametrize(("precision", "wide_residual"), [("fp32", False), ("bf16", False), ("bf16", True)])
 def test_activations_are_those_autograd_keeps(precision, wide_residual):
-    config, model = build(precision, wide_residual=wide_residual)
+    model = build(precision, wide_residual=wide_residual)
     masks = MaskSampler(MaskConfig(), (14, 14)).sample(IMAGES, seed=0, step=0)
     kept = kept_bytes(model, masks, torch.zeros(IMAGES, 3, 56, 56, dtype=torch.uint8))
-    assert activation_bytes(config, IMAGES, checkpointing=False) == pytest.approx(kept, rel=0.1)
+    assert estimated(precision, wide_residual=wide_residual) == pytest.approx(kept, rel=0.1)
 
 
 @pytest.mark.parametrize(("precision", "wide_residual"), [("fp32", False), ("bf16", False), ("bf16", True)])
 def test_checkpointing_keeps_block_inputs_and_needs_one_block(precision, wide_residual):
     """What is kept between the passes, and the largest block, which is there once more while it is recomputed."""
-    config, model = build(precision, True, wide_residual)
+    model = build(precision, True, wide_residual)
     masks = MaskSampler(MaskConfig(), (14, 14)).sample(IMAGES, seed=0, step=0)
     between = kept_bytes(model, masks, torch.zeros(IMAGES, 3, 56, 56, dtype=torch.uint8))
-    estimate = activation_bytes(config, IMAGES, checkpointing=True)
-    assert between < estimate < activation_bytes(config, IMAGES, checkpointing=False)
+    assert between < estimated(precision, True, wide_residual) < estimated(precision, False, wide_residual)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_state_is_what_the_optimizer_holds(precision):
-    _, model = build(precision)
+    model = build(precision)
     optimizer = FusedAdamW(parameter_groups(model))
     model(torch.zeros(2, 3, 56, 56, dtype=torch.uint8), MaskSampler(MaskConfig(), (14, 14)).sample(2, seed=0, step=0))[
         0
@@ -83,25 +88,12 @@ def test_auto_recomputes_only_where_memory_is_short(monkeypatch, gib, on):
     monkeypatch.setattr(
         torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=int(gib * 2**30))
     )
-    config, model = build("bf16", "auto")
-    assert set_checkpointing(model, config, IMAGES, torch.device("cuda")) is on
-    assert model.context_encoder.activation_checkpointing is model.predictor.activation_checkpointing is on
-    assert not model.target_encoder.activation_checkpointing
-    assert set_checkpointing(model, config, IMAGES, torch.device("cpu")) is False
-
-
-@pytest.mark.parametrize("wanted", [True, False])
-def test_a_setting_is_obeyed(wanted):
-    config, model = build("fp32", wanted)
-    assert set_checkpointing(model, config, IMAGES, torch.device("cuda")) is wanted
-    assert model.predictor.activation_checkpointing is wanted
+    model = build("bf16")
+    assert needed(model, "cuda") is on and needed(model, "cpu") is False
 
 
 def test_captured_steps_need_activations_twice(monkeypatch):
-    config, model = build("bf16", "auto")
-    activations = activation_bytes(config, IMAGES, checkpointing=False)
-    total = int((state_bytes(model) + 1.5 * activations) / USABLE)
+    model = build("bf16")
+    total = int((state_bytes(model) + 1.5 * estimated("bf16")) / USABLE)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=total))
-    captured = replace(config, train=replace(config.train, capture=True))
-    assert set_checkpointing(model, config, IMAGES, torch.device("cuda")) is False
-    assert set_checkpointing(model, captured, IMAGES, torch.device("cuda")) is True
+    assert needed(model, "cuda") is False and needed(model, "cuda", captured=True) is True

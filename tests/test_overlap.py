@@ -1,12 +1,12 @@
 """The target encoder on a second stream: forked and joined at the right moments, and the same training as without."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 from fake_streams import FakeGPU
 from torch.nn.parallel import DistributedDataParallel
 
+from ijepa_fast.attention import dispatch
+from ijepa_fast.attention.dispatch import Preference
 from ijepa_fast.data import Batch, DevicePrefetcher
 from ijepa_fast.model import jepa
 from ijepa_fast.model.jepa import Objective
@@ -85,7 +85,7 @@ def test_streams_are_joined_when_a_network_fails(gpu, monkeypatch, seed, network
     """Whoever catches an error (out of memory, say) frees the images, which the target encoder still reads."""
     done = []
     step = noting_step(gpu, done, monkeypatch)
-    monkeypatch.setattr(getattr(step.model, network), "_run", lambda *_: (_ for _ in ()).throw(MemoryError()))
+    monkeypatch.setattr(getattr(step.model, network), "run_blocks", lambda *_: (_ for _ in ()).throw(MemoryError()))
     with pytest.raises(MemoryError):
         step(images(0), 0)
     gpu.launch(lambda: done.append("images are freed"))
@@ -236,12 +236,13 @@ def test_memory_does_not_grow_with_two_streams():
 
 
 @ON_BOTH
-def test_targets_by_another_attention_train_alike(device):
+def test_targets_by_another_attention_train_alike(device, monkeypatch):
     """Another kernel rounds the same targets otherwise; the bound is two units in the last place of bf16."""
-    losses = []
-    for name in (None, "cudnn" if device == "cuda" else "sdpa"):
-        small = {"model": MODEL} if device == "cuda" else {"model": TINY, "masks": MASKS}
-        step = make_step(device, **small | {"model": replace(small["model"], target_attention=name)})
+    losses, small = [], {"model": MODEL} if device == "cuda" else {"model": TINY, "masks": MASKS}
+    of_whole_images = Preference(("cudnn" if device == "cuda" else "sdpa",), device=device, uniform=True)
+    for rows in (dispatch.PRIORITY, (of_whole_images, *dispatch.PRIORITY)):
+        monkeypatch.setattr(dispatch, "PRIORITY", rows)
+        step = make_step(device, **small)
         batches = enumerate(batches_of(3, device))
         losses.append(torch.stack([step(batch.images.to(device), n).losses.total for n, batch in batches]))
     torch.testing.assert_close(losses[1], losses[0], rtol=2 * torch.finfo(torch.bfloat16).eps, atol=0)

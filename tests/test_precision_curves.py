@@ -31,7 +31,7 @@ def test_products_in_fp32_are_the_bf16_products_rounded_once():
 def test_variants_differ_in_their_precision_alone(tmp_path):
     configs = {name: precision_curves.run_config(name, 0, tmp_path, 50) for name in precision_curves.VARIANTS}
     changed = [set(precision_curves.ablations.changes(configs["fp32"], config)) for config in configs.values()]
-    assert set().union(*changed) == {"train.precision", "train.wide_residual", "train.fp8_targets"}
+    assert set().union(*changed) == {"train.precision", "step.wide_residual", "step.fp8_targets"}
     assert len({config.output for config in configs.values()}) == len(configs) == 5
 
 
@@ -40,7 +40,7 @@ def test_likeness_is_by_block_and_leaves_the_precision_of_the_caller():
     encoder = VisionTransformer(32, 4, embed_dim=64, depth=3, num_heads=2)
     images = precision_curves.rendered_images(6, 32)
     pairs = precision_curves.likeness(encoder, images)
-    assert [(pair["a"], pair["b"]) for pair in pairs] == [("bf16", "fp32"), ("tensor", "bf16"), ("row", "bf16")]
+    assert [(pair["a"], pair["b"]) for pair in pairs] == [("bf16", "fp32"), ("row", "bf16")]
     for pair in pairs:
         assert len(pair["blocks"]) == 3
         for block in pair["blocks"]:

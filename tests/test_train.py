@@ -18,6 +18,7 @@ import torch
 from ijepa_fast.attention.dispatch import BACKENDS, BackendUnavailable
 from ijepa_fast.data import TrainLoader
 from ijepa_fast.data.datasets import open_sources
+from ijepa_fast.model.fp8 import Fp8Linear
 from ijepa_fast.plots.run import draw_run
 from ijepa_fast.run import checkpoint
 from ijepa_fast.run.checkpoint import CheckpointError
@@ -148,17 +149,16 @@ def test_a_batch_that_cannot_be_loaded_ends_the_run_after_the_steps_before_it(da
 def test_attention_chosen_for_training_is_not_needed_afterwards(data, tmp_path, monkeypatch):
     """A checkpoint is looked at on other machines, in fp32 and on the CPU, as the untrained encoder of pictures is."""
     config = tiny_run(data, tmp_path / "run", steps=4)
-    chosen = replace(config.model, attention="reference", target_attention="sdpa")
-    pretrain(replace(config, model=chosen))
-    for name in ("reference", "sdpa"):
-        monkeypatch.setattr(BACKENDS[name], "refuse", lambda request: "is for training")
+    pretrain(replace(config, step=replace(config.step, attention="reference")))
+    monkeypatch.setattr(BACKENDS["reference"], "refuse", lambda request: "is for training")
     model, config, _ = load_run(tmp_path / "run")
-    assert config.model == chosen
+    assert config.step.attention == "reference"
     model.target_encoder(torch.zeros(1, 3, 24, 24))
     sources = open_sources(str(data))
     draw_run(config, model.target_encoder, sources, tmp_path / "run")
     with pytest.raises(BackendUnavailable, match="is for training"):
-        chosen.build(config.objective).target_encoder(torch.zeros(1, 3, 24, 24))
+        model.target_encoder.use_attention("reference")
+        model.target_encoder(torch.zeros(1, 3, 24, 24))
 
 
 @pytest.mark.parametrize("crash_at", [3, 5, 9, 11])
@@ -237,25 +237,24 @@ def test_an_ignored_interrupt_stays_ignored(data, tmp_path, monkeypatch):
 @pytest.mark.parametrize(("ranks", "device"), [(1, "cpu"), (2, "cuda")])
 def test_capture_is_for_one_gpu(data, tmp_path, ranks, device):
     config = tiny_run(data, tmp_path / "run", device="auto", capture=True)
-    with pytest.raises(ValueError, match=f"train.capture is for one GPU, but this run has {ranks} ranks on {device}"):
+    with pytest.raises(ValueError, match=f"step.capture needs one GPU.* got device {device}, {ranks} ranks"):
         _check_batches(config, SimpleNamespace(world_size=ranks, device=torch.device(device)))
 
 
 def test_a_second_stream_is_for_gpus(data, tmp_path):
     config = tiny_run(data, tmp_path / "run", device="auto", overlap_target=True)
-    with pytest.raises(ValueError, match="train.overlap_target needs a GPU, but this run is on cpu"):
+    with pytest.raises(ValueError, match="step.overlap_target needs a GPU, got device cpu"):
         _check_batches(config, SimpleNamespace(world_size=1, device=torch.device("cpu")))
 
 
 @pytest.mark.parametrize(
-    "settings",
-    [{"fused": True}, *(pytest.param({"compile": True, "fused": f}, marks=pytest.mark.slow) for f in (False, True))],
-    ids=str,
+    "blocks",
+    ["fused", *(pytest.param(blocks, marks=pytest.mark.slow) for blocks in ("compile", "fused+compile"))],
 )
-def test_compiled_and_fused_blocks_train_the_same(data, straight, tmp_path, settings):
+def test_compiled_and_fused_blocks_train_the_same(data, straight, tmp_path, blocks):
     """With inductor, in fp32: fused kernels round otherwise, and Adam's first steps have the sign of a gradient."""
     torch._dynamo.reset()  # what other tests compiled of the same code counts towards dynamo's limit
-    pretrain(tiny_run(data, tmp_path / "run", **settings))
+    pretrain(tiny_run(data, tmp_path / "run", blocks=blocks))
     lines = [(path / "metrics.jsonl").read_text().splitlines()[-1] for path in (tmp_path / "run", straight)]
     other, eager = (json.loads(line) for line in lines)
     assert other["loss"] == pytest.approx(eager["loss"], rel=1e-3)
@@ -279,22 +278,22 @@ def test_features_are_watched_at_some_steps_alone(data, tmp_path, monkeypatch, e
 
 
 def test_precision_options_are_put_to_work_and_leave_the_same_files(data, tmp_path):
-    options = {"plain": {}, "fp8": {"fp8_targets": "row"}, "wide": {"wide_residual": True}}
+    options = {"plain": {}, "fp8": {"fp8_targets": True}, "wide": {"wide_residual": True}}
     ends = {}
     for name, chosen in options.items():
         pretrain(tiny_run(data, tmp_path / name, precision="bf16", **chosen))
         ends[name] = final(tmp_path / name).tensors
-        assert load_run(tmp_path / name)[0].fp8_targets == "off"
+        assert not any(isinstance(module, Fp8Linear) for module in load_run(tmp_path / name)[0].modules())
     for name in ("fp8", "wide"):
         assert ends[name].keys() == ends["plain"].keys()
         assert all(value.dtype == ends["plain"][key].dtype for key, value in ends[name].items())
         assert any(not torch.equal(value, ends["plain"][key]) for key, value in ends[name].items())
-    with pytest.raises(CheckpointError, match=r"train.fp8_targets \('row' -> 'tensor'\)"):
-        pretrain(tiny_run(data, tmp_path / "fp8", precision="bf16", fp8_targets="tensor"))
+    with pytest.raises(CheckpointError, match=r"step.fp8_targets \(True -> False\)"):
+        pretrain(tiny_run(data, tmp_path / "fp8", precision="bf16"))
 
 
 def test_widths_that_fp8_cannot_have_are_refused_before_anything_is_written(data, tmp_path):
-    config = tiny_run(data, tmp_path / "run", precision="bf16", fp8_targets="tensor")
+    config = tiny_run(data, tmp_path / "run", precision="bf16", fp8_targets=True)
     with pytest.raises(ValueError, match="FP8 needs widths that are multiples of 16"):
         pretrain(replace(config, model=replace(config.model, embed_dim=24)))
     assert not (tmp_path / "run").exists()
@@ -324,11 +323,11 @@ def test_settings_that_are_newer_than_a_run_had_their_defaults(data, tmp_path):
     config = tiny_run(data, tmp_path / "run", precision="bf16")
     pretrain(config)
     state = final(tmp_path / "run")
-    del state.extra["settings"]["train.fp8_targets"]
+    del state.extra["settings"]["step.fp8_targets"]
     checkpoint.save(tmp_path / "run" / "checkpoints", state, keep=1)
     pretrain(config)
-    with pytest.raises(CheckpointError, match=r"train.fp8_targets \('off' -> 'row'\)"):
-        pretrain(replace(config, train=replace(config.train, fp8_targets="row")))
+    with pytest.raises(CheckpointError, match=r"step.fp8_targets \(False -> True\)"):
+        pretrain(replace(config, step=replace(config.step, fp8_targets=True)))
 
 
 def test_of_a_damaged_checkpoint_and_a_whole_one_the_whole_one_is_continued(data, straight, tmp_path, caplog):
@@ -434,7 +433,7 @@ def test_an_interrupt_of_the_whole_group_stops_the_process_and_not_its_workers_f
 
 @pytest.mark.parametrize(
     ("device", "train", "said"),
-    [("cuda", {}, True), ("cuda", {"fused": True, "precision": "bf16"}, False), ("cpu", {}, False)],
+    [("cuda", {}, True), ("cuda", {"blocks": "fused", "precision": "bf16"}, False), ("cpu", {}, False)],
 )
 def test_a_run_on_a_gpu_is_told_of_options_if_none_is_on(device, train, said, caplog):
     with caplog.at_level("INFO"):

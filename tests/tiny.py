@@ -1,5 +1,7 @@
 """The smallest run that still has everything: shared by the tests of step, training and command line."""
 
+from dataclasses import fields
+
 import torch
 
 from ijepa_fast.config import (
@@ -15,6 +17,7 @@ from ijepa_fast.model.jepa import IJEPA, Objective
 from ijepa_fast.model.vit import cast_weights
 from ijepa_fast.optim import FusedAdamW, parameter_groups
 from ijepa_fast.optim.schedules import Schedules
+from ijepa_fast.step.options import StepOptions
 from ijepa_fast.step.train_step import PRECISION_DTYPES, TrainStep
 
 MODEL = ModelConfig(
@@ -51,6 +54,8 @@ def images(step: int, count: int = 8) -> torch.Tensor:
 
 
 def tiny_run(data, output, **train) -> RunConfig:
+    """A run of 12 steps; ``train`` are settings of ``TrainConfig`` and ``StepOptions``."""
+    options = {name: train.pop(name) for name in [f.name for f in fields(StepOptions)] if name in train}
     settings = {"batch_size": 8, "steps": 12, "log_every": 4, "save_every": 5, "precision": "fp32", "device": "cpu"}
     return RunConfig(
         data=str(data),
@@ -60,5 +65,6 @@ def tiny_run(data, output, **train) -> RunConfig:
         loader=LoaderConfig(workers=0),
         optim=OptimConfig(warmup_epochs=0.5),
         train=TrainConfig(**(settings | train)),
+        step=StepOptions(**options),
         evaluation=EvaluationConfig(before_and_after=False, pictures=False, bank=32),
     )

@@ -31,6 +31,7 @@ class Preference:
     dtypes: tuple[torch.dtype, ...] | None = None
     head_dims: tuple[int, ...] | None = None
     longest: int | None = None
+    uniform: bool | None = None
 
     def holds_for(self, request: Request) -> bool:
         return (
@@ -38,6 +39,7 @@ class Preference:
             and (self.dtypes is None or request.dtype in self.dtypes)
             and (self.head_dims is None or request.head_dim in self.head_dims)
             and (self.longest is None or request.max_seqlen <= self.longest)
+            and (self.uniform is None or request.uniform == self.uniform)
         )
 
 
@@ -45,7 +47,7 @@ PRIORITY = (
     # Nothing has been measured on a GPU yet, and the package's own kernels have run in Triton's interpreter only. So
     # the FlashAttention inside torch comes first, which is known to run, until ``ijepa-fast bench`` says what is faster
     # for which head dims and lengths: those get rows of their own above this one. cuDNN's attention, for sets of one
-    # length alone, waits for that too: until then it runs where it is named (``model.target_attention: cudnn``).
+    # length alone (``uniform``: whole images in the target encoder), waits for that too.
     Preference(("torch_varlen", "triton", "flash_attn", "xformers", "sdpa", "reference"), device="cuda"),
     Preference(("cpu", "sdpa", "reference"), device="cpu"),
     Preference(("sdpa", "reference")),

@@ -20,11 +20,14 @@ from torch import Tensor
 from ijepa_fast.bench.child_process import Failed, call_apart
 from ijepa_fast.bench.measure import SCHEMA, Times, repeat, save
 from ijepa_fast.bench.steps import LIMITS, differences, disagreement, gradients_of, random_step, rate
-from ijepa_fast.config import RunConfig
+from ijepa_fast.config import RunConfig, flatten, value_text, with_settings
+from ijepa_fast.run.build import use_deterministic
 from ijepa_fast.run.environment import machine
-from ijepa_fast.step.build import use_deterministic
-from ijepa_fast.step.options import GROUPS, Settings, choices_on, differing, value_text, with_settings
-from ijepa_fast.step.train_step import TrainStep
+from ijepa_fast.step.options import Machine, alternatives, machine_of
+from ijepa_fast.step.train_step import PRECISION_DTYPES, TrainStep
+
+Settings = dict[str, Any]
+"""Dotted names of settings -> values, as flags have them."""
 
 GAIN = 1.02
 """Times faster than the fastest so far that an option must be: less is noise, and no reason for another option."""
@@ -128,10 +131,9 @@ def fastest(
         say(header())
         note({}, base)
         settings, best = {}, base["images_per_second"]
-        for group in GROUPS:
-            now = with_settings(config, settings)
-            offered = group(choices, now, gpus)
-            tried = [differing(config, settings | change) for change in offered if differing(now, change)]
+        for name, values in alternatives(Machine(**choices | {"gpus": gpus})):
+            now = getattr(with_settings(config, settings).step, name)
+            tried = [differing(config, settings | {f"step.{name}": value}) for value in values if value != now]
             rates = [rate(way) for way in tried]
             if rates and max(rates) >= GAIN * best:
                 best = max(rates)
@@ -147,6 +149,19 @@ def fastest(
                 say("the second time one of them failed: nothing is to be changed")
     save(path, report)
     return report
+
+
+def choices_on(config: RunConfig, device: torch.device) -> Machine:
+    """What ``device`` offers to the step of ``config``."""
+    model = config.model
+    head_dims = [width // model.num_heads for width in (model.embed_dim, model.predictor_embed_dim)]
+    patches = (model.img_size // model.patch_size) ** 2
+    return machine_of(device, PRECISION_DTYPES[config.train.precision], head_dims, patches)
+
+
+def differing(config: RunConfig, settings: Settings) -> Settings:
+    """Those of the settings that ``config`` does not have already."""
+    return {name: value for name, value in settings.items() if flatten(config)[name] != value}
 
 
 def try_way(
@@ -194,7 +209,7 @@ def try_way(
     found["activation_checkpointing"] = step.model.context_encoder.activation_checkpointing
     if base is None:
         _require_finite({"losses after updates": torch.tensor(found["losses"])})
-        return found | {"machine": machine(device), "choices": choices_on(config, device)}
+        return found | {"machine": machine(device), "choices": choices_on(config, device)._asdict()}
     found["differences"] |= _compared(found, base, config)
     return found
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ijepa_fast.bench.measure import Times, repeat
 from ijepa_fast.config import RunConfig
 from ijepa_fast.masks.sampler import MaskSampler
-from ijepa_fast.step.build import assemble
+from ijepa_fast.run.build import assemble
 from ijepa_fast.step.train_step import TrainStep
 
 WARM_UP = 3

@@ -12,18 +12,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ijepa_fast import ops
 from ijepa_fast.attention.dispatch import check_backend, varlen_attention, varlen_self_attention
-from ijepa_fast.model import fused_blocks as fused
-from ijepa_fast.model.fp8 import active_scaling, fp8_linear
 from ijepa_fast.ops import accumulation_dtype
 from ijepa_fast.ragged import Ragged, take_rows
 
 Init = Literal["flat", "depth_scaled"]
 COMPILED_VERSIONS = 64
-"""That dynamo may make of a block."""
+"""Number of versions that torch.compile may make of a block."""
 CPU_HIDDEN = 1 << 21
-"""Hidden values that an MLP computes at a time on the CPU: 8 MB in fp32 stay in the cache between its layers."""
+"""Number of hidden values that an MLP computes at a time on the CPU. 8 MB in fp32 stay in the cache between layers."""
 
 
 def init_normal(weight: Tensor) -> None:
@@ -34,47 +31,34 @@ def init_normal(weight: Tensor) -> None:
 
 
 class Linear(nn.Linear):
-    """``nn.Linear`` whose bias and input may be fp32 beside a low-precision weight; see also ``fp8.fp8_products``."""
+    """``nn.Linear`` whose bias and input may be fp32 beside a low-precision weight."""
 
-    fused = False
-
-    def forward(self, x: Tensor) -> Tensor:
-        # Not as a slice of all outputs, whose gradient would be copied into zeros.
-        return self._product(x, self.weight, self.bias)
-
-    def project(self, x: Tensor, outputs: slice) -> Tensor:
-        """Only some of the output features."""
-        return self._product(x, self.weight[outputs], None if self.bias is None else self.bias[outputs])
-
-    def _product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        if self.fused:
-            return ops.linear(x.to(weight.dtype), weight, bias)
-        bias = None if bias is None else bias.to(weight.dtype)
-        if active_scaling() != "off":
-            return fp8_linear(x, weight, bias, active_scaling())
-        # Under autocast it is the weight that is wider, and torch casts both.
+    def forward(self, x: Tensor, outputs: slice = slice(None)) -> Tensor:
+        """[T, K] -> [T, D]; ``outputs`` picks output features, and no others are computed."""
+        # A slice of the weight, because the gradient of a slice of the result would be copied into zeros.
+        weight, bias = self.weight[outputs], None if self.bias is None else self.bias[outputs].to(self.weight.dtype)
+        # Under autocast the weight is the wider one, and torch casts both.
         return F.linear(x.to(weight.dtype) if x.itemsize > weight.itemsize else x, weight, bias)
 
 
 class LayerNorm(nn.LayerNorm):
     """``nn.LayerNorm`` (eps 1e-6) whose weight may be fp32 beside low-precision activations."""
 
-    fused = False
-
     def __init__(self, dim: int):
         super().__init__(dim, eps=1e-6)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.fused:
-            return ops.layer_norm(x, None, None, self.weight, self.bias, self.eps)[0]
         if x.dtype == self.weight.dtype:
             return super().forward(x)
         return super().forward(x.to(self.weight.dtype)).to(x.dtype)
 
 
 class Attention(nn.Module):
-    dense_backend: str | None = None
-    """Backend for sets of equal length without padding, instead of the usual one."""
+    """Multi-head self-attention within each packed sequence.
+
+    Attributes:
+        backend: attention kernel, "auto" or a name in ``attention.backends.BACKENDS``.
+    """
 
     def __init__(self, dim: int, num_heads: int, qkv_bias: bool, backend: str):
         super().__init__()
@@ -84,21 +68,17 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, tokens: Ragged, queries: Ragged | None = None) -> Tensor:
         """[T, D] -> [T, D], or the outputs of the rows ``queries.indices`` alone."""
-        return self.proj(self.attend(x, tokens, queries))
-
-    def attend(self, x: Tensor, tokens: Ragged, queries: Ragged | None = None) -> Tensor:
-        """The same before the projection."""
         dim, heads = x.shape[-1], self.num_heads
-        uniform = tokens.uniform and (queries is None or queries.uniform)
-        backend = self.dense_backend if uniform and self.dense_backend is not None else self.backend
         if queries is None:
+            # Packed queries, keys and values stay one tensor: our kernels read them in place.
             qkv_T3HD = self.qkv(x).unflatten(-1, (3, heads, -1))
             out = varlen_self_attention(
-                qkv_T3HD, tokens.cu_seqlens, tokens.max_seqlen, backend=backend, uniform=uniform
+                qkv_T3HD, tokens.cu_seqlens, tokens.max_seqlen, backend=self.backend, uniform=tokens.uniform
             )
         else:
-            q = self.qkv.project(take_rows(x, queries.indices), slice(0, dim)).unflatten(-1, (heads, -1))
-            k, v = self.qkv.project(x, slice(dim, None)).unflatten(-1, (2, heads, -1)).unbind(1)
+            # Every token is a key and a value, but only the wanted rows ask.
+            q = self.qkv(take_rows(x, queries.indices), slice(0, dim)).unflatten(-1, (heads, -1))
+            k, v = self.qkv(x, slice(dim, None)).unflatten(-1, (2, heads, -1)).unbind(1)
             out = varlen_attention(
                 q,
                 k,
@@ -107,27 +87,26 @@ class Attention(nn.Module):
                 tokens.cu_seqlens,
                 queries.max_seqlen,
                 tokens.max_seqlen,
-                backend=backend,
-                uniform=uniform,
+                backend=self.backend,
+                uniform=tokens.uniform and queries.uniform,
             )
-        return out.flatten(1)
+        return self.proj(out.flatten(1))
 
 
 class Mlp(nn.Module):
+    """Two linear layers with GELU between them."""
+
     def __init__(self, dim: int, hidden: int):
         super().__init__()
         self.fc1 = Linear(dim, hidden)
         self.fc2 = Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
+        parts = 1
         if x.is_cpu and not torch.compiler.is_compiling():
-            parts = -(-x.shape[0] * self.fc1.out_features // CPU_HIDDEN)
-            if parts > 1:
-                return torch.cat([self._rows(part) for part in x.chunk(parts)])
-        return self._rows(x)
-
-    def _rows(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
+            parts = max(1, -(-x.shape[0] * self.fc1.out_features // CPU_HIDDEN))
+        out = [self.fc2(F.gelu(self.fc1(part))) for part in x.chunk(parts)]
+        return out[0] if len(out) == 1 else torch.cat(out)
 
 
 class Block(nn.Module):
@@ -147,65 +126,59 @@ class Block(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
-def block_forward(block: Block, x: Tensor, tokens: Ragged, queries: Ragged | None) -> Tensor:
-    return block(x, tokens, queries)
-
-
 class BlockStack(nn.Module):
-    """What encoder and predictor share: checks, initialisation and the run through the blocks."""
+    """What encoder and predictor share: checks, initialisation and the run through their blocks.
+
+    Attributes:
+        activation_checkpointing: keep only the input of each block for the backward pass and compute the rest again.
+        wide_residual: keep the sums between blocks in fp32 beside low-precision weights; norms read them, products do
+            not.
+    """
 
     activation_checkpointing: bool = False
     wide_residual: bool = False
-    """Keep the sums between blocks in fp32 beside low-precision weights; norms read them, products do not."""
-    fused: bool = False
-    _call = staticmethod(block_forward)
+
+    def use_attention(self, backend: str) -> None:
+        """Choose the attention kernel: "auto" or a name in ``attention.backends.BACKENDS``.
+
+        Raises:
+            ValueError: no backend has this name.
+            BackendUnavailable: it cannot be imported.
+        """
+        check_backend(backend)
+        for module in self.modules():
+            if isinstance(module, Attention):
+                module.backend = backend
 
     def compile_blocks(self, backend: str = "inductor") -> None:
-        """From now on, run blocks through torch.compile. Blocks of equal form share their code, for any token counts.
+        """Compile each block. Blocks of equal form share their code, for any token counts.
 
         Args:
             backend: of ``torch.compile``.
         """
-        # Networks share the code of a block, and dynamo makes a version of it for each width, dtype and kind of sets:
-        # in training and evaluation together nearly the 8 that it is allowed, past which it gives up with an error.
+        # All compiled modules of a process share the count of versions: one for each width, dtype and kind of sets.
+        # Training and evaluation together make nearly the 8 that are allowed, past which dynamo raises.
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, COMPILED_VERSIONS)
-        function = fused.block_forward if self.fused else block_forward
-        self._call = torch.compile(function, fullgraph=True, dynamic=True, backend=backend)
-
-    def fuse_blocks(self) -> None:
-        """From now on, run blocks, norms and linear layers on the package's fused kernels (``fused.py``).
-
-        Call it before ``compile_blocks``, on the device and in the dtype of the run.
-
-        Raises:
-            ValueError: blocks were compiled before, or the kernels cannot run here, with the reason.
-        """
-        self.check_fuse_blocks()
         for module in self.modules():
-            if isinstance(module, (BlockStack, Linear, LayerNorm)):
-                module.fused = True
-        self._call = fused.block_forward
+            if isinstance(module, Block):
+                module.compile(fullgraph=True, dynamic=True, backend=backend)
 
-    def check_fuse_blocks(self) -> None:
-        """Raise ValueError, as ``fuse_blocks`` does, if it cannot be called."""
-        if "_call" in vars(self):
-            raise ValueError("fuse_blocks must come before compile_blocks, and once")
-        weight = next(module.weight for module in self.modules() if isinstance(module, Linear))
-        fused.check_device(weight.device, weight.dtype)
-
-    def _stream(self, x: Tensor) -> Tensor:
-        """What enters the blocks, in the dtype that the sums between them are kept in."""
+    def widened(self, x: Tensor) -> Tensor:
+        """What enters the sums between blocks, in the dtype that they are kept in."""
         return x.to(accumulation_dtype(x.dtype)) if self.wide_residual else x
 
-    def _run(self, blocks: nn.ModuleList, x: Tensor, tokens: Ragged, queries: Ragged | None) -> Tensor:
-        if self.fused:
-            return fused.run(blocks, x, tokens, queries, self._call, self.activation_checkpointing)
+    def run_blocks(self, blocks: nn.ModuleList, x: Tensor, tokens: Ragged, queries: Ragged | None) -> Tensor:
+        """[T, D] -> [T, D] through all blocks; the last one computes the rows ``queries.indices`` alone, if given.
+
+        The result is for the norm that follows: behind fused blocks it is a sum that this norm has yet to take.
+        """
         for i, block in enumerate(blocks):
-            inputs = block, x, tokens, queries if i == len(blocks) - 1 else None
+            # Earlier blocks need every row, as keys and values of the next.
+            wanted = queries if i == len(blocks) - 1 else None
             if self.activation_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(self._call, *inputs, use_reentrant=False, preserve_rng_state=False)
+                x = checkpoint(block, x, tokens, wanted, use_reentrant=False, preserve_rng_state=False)
             else:
-                x = self._call(*inputs)
+                x = block(x, tokens, wanted)
         return x
 
     @staticmethod

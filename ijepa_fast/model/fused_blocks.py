@@ -1,24 +1,106 @@
-"""Transformer blocks on the package's fused kernels: what ``blocks.Block`` computes, cut at other places.
+"""Transformer blocks on the package's fused kernels: what ``blocks.Block`` computes, with its sums inside its norms.
 
 Legend: T packed rows, D width.
 
-Two sums and two norms stand between the products of a block, and a norm's kernel can do the sum before it: it adds the
-product that comes, that product's bias and the residual stream, and its backward pass sums the bias's gradient. So a
-block here begins behind its own first norm and ends with the first norm of the block that follows. GELU, its derivative
-and the first layer's bias gradient run inside the MLP's products, and weight gradients are ``ops.weight_gradient``.
+A norm's kernel can do the sum before it: it adds the product that comes, that product's bias and the residual stream,
+and its backward pass sums the gradient of the bias. So a block here hands on its last sum untaken, as ``Unsummed``, and
+the norm that follows takes it. GELU, its derivative and the gradient of the first bias run inside the products of the
+MLP, and weight gradients are ``ops.weight_gradient``.
 """
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from ijepa_fast import ops
+from ijepa_fast.model.blocks import Block, LayerNorm, Linear, Mlp
 from ijepa_fast.ragged import Ragged, take_rows
+
+
+class Unsummed(NamedTuple):
+    """The sum ``stream + branch + bias`` before it is taken.
+
+    Attributes:
+        stream: [T, D]; the sum of all that came before, which may be wider than the weights.
+        branch: [T, D] in the dtype of the weights; a product without its bias.
+        bias: [D] of that product.
+    """
+
+    stream: Tensor
+    branch: Tensor
+    bias: Tensor
+
+
+class FusedLinear(Linear):
+    """Linear layer whose weight gradient is a split sum."""
+
+    def forward(self, x: Tensor, outputs: slice = slice(None)) -> Tensor:
+        weight = self.weight[outputs]
+        return ops.linear(x.to(weight.dtype), weight, None if self.bias is None else self.bias[outputs])
+
+
+class BranchLinear(Linear):
+    """The same without its bias, which the norm that follows adds."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.linear(x.to(self.weight.dtype), self.weight, None)
+
+
+class BranchMlp(Mlp):
+    """MLP without its last bias, which the norm that follows adds."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.mlp(x, self.fc1.weight, self.fc1.bias, self.fc2.weight, None)
+
+
+class FusedLayerNorm(LayerNorm):
+    """Layer norm that first takes the sum of what it is given, if that is ``Unsummed``."""
+
+    def forward(self, x: Tensor | Unsummed) -> Tensor:
+        return self.sum_and_normalise(x)[0]
+
+    def sum_and_normalise(self, x: Tensor | Unsummed) -> tuple[Tensor, Tensor]:
+        """The normalised rows and the sum, both [T, D]."""
+        stream, branch, bias = x if isinstance(x, Unsummed) else (None, x, None)
+        normal, total, _, _ = ops.layer_norm(branch, stream, bias, self.weight, self.bias, self.eps)
+        return normal, x if stream is None else total
+
+
+class FusedBlock(Block):
+    """``Block`` whose last sum is left to the norm that follows."""
+
+    def forward(self, x: Tensor | Unsummed, tokens: Ragged, queries: Ragged | None = None) -> Unsummed:
+        normal, stream = self.norm1.sum_and_normalise(x)
+        # The first block's input may be wider than the weights.
+        attended = self.attn(normal.to(self.attn.qkv.weight.dtype), tokens, queries)
+        if queries is not None:
+            stream = take_rows(stream, queries.indices)
+        normal, stream = self.norm2.sum_and_normalise(Unsummed(stream, attended, self.attn.proj.bias))
+        return Unsummed(stream, self.mlp(normal), self.mlp.fc2.bias)
+
+
+FUSED = {Block: FusedBlock, Mlp: BranchMlp, Linear: FusedLinear, LayerNorm: FusedLayerNorm}
+
+
+def fuse(network: nn.Module) -> None:
+    """Turn the blocks, norms and linear layers of an encoder or a predictor into their fused kind, in place.
+
+    Parameters and their names stay. Call it on the device and in the dtype of the run.
+
+    Raises:
+        ValueError: the kernels cannot run here, with the reason.
+    """
+    weight = next(module.weight for module in network.modules() if isinstance(module, Linear))
+    check_device(weight.device, weight.dtype)
+    for module in list(network.modules()):
+        # As torch's fully_shard does it: optimizers, hooks and compiled blocks keep the modules that they hold.
+        module.__class__ = FUSED.get(type(module), type(module))
+        if isinstance(module, FusedBlock):
+            module.attn.proj.__class__ = BranchLinear
 
 
 def check_device(device: torch.device, dtype: torch.dtype) -> None:
@@ -35,64 +117,3 @@ def check_device(device: torch.device, dtype: torch.dtype) -> None:
         raise ValueError(f"fused blocks run on cpu and cuda, got {device}")
     if dtype not in (torch.bfloat16, torch.float16):
         raise ValueError(f"fused blocks on a GPU need weights in bfloat16 or float16, got {dtype}")
-
-
-def run(
-    blocks: nn.ModuleList,
-    x: Tensor,
-    tokens: Ragged,
-    queries: Ragged | None,
-    call: Callable[..., tuple[Tensor | None, Tensor]],
-    checkpointing: bool,
-) -> Tensor:
-    """``blocks.Block`` after ``blocks.Block``: [T, D] -> [T, D], or the rows ``queries.indices`` alone.
-
-    Args:
-        call: ``block_forward``, compiled or not.
-        checkpointing: keep a block's two inputs for the backward pass, and compute the rest once more.
-    """
-    normal, stream = blocks[0].norm1(x).to(blocks[0].attn.qkv.weight.dtype), x
-    for i, block in enumerate(blocks):
-        following, wanted = (blocks[i + 1].norm1, None) if i + 1 < len(blocks) else (None, queries)
-        arguments = (block, following, normal, stream, tokens, wanted)
-        if checkpointing and torch.is_grad_enabled():
-            normal, stream = checkpoint(call, *arguments, use_reentrant=False, preserve_rng_state=False)
-        else:
-            normal, stream = call(*arguments)
-    return stream
-
-
-def block_forward(
-    block: nn.Module,
-    following: nn.LayerNorm | None,
-    normal: Tensor,
-    stream: Tensor,
-    tokens: Ragged,
-    queries: Ragged | None,
-) -> tuple[Tensor | None, Tensor]:
-    """A block without its first norm, and the norm that follows.
-
-    Args:
-        block: a ``blocks.Block``.
-        following: the next block's first norm; None of the last block.
-        normal: [T, D] in the dtype of the weights; what the block's first norm gave for ``stream``.
-        stream: [T, D]; the sum of all blocks before, which may be wider.
-        queries: as in ``blocks.Block``.
-
-    Returns:
-        The same two for the next block; the first is None without a ``following``.
-    """
-    attention, mlp = block.attn, block.mlp
-    attended = ops.linear(attention.attend(normal, tokens, queries), attention.proj.weight, None)
-    if queries is not None:
-        stream = take_rows(stream, queries.indices)
-    normal, stream = _add_and_normalise(attended, attention.proj.bias, stream, block.norm2)
-    layers = (mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight)
-    if following is None:
-        return None, stream + ops.mlp(normal, *layers, mlp.fc2.bias)
-    return _add_and_normalise(ops.mlp(normal, *layers, None), mlp.fc2.bias, stream, following)
-
-
-def _add_and_normalise(x: Tensor, bias: Tensor, stream: Tensor, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
-    normal, total, _, _ = ops.layer_norm(x, stream, bias, norm.weight, norm.bias, norm.eps)
-    return normal, total

@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ijepa_fast import ops
-from ijepa_fast.attention.dispatch import check_backend
 from ijepa_fast.masks.sampler import Masks
-from ijepa_fast.model.fp8 import Scaling, check_fp8, fp8_products
+from ijepa_fast.model.fp8 import Fp8Linear, convert_to_fp8
+from ijepa_fast.model.fused_blocks import FusedBlock, fuse
 from ijepa_fast.model.predictor_layout import PredictorLayout, predictor_layout
 from ijepa_fast.model.vit import Predictor, VisionTransformer
 from ijepa_fast.ops import accumulation_dtype
@@ -121,28 +121,17 @@ class IJEPA(nn.Module):
         encoder: the context encoder; the target encoder starts as a frozen copy of it.
         predictor: on the same patch grid and width; to predict pixels, with a target_dim of in_chans * patch_size ** 2.
         objective: losses and their weights.
-        target_attention: attention backend of the target encoder where every patch of every image takes part; all else,
-            such as a last block that computes only the rows that are read, stays with the encoder's. None: the same.
 
     Attributes:
         target_stream: where the target encoder runs, beside context encoder and predictor. None: on the current stream.
-        fp8_targets: how the target encoder's products are scaled in ``forward``, see ``use_fp8_targets``.
 
     Raises:
-        ValueError: encoder and predictor do not fit together, or no backend has this name.
-        BackendUnavailable: the backend cannot be imported.
+        ValueError: encoder and predictor do not fit together.
     """
 
     target_stream: SideStream | None = None
-    fp8_targets: Scaling = "off"
 
-    def __init__(
-        self,
-        encoder: VisionTransformer,
-        predictor: Predictor,
-        objective: Objective | None = None,
-        target_attention: str | None = None,
-    ):
+    def __init__(self, encoder: VisionTransformer, predictor: Predictor, objective: Objective | None = None):
         super().__init__()
         if predictor.grid != encoder.grid:
             raise ValueError(f"the predictor's patch grid {predictor.grid} is not the encoder's {encoder.grid}")
@@ -161,52 +150,40 @@ class IJEPA(nn.Module):
             )
         self.context_encoder = encoder
         self.target_encoder = copy.deepcopy(encoder).requires_grad_(False)
-        if target_attention is not None:
-            check_backend(target_attention)
-            for block in self.target_encoder.blocks:
-                block.attn.dense_backend = target_attention
         self.predictor = predictor
 
-    def use_fp8_targets(self, scaling: Scaling, device: torch.device) -> None:
-        """From now on, ``forward`` multiplies in FP8 in the blocks of the target encoder; with "off", no longer.
-
-        Weights and checkpoints stay the same, and so does the target encoder where it is called on its own.
+    def use_fp8_targets(self, device: torch.device) -> None:
+        """Let the blocks of the target encoder multiply in FP8 from now on, in training mode (``fp8.Fp8Linear``).
 
         Args:
             device: where ``forward`` will be called. On a GPU, weights must be bf16 by then.
 
         Raises:
-            ValueError: an unknown scaling, widths that are no multiples of 16, a GPU that cannot multiply FP8 numbers,
-                pixels as targets, which no target encoder makes, or a target encoder of fused blocks.
+            ValueError: widths that are no multiples of 16, a GPU that cannot multiply FP8 numbers, pixels as targets,
+                which no target encoder makes, or a target encoder of fused blocks.
         """
-        blocks = self.target_encoder.blocks
-        check_fp8(scaling, (layer for layer in blocks.modules() if isinstance(layer, nn.Linear)), device)
-        if scaling != "off" and self.objective.targets == "pixels":
-            raise ValueError(f"FP8 scaling {scaling} is for a target encoder, but objective.targets is pixels")
-        if scaling != "off" and self.target_encoder.fused:
-            raise ValueError(f"FP8 scaling {scaling} needs plain blocks, but the target encoder's are fused")
-        self.fp8_targets = scaling
+        if self.objective.targets == "pixels":
+            raise ValueError("FP8 products are for a target encoder, but objective.targets is pixels")
+        if any(isinstance(block, FusedBlock) for block in self.target_encoder.blocks):
+            raise ValueError("FP8 products need plain blocks, but the target encoder's are fused")
+        convert_to_fp8(self.target_encoder.blocks, device)
 
     def fuse_blocks(self, *, targets: bool = True) -> None:
-        """From now on, run the blocks of all three networks on the package's fused kernels (``fused.py``).
+        """Run the blocks of all three networks on the package's fused kernels from now on (``fused_blocks.py``).
 
-        Call it before anything is compiled, on the device and in the dtype of the run: on a GPU with weights in bf16 or
-        fp16 (``cast_weights``).
+        Call it on the device and in the dtype of the run: on a GPU with weights in bf16 or fp16 (``cast_weights``).
 
         Args:
             targets: those of the target encoder too; FP8 products need them plain.
 
         Raises:
-            ValueError: blocks were fused or compiled before, the kernels cannot run here, with the reason, or FP8
-                products are wanted of the target encoder. Nothing is fused then.
+            ValueError: the kernels cannot run here, with the reason, or the target encoder multiplies in FP8. Nothing
+                is fused then.
         """
-        if targets and self.fp8_targets != "off":
-            raise ValueError(f"FP8 scaling {self.fp8_targets} needs plain blocks: give fuse_blocks(targets=False)")
-        networks = [self.context_encoder, self.predictor, *([self.target_encoder] if targets else [])]
-        for network in networks:
-            network.check_fuse_blocks()
-        for network in networks:
-            network.fuse_blocks()
+        if targets and any(isinstance(layer, Fp8Linear) for layer in self.target_encoder.modules()):
+            raise ValueError("FP8 products need plain blocks in the target encoder: give fuse_blocks(targets=False)")
+        for network in (self.context_encoder, self.predictor, *([self.target_encoder] if targets else [])):
+            fuse(network)
 
     def forward(self, images: Tensor, masks: Masks, *, all_targets: bool = True) -> tuple[Losses, Tensor]:
         """Loss of one batch, and the pooled target features.
@@ -272,10 +249,6 @@ class IJEPA(nn.Module):
             total = total + objective.variance_weight * variance + objective.covariance_weight * covariance
         return Losses(total, prediction_loss.detach(), variance.detach(), covariance.detach()), pooled
 
-    def _encoded_targets(self, images: Tensor, tokens: Ragged | None = None, queries: Ragged | None = None) -> Tensor:
-        with fp8_products(self.fp8_targets):
-            return self.target_encoder(images, tokens, queries)
-
     @torch.no_grad()
     def _targets(
         self, images: Tensor, masks: Masks, layout: PredictorLayout, all_targets: bool
@@ -293,16 +266,16 @@ class IJEPA(nn.Module):
         # is read as often: where they have more rows than there are patches, all patches once cost less.
         all_targets |= targets.num_rows >= images.shape[0] * grid[0] * grid[1]
         if objective.target_selection == "output" and all_targets:
-            whole = self._encoded_targets(images)
+            whole = encoder(images)
             pooled, features = whole.mean(1, dtype=torch.float32), whole.flatten(0, 1)
             if objective.targets == "features":
                 return features, layout.target_tokens, pooled
             features = take_rows(features, targets.indices)
         else:
             if objective.target_selection == "output":  # the encoder sees the whole image, as in the paper
-                features = self._encoded_targets(images, queries=per_image)
+                features = encoder(images, queries=per_image)
             else:
-                features = self._encoded_targets(images, targets)
+                features = encoder(images, targets)
             pooled = mean_pool(features, per_image)
         if objective.targets == "features":
             return features, layout.target_rows, pooled

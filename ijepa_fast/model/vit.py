@@ -168,12 +168,16 @@ class VisionTransformer(BlockStack):
             With ``queries``: [len(queries.indices), D].
         """
         grid = self._grid_of_images(images)
+        # Whatever is asked for becomes one packed batch: the patches of all sets behind one another, without padding
+        # between them, so that no product is spent on patches that are masked out.
         packed = self._token_sets(tokens, images, grid[0] * grid[1])
         if queries is not None and queries.num_sequences != packed.num_sequences:
             raise ValueError(
                 f"queries have {queries.num_sequences} sequences and tokens {packed.num_sequences} sequences"
             )
-        x = self._features(self._run(self.blocks, self._embed(images, packed, grid), packed, queries))
+        x = self._embed(images, packed, grid)
+        x = self._features(self.run_blocks(self.blocks, x, packed, queries))
+        # Rows that were added to reach a round number hold something, and must not leak into means and losses.
         if queries is not None:
             return x.masked_fill((queries.indices < 0)[:, None], 0)
         if isinstance(tokens, Ragged):
@@ -189,7 +193,7 @@ class VisionTransformer(BlockStack):
 
     def _embed(self, images: Tensor, tokens: Ragged, grid: tuple[int, int]) -> Tensor:
         positions = resize_positions(self.pos_embed[0], self.grid, grid)
-        patches = self._stream(self.patch_embed(images, tokens.indices))
+        patches = self.widened(self.patch_embed(images, tokens.indices))
         return ops.gather_add(patches, positions, tokens.indices)
 
     def _features(self, x: Tensor) -> Tensor:
@@ -281,9 +285,12 @@ class Predictor(BlockStack):
             [T, target_dim], rows as in ``layout.predicted``; zeros on padding rows.
         """
         positions = resize_positions(self.predictor_pos_embed[0], self.grid, grid or self.grid)
-        x, mask_token = self._stream(self.predictor_embed(context)), self.mask_token.flatten()
+        # One sequence for each pair of a context and a target block: the context's rows, then a mask token with the
+        # position of each patch to be predicted. A context row is copied before each of its image's target blocks.
+        x, mask_token = self.widened(self.predictor_embed(context)), self.mask_token.flatten()
         x = ops.predictor_tokens(x, mask_token, positions, layout.tokens.indices, layout.sources, layout.copies)
-        x = self._run(self.predictor_blocks, x, layout.tokens, layout.predicted)
+        # Only mask tokens are predicted from, so the last block computes no other rows.
+        x = self.run_blocks(self.predictor_blocks, x, layout.tokens, layout.predicted)
         x = self.predictor_proj(self.predictor_norm(x))
         return x if layout.predicted.uniform else x.masked_fill(~layout.predicted.valid[:, None], 0)
 

@@ -41,7 +41,7 @@ def draw_run(config: RunConfig, encoder: VisionTransformer, sources: Sources, fo
     source = sources.test if sources.test is not None else sources.train
     images = picture_images(source, config)
     torch.manual_seed(config.seed)
-    untrained = config.model.anywhere().build(config.objective).target_encoder
+    untrained = config.model.build(config.objective).target_encoder
     with torch.no_grad():
         device = encoder.pos_embed.device
         after = encoder(images.to(device)).float().cpu()

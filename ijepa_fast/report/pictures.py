@@ -77,7 +77,7 @@ def newest(run: RunRecord, device: torch.device) -> Trained:
     with torch.random.fork_rng(devices=[]):
         model, config = networks_of(state, path)
         torch.manual_seed(config.seed)
-        untrained = config.model.anywhere().build(config.objective).target_encoder
+        untrained = config.model.build(config.objective).target_encoder
     return Trained(config, state.step, model.to(device).eval(), untrained.to(device).eval(), state.extra["data"])
 
 

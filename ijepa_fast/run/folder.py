@@ -11,7 +11,7 @@ import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from ijepa_fast.config import RunConfig, as_dict, changes, flatten
+from ijepa_fast.config import RunConfig, as_dict, changes, flatten, present, present_sections
 from ijepa_fast.run import checkpoint as checkpoints
 from ijepa_fast.run.checkpoint import Checkpoint, CheckpointDamaged, CheckpointError
 
@@ -82,8 +82,12 @@ def _settings_of_run(path: Path) -> dict | None:
                 return None
     except (OSError, UnicodeDecodeError):
         return None
-    sections = {name for name, value in as_dict(RunConfig()).items() if isinstance(value, dict)}
-    of_run = isinstance(values, dict) and all(isinstance(values.get(name), dict) for name in sections)
+    # Older runs have no section for the step.
+    sections = {name for name, value in as_dict(RunConfig()).items() if isinstance(value, dict)} - {"step"}
+    if not isinstance(values, dict):
+        return None
+    values = present_sections(values)
+    of_run = all(isinstance(values.get(name), dict) for name in sections)
     return values if of_run else None
 
 
@@ -199,7 +203,7 @@ def claim(
 def _refuse_other_runs(state: Checkpoint, config: RunConfig, data: str) -> None:
     folder, extra = Path(config.output), state.extra
     # Settings that came into being since the run began had their defaults then.
-    allowed, refused = changes(flatten(RunConfig()) | extra["settings"], flatten(config))
+    allowed, refused = changes(flatten(RunConfig()) | present(extra["settings"]), flatten(config))
     if refused:
         listed = ", ".join(f"{name} ({old!r} -> {new!r})" for name, (old, new) in refused.items())
         raise CheckpointError(f"{folder} holds a run with other settings: {listed}; {start_afresh(folder)}")

@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 import ijepa_fast.ops  # noqa: F401  (defines torch.ops.ijepa_fast)
-from ijepa_fast.config import ModelConfig
 from ijepa_fast.masks.sampler import MaskConfig, Masks, MaskSampler
+from ijepa_fast.model.config import ModelConfig
 
 
 class StepFlops(NamedTuple):

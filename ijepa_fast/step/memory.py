@@ -1,7 +1,7 @@
 """How much memory a training step needs, in closed form, and whether blocks should be recomputed to fit.
 
-Legend: D width, r MLP ratio. Norms of plain blocks keep their input in fp32 (fused ones keep
-less), everything else is of the training precision.
+Legend: D width, r MLP ratio. Norms of plain blocks keep their input in fp32 (fused ones keep less), everything else is
+of the training precision.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ import logging
 
 import torch
 
-from ijepa_fast.config import RunConfig
+from ijepa_fast.masks.sampler import MaskConfig
+from ijepa_fast.model.config import ModelConfig
 from ijepa_fast.model.jepa import IJEPA
 from ijepa_fast.step.flops import TokenCounts
 
@@ -33,11 +34,19 @@ def state_bytes(model: IJEPA) -> int:
     )
 
 
-def activation_bytes(config: RunConfig, images: int, *, checkpointing: bool) -> int:
-    """What the forward pass keeps for the backward pass of ``images`` images, on average over masks."""
-    model, tokens = config.model, _tokens(config)
-    size = 4 if config.train.precision == "fp32" else 2
-    patches = (model.img_size // model.patch_size) ** 2
+def activation_bytes(
+    model: ModelConfig, masks: MaskConfig, images: int, size: int, *, checkpointing: bool, wide_residual: bool = False
+) -> int:
+    """What the forward pass keeps for the backward pass of ``images`` images, on average over masks.
+
+    Args:
+        size: bytes of a number in the training precision.
+        checkpointing: whether blocks are computed again in the backward pass.
+        wide_residual: whether the sums between blocks are fp32.
+    """
+    side = model.img_size // model.patch_size
+    tokens = TokenCounts.expected(masks, (side, side), draws=32)
+    patches = side * side
     predicted = tokens.num_contexts * tokens.targets
     rows = tokens.num_targets * tokens.context + predicted
 
@@ -48,7 +57,7 @@ def activation_bytes(config: RunConfig, images: int, *, checkpointing: bool) -> 
         whole = rows * dim * (keys + others)
         last = rows * dim * (keys - size) + last_rows * dim * (others + 2 * size)
         if checkpointing:  # the input of every block, and all of the one that is being recomputed
-            return depth * rows * dim * (4 if config.train.wide_residual else size) + whole
+            return depth * rows * dim * (4 if wide_residual else size) + whole
         return (depth - 1) * whole + last
 
     width, narrow = model.embed_dim, model.predictor_embed_dim
@@ -61,35 +70,34 @@ def activation_bytes(config: RunConfig, images: int, *, checkpointing: bool) -> 
     return int(images * (encoder + predictor + ends))
 
 
-def _tokens(config: RunConfig) -> TokenCounts:
-    side = config.model.img_size // config.model.patch_size
-    return TokenCounts.expected(config.masks, (side, side), draws=32)
-
-
-def set_checkpointing(model: IJEPA, config: RunConfig, images: int, device: torch.device) -> bool:
-    """Turn activation checkpointing on if the configuration says so, or is "auto" and the GPU would be too small.
+def needs_checkpointing(
+    model: IJEPA,
+    sizes: ModelConfig,
+    masks: MaskConfig,
+    images: int,
+    size: int,
+    device: torch.device,
+    *,
+    captured: bool,
+) -> bool:
+    """Whether a step would not fit into the memory of a GPU unless it computes activations again. Never on the CPU.
 
     Args:
-        images: of a micro-batch on this device.
-
-    Returns:
-        Whether it is on.
+        sizes: those of ``model``.
+        images: number of images of a micro-batch on this device.
+        size: bytes of a number in the training precision.
+        captured: whether steps are replayed as CUDA graphs.
     """
-    wanted = config.model.activation_checkpointing
-    if wanted == "auto":
-        wanted = False
-        if device.type == "cuda":
-            available = USABLE * torch.cuda.get_device_properties(device).total_memory
-            activations = activation_bytes(config, images, checkpointing=False)
-            # The pool of CUDA graphs keeps its activations while steps that are not captured take theirs beside it.
-            needed = state_bytes(model) + (2 if config.train.capture else 1) * activations
-            wanted = needed > available
-            log.info(
-                "activation checkpointing %s: a step needs about %.1f of %.1f GiB without",
-                "on" if wanted else "off",
-                needed / 2**30,
-                available / 2**30,
-            )
-    for network in (model.context_encoder, model.predictor):
-        network.activation_checkpointing = wanted
-    return wanted
+    if device.type != "cuda":
+        return False
+    available = USABLE * torch.cuda.get_device_properties(device).total_memory
+    activations = activation_bytes(sizes, masks, images, size, checkpointing=False)
+    # The pool of CUDA graphs keeps its activations while steps that are not captured take theirs beside it.
+    needed = state_bytes(model) + (2 if captured else 1) * activations
+    log.info(
+        "activation checkpointing %s: a step needs about %.1f of %.1f GiB without",
+        "on" if needed > available else "off",
+        needed / 2**30,
+        available / 2**30,
+    )
+    return needed > available

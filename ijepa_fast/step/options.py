@@ -1,100 +1,247 @@
-"""The options that ``fastest.py`` tries: what a machine has to offer, in groups, and settings as people type them."""
+"""Options of the training step: how it is computed. Each is a field of ``StepOptions`` and a branch of ``apply``.
+
+Everything else that must know of an option (whether a resumed run may change it, how benchmarks call it, which values
+``ijepa-fast fastest`` tries) reads the field's metadata.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import replace
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 
 from ijepa_fast.attention.dispatch import BACKENDS, Request, resolve
-from ijepa_fast.config import RunConfig, flatten
+from ijepa_fast.masks.sampler import MaskConfig
+from ijepa_fast.model.config import ModelConfig
+from ijepa_fast.model.jepa import IJEPA
+from ijepa_fast.model.vit import cast_weights
+from ijepa_fast.side_stream import SideStream
+from ijepa_fast.step.memory import needs_checkpointing
 from ijepa_fast.step.train_step import PRECISION_DTYPES
 
-Settings = dict[str, Any]
-"""Dotted names of settings -> values, as flags have them."""
+Blocks = Literal["plain", "compile", "fused", "fused+compile"]
 
 
-def choices_on(config: RunConfig, device: torch.device) -> dict[str, Any]:
-    """Whether ``device`` is a "gpu", and attention backends that run the sets of ``config`` on it: "any" for sets of
-    any length, "whole" for whole images, and the one that "auto" takes (None where that depends on the network). The
-    reference is not among them: it is slow."""
-    model, dtype = config.model, PRECISION_DTYPES[config.train.precision]
-    patches = (model.img_size // model.patch_size) ** 2
-    encoder, predictor = (width // model.num_heads for width in (model.embed_dim, model.predictor_embed_dim))
-    sets = [Request(device, dtype, head_dim, patches) for head_dim in (encoder, predictor)]
-    whole = [Request(device, dtype, encoder, patches, uniform=True)]
+class Machine(NamedTuple):
+    """What a machine offers to the step of some networks.
 
-    def able(requests: list[Request]) -> list[str]:
-        names = [name for name in BACKENDS if name != "reference"]
-        return [name for name in names if all(BACKENDS[name].reason(request) is None for request in requests)]
+    Attributes:
+        gpu: whether the step runs on a GPU.
+        gpus: number of GPUs of a run.
+        attention: backends that run the sets of these networks. The reference is not among them: it is slow.
+        auto: the backend that "auto" takes; None where that differs between encoder and predictor.
+    """
 
-    taken = {resolve("auto", request) for request in sets}
-    auto = taken.pop() if len(taken) == 1 else None
-    return {"gpu": device.type == "cuda", "any": able(sets), "whole": able(whole), "auto": auto}
+    gpu: bool
+    gpus: int
+    attention: tuple[str, ...]
+    auto: str | None
 
 
-def _blocks(choices: Mapping[str, Any], now: RunConfig, gpus: int) -> Iterator[Settings]:
-    for fused, compiled in ((False, False), (True, False), (False, True), (True, True)):
-        yield {"train.fused": fused, "train.compile": compiled}
+def _option(
+    default: Any,
+    *,
+    resumes: bool = True,
+    tries: Callable[[Machine], Sequence[Any]] | None = None,
+    suffixes: dict[str, Any] | None = None,
+    approximate: bool = False,
+    no_phases: str | None = None,
+    common: bool = False,
+) -> Any:
+    """A field and what is known of it.
+
+    Args:
+        resumes: whether a resumed run may change it, because all values learn the same but for rounding.
+        tries: values that ``ijepa-fast fastest`` tries on a machine; None for none.
+        suffixes: what benchmarks write behind ``ours+`` -> the value that it stands for.
+        approximate: whether results differ by more than rounding of the training precision.
+        no_phases: why forward, backward and update cannot be timed one by one.
+        common: whether ``--help`` shows it.
+    """
+    return field(
+        default=default,
+        metadata={
+            "resumes": resumes,
+            "tries": tries,
+            "suffixes": suffixes or {},
+            "approximate": approximate,
+            "no_phases": no_phases,
+            "common": common,
+        },
+    )
 
 
-def _attention(choices: Mapping[str, Any], now: RunConfig, gpus: int) -> Iterator[Settings]:
-    for name in choices["any"]:
-        if name != _backend(choices, now):
-            yield {"model.attention": name}
+@dataclass(frozen=True)
+class StepOptions:
+    """How a training step is computed. All are off until they are measured on a GPU (docs/step.md).
+
+    Args:
+        blocks: plain, compile (torch.compile, one code for all token counts), fused (the package's kernels: norms that
+            add the residual, GELU inside products, split sums for weight gradients), or fused+compile. Fused blocks on
+            a GPU need bf16 or fp16, and with fp8_targets the target encoder keeps plain ones.
+        attention: variable-length attention backend, see `ijepa-fast doctor`.
+        activation_checkpointing: recompute blocks in the backward pass to save memory: true, false, or auto (only
+            where the GPU would be too small without).
+        capture: replay steps as CUDA graphs, one for each bucket of token counts. For one GPU, without accumulation, in
+            fp32 or bf16; pays where the host cannot launch kernels fast enough: small models and batches. Takes memory
+            for activations twice.
+        overlap_target: run the target encoder on a second CUDA stream, beside context encoder and predictor. Its
+            temporaries take memory of their own.
+        fp8_targets: multiply in FP8 (e4m3, one scale per row) in the target encoder's blocks. In bf16, on GPUs of
+            compute capability 8.9 or higher (docs/precision.md). The CPU emulates it, slowly.
+        wide_residual: keep the sums between transformer blocks in fp32 where weights are bf16 or fp16.
+    """
+
+    blocks: Blocks = _option(
+        "plain",
+        tries=lambda machine: get_args(Blocks),
+        suffixes={"compile": "compile", "fused": "fused"},
+        common=True,
+    )
+    attention: str = _option(
+        "auto",
+        tries=lambda machine: ("auto", *(name for name in machine.attention if name != machine.auto)),
+        suffixes={"triton": "triton"},
+    )
+    activation_checkpointing: bool | Literal["auto"] = _option("auto")
+    capture: bool = _option(
+        False,
+        tries=lambda machine: (False, True) if machine.gpu and machine.gpus == 1 else (),
+        suffixes={"capture": True},
+        no_phases="a replayed graph is one launch",
+        common=True,
+    )
+    overlap_target: bool = _option(
+        False,
+        tries=lambda machine: (False, True) if machine.gpu else (),
+        suffixes={"overlap": True},
+        no_phases="two networks run at the same time",
+    )
+    fp8_targets: bool = _option(False, resumes=False, suffixes={"fp8": True}, approximate=True)
+    wide_residual: bool = _option(False, resumes=False, suffixes={"wide": True})
+
+    def __post_init__(self) -> None:
+        if self.blocks not in get_args(Blocks):
+            raise ValueError(f"step.blocks must be one of {', '.join(get_args(Blocks))}, got {self.blocks!r}")
+
+    @property
+    def fused(self) -> bool:
+        return "fused" in self.blocks
+
+    @property
+    def compiled(self) -> bool:
+        return "compile" in self.blocks
+
+    def check(self, *, precision: str, accumulate: int, device: str, ranks: int = 1) -> None:
+        """Raise ValueError where an option excludes what else is known of a run.
+
+        Args:
+            device: "cpu" or "cuda"; "auto" while it is not known.
+            ranks: number of processes.
+        """
+        if self.fp8_targets and precision != "bf16":
+            raise ValueError(f"step.fp8_targets needs train.precision bf16, got {precision}")
+        if self.fused and device == "cuda" and precision == "fp32":
+            raise ValueError("step.blocks fused on a GPU needs train.precision bf16 or fp16, got fp32")
+        if self.capture and (accumulate > 1 or precision == "fp16" or device == "cpu" or ranks > 1):
+            raise ValueError(
+                "step.capture needs one GPU, train.accumulate 1 and train.precision fp32 or bf16, "
+                f"got device {device}, {ranks} ranks, accumulate {accumulate}, precision {precision}"
+            )
+        if self.overlap_target and device == "cpu":
+            raise ValueError(f"step.overlap_target needs a GPU, got device {device}")
 
 
-def _target_attention(choices: Mapping[str, Any], now: RunConfig, gpus: int) -> Iterator[Settings]:
-    for name in (None, *choices["whole"]):
-        if name != _backend(choices, now):
-            yield {"model.target_attention": name}
+def apply(
+    options: StepOptions,
+    model: IJEPA,
+    *,
+    device: torch.device,
+    precision: str,
+    sizes: ModelConfig,
+    masks: MaskConfig,
+    images: int,
+) -> None:
+    """Bring networks to ``device``, in place, with weights and blocks as a step with ``options`` has them.
+
+    Args:
+        precision: a name in ``PRECISION_DTYPES``.
+        sizes, masks: of the run, for the estimate of its memory.
+        images: number of images of a micro-batch on this device, for the same.
+
+    Raises:
+        ValueError: the model or the device cannot do what an option asks for.
+    """
+    networks = (model.context_encoder, model.target_encoder, model.predictor)
+    if options.fp8_targets:
+        model.use_fp8_targets(device)
+    model.to(device)
+    cast_weights(model, PRECISION_DTYPES[precision])
+    checkpointing = options.activation_checkpointing
+    if checkpointing == "auto":
+        size = PRECISION_DTYPES[precision].itemsize
+        checkpointing = needs_checkpointing(model, sizes, masks, images, size, device, captured=options.capture)
+    for network in networks:
+        network.use_attention(options.attention)
+        network.wide_residual = options.wide_residual
+        network.activation_checkpointing = checkpointing and network is not model.target_encoder
+    if options.fused:
+        # FP8 products are not among the fused kernels: a target encoder that multiplies so keeps its plain blocks.
+        model.fuse_blocks(targets=not options.fp8_targets)
+    if options.compiled:
+        for network in networks:
+            network.compile_blocks()
+    if options.overlap_target:
+        model.target_stream = SideStream(device)
 
 
-def _backend(choices: Mapping[str, Any], now: RunConfig) -> str | None:
-    return choices["auto"] if now.model.attention == "auto" else now.model.attention
+class Suffix(NamedTuple):
+    """What a suffix of a benchmark's ``ours`` stands for; the last two as in ``_option``."""
+
+    field: str
+    value: Any
+    approximate: bool
+    no_phases: str | None
 
 
-def _overlap(choices: Mapping[str, Any], now: RunConfig, gpus: int) -> Iterator[Settings]:
-    if choices["gpu"]:
-        yield from ({"train.overlap_target": value} for value in (False, True))
+SUFFIXES = {
+    suffix: Suffix(f.name, value, f.metadata["approximate"], f.metadata["no_phases"])
+    for f in fields(StepOptions)
+    for suffix, value in f.metadata["suffixes"].items()
+}
 
 
-def _capture(choices: Mapping[str, Any], now: RunConfig, gpus: int) -> Iterator[Settings]:
-    if choices["gpu"] and gpus == 1:
-        yield from ({"train.capture": value} for value in (False, True))
+def with_suffixes(suffixes: Sequence[str], options: StepOptions | None = None) -> StepOptions:
+    """``options`` with those on that the suffixes stand for.
+
+    Raises:
+        ValueError: an unknown or a repeated suffix.
+    """
+    options = options or StepOptions()
+    for suffix in suffixes:
+        if suffix not in SUFFIXES or suffixes.count(suffix) > 1:
+            raise ValueError(f"suffixes of ours are {', '.join(SUFFIXES)}, each at most once, got {suffix!r}")
+        name, value, *_ = SUFFIXES[suffix]
+        if name == "blocks" and options.blocks not in ("plain", value):
+            value = "fused+compile"
+        options = replace(options, **{name: value})
+    return options
 
 
-GROUPS = (_blocks, _attention, _target_attention, _overlap, _capture)
-"""Options that exclude one another, group by group in the order in which they are tried: of what can run here (see
-``choices_on``), what is set now, and the number of GPUs."""
+def machine_of(
+    device: torch.device, dtype: torch.dtype, head_dims: Sequence[int], patches: int, gpus: int = 1
+) -> Machine:
+    """What ``device`` offers to networks with heads of these widths, and at most ``patches`` tokens in a set."""
+    requests = [Request(device, dtype, head_dim, patches) for head_dim in head_dims]
+    names = [name for name in BACKENDS if name != "reference"]
+    able = tuple(name for name in names if all(BACKENDS[name].reason(request) is None for request in requests))
+    taken = {resolve("auto", request) for request in requests}
+    return Machine(device.type == "cuda", gpus, able, taken.pop() if len(taken) == 1 else None)
 
 
-def differing(config: RunConfig, settings: Settings) -> Settings:
-    """Those of the settings that ``config`` does not have already."""
-    return {name: value for name, value in settings.items() if flatten(config)[name] != value}
-
-
-def with_settings(config: RunConfig, settings: Settings) -> RunConfig:
-    """``config`` with some settings changed. Raises ValueError where they do not fit together."""
-    changed = nested(settings).items()
-    return replace(config, **{section: replace(getattr(config, section), **values) for section, values in changed})
-
-
-def nested(settings: Settings) -> dict[str, dict[str, Any]]:
-    """As a YAML file of settings holds them."""
-    sections: dict[str, dict[str, Any]] = {}
-    for dotted, value in settings.items():
-        section, _, name = dotted.partition(".")
-        sections.setdefault(section, {})[name] = value
-    return sections
-
-
-def flags(settings: Settings) -> str:
-    """As they are typed behind ``ijepa-fast pretrain``."""
-    return " ".join(f"--{name} {value_text(value)}" for name, value in settings.items())
-
-
-def value_text(value: Any) -> str:
-    return {True: "true", False: "false", None: "null"}.get(value, value)
+def alternatives(machine: Machine) -> list[tuple[str, tuple[Any, ...]]]:
+    """Fields with the values that ``fastest`` tries on a machine, in the order in which it tries them."""
+    tries = [(f.name, f.metadata["tries"]) for f in fields(StepOptions)]
+    return [(name, tuple(values(machine))) for name, values in tries if values is not None]

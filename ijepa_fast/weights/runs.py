@@ -43,7 +43,7 @@ def networks_of(state: Checkpoint, path: Path | str) -> tuple[IJEPA, RunConfig]:
     checkpoints.check_run(state, Path(path))
     try:
         config = from_dict(state.extra["config"])
-        model = config.model.anywhere().build(config.objective)
+        model = config.model.build(config.objective)
     except (TypeError, AttributeError, ArithmeticError, ValueError) as error:
         raise CheckpointError(f"the settings in {path} do not fit this version: {error}") from error
     for part in NETWORKS:

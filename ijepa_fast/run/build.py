@@ -1,8 +1,4 @@
-"""From a configuration to a training step.
-
-The training loop and the benchmarks assemble their steps here, so that what is timed is what is trained. An option of
-``TrainConfig`` that changes how a step computes is put to work in one of these functions and nowhere else.
-"""
+"""From a configuration to a training step: by the same code for training and for benchmarks."""
 
 from __future__ import annotations
 
@@ -14,17 +10,15 @@ from torch import nn
 from ijepa_fast.config import RunConfig
 from ijepa_fast.masks.sampler import MaskSampler
 from ijepa_fast.model.jepa import IJEPA
-from ijepa_fast.model.vit import cast_weights
 from ijepa_fast.optim import FusedAdamW, parameter_groups
 from ijepa_fast.optim.schedules import Schedules
-from ijepa_fast.side_stream import SideStream
 from ijepa_fast.step.captured import CapturedStep
-from ijepa_fast.step.memory import set_checkpointing
-from ijepa_fast.step.train_step import PRECISION_DTYPES, TrainStep
+from ijepa_fast.step.options import apply
+from ijepa_fast.step.train_step import TrainStep
 
 
 def use_deterministic(config: RunConfig) -> None:
-    """Tell torch if ``config`` wants it; before the first product on a GPU."""
+    """Let torch refuse what has no fixed summation order, if ``config`` wants it; before the first product on a GPU."""
     if config.train.deterministic:
         # Without it cuBLAS refuses its first product; torch looks once, at that product.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -32,31 +26,20 @@ def use_deterministic(config: RunConfig) -> None:
 
 
 def prepare(model: IJEPA, config: RunConfig, images: int, device: torch.device) -> None:
-    """Bring networks to ``device``, in place, with weights and blocks as ``config`` wants them.
-
-    Args:
-        images: of a micro-batch on this device, for the estimate of its memory.
-
-    Raises:
-        ValueError: the model or the device cannot do what an option asks for.
-    """
-    model.use_fp8_targets(config.train.fp8_targets, device)
-    model.to(device)
-    cast_weights(model, PRECISION_DTYPES[config.train.precision])
-    set_checkpointing(model, config, images, device)
-    if config.train.fused:
-        # FP8 products are not among the fused kernels: a target encoder that multiplies so keeps its plain blocks.
-        model.fuse_blocks(targets=config.train.fp8_targets == "off")
-    for network in (model.context_encoder, model.target_encoder, model.predictor):
-        network.wide_residual = config.train.wide_residual
-        if config.train.compile:
-            network.compile_blocks()
-    if config.train.overlap_target:
-        model.target_stream = SideStream(device)
+    """Bring networks to ``device`` as ``config`` wants them (``step.options.apply``); ``images`` of a micro-batch."""
+    apply(
+        config.step,
+        model,
+        device=device,
+        precision=config.train.precision,
+        sizes=config.model,
+        masks=config.masks,
+        images=images,
+    )
 
 
 def make_optimizer(model: IJEPA, config: RunConfig) -> FusedAdamW:
-    """Of networks that are prepared."""
+    """The optimizer of networks that are prepared."""
     optim = config.optim
     return FusedAdamW(
         parameter_groups(model, optim.layer_decay),
@@ -64,12 +47,12 @@ def make_optimizer(model: IJEPA, config: RunConfig) -> FusedAdamW:
         betas=optim.betas,
         eps=optim.eps,
         max_grad_norm=optim.max_grad_norm,
-        flat_gradients=config.train.capture,
+        flat_gradients=config.step.capture,
     )
 
 
 def make_scaler(config: RunConfig, device: torch.device) -> torch.amp.GradScaler | None:
-    """Small fp16 gradients would be zero without it."""
+    """The loss scaler of fp16, whose small gradients would be zero without it; None otherwise."""
     return torch.amp.GradScaler(device.type) if config.train.precision == "fp16" else None
 
 
@@ -84,7 +67,7 @@ def make_step(
     wrapped: nn.Module | None = None,
 ) -> TrainStep:
     """The step of prepared networks; ``wrapped`` is ``model`` inside DistributedDataParallel, if it is."""
-    return (CapturedStep if config.train.capture else TrainStep)(
+    return (CapturedStep if config.step.capture else TrainStep)(
         model,
         optimizer,
         sampler,
@@ -99,11 +82,11 @@ def make_step(
 def assemble(
     model: IJEPA, config: RunConfig, sampler: MaskSampler, schedules: Schedules, images: int, device: torch.device
 ) -> TrainStep:
-    """All of the above, for one device.
+    """The step of fresh networks on one device.
 
     Args:
         model: networks as ``config.model.build`` makes them.
-        images: per step.
+        images: number of images of a step.
     """
     prepare(model, config, images // config.train.accumulate, device)
     scaler = make_scaler(config, device)

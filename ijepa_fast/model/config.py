@@ -1,0 +1,75 @@
+"""Sizes of the networks, and the networks from their sizes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from ijepa_fast.model.jepa import IJEPA, Objective
+from ijepa_fast.model.vit import IMAGENET_MEAN, IMAGENET_STD, Predictor, VisionTransformer
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Encoder and predictor.
+
+    Args:
+        img_size: side of the training crops in pixels.
+        patch_size: side of a patch in pixels; divides img_size.
+        embed_dim: width of the encoder, a multiple of 4.
+        depth: blocks of the encoder.
+        num_heads: attention heads of encoder and predictor; divides both widths.
+        mlp_ratio: hidden width of the encoder's MLPs over its width.
+        predictor_embed_dim: width of the predictor, a multiple of 4.
+        predictor_depth: blocks of the predictor.
+        predictor_mlp_ratio: the same ratio of the predictor; null for the encoder's. The official code always has 4.
+        init: flat (std 0.02 at all depths, as the published models were trained) or depth_scaled.
+        mean: mean of each channel, for images in [0, 1].
+        std: standard deviation of each channel, for images in [0, 1].
+    """
+
+    img_size: int = 224
+    patch_size: int = 16
+    embed_dim: int = 768
+    depth: int = 12
+    num_heads: int = 12
+    mlp_ratio: float = 4.0
+    predictor_embed_dim: int = 384
+    predictor_depth: int = 6
+    predictor_mlp_ratio: float | None = None
+    init: Literal["flat", "depth_scaled"] = "flat"
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
+
+    def __post_init__(self) -> None:
+        for name, network in (("embed_dim", "encoder"), ("predictor_embed_dim", "predictor")):
+            width = getattr(self, name)
+            if self.num_heads < 1 or width % self.num_heads:
+                raise ValueError(
+                    f"model.{name} {width}, the width of the {network}, cannot be split into {self.num_heads} heads "
+                    "(model.num_heads)"
+                )
+
+    def build(self, objective: Objective) -> IJEPA:
+        """The networks, with fresh weights from torch's global generator."""
+        shared = {"num_heads": self.num_heads, "init": self.init}
+        encoder = VisionTransformer(
+            self.img_size,
+            self.patch_size,
+            embed_dim=self.embed_dim,
+            depth=self.depth,
+            mlp_ratio=self.mlp_ratio,
+            mean=self.mean,
+            std=self.std,
+            **shared,
+        )
+        predictor = Predictor(
+            encoder.grid,
+            self.embed_dim,
+            predictor_embed_dim=self.predictor_embed_dim,
+            depth=self.predictor_depth,
+            mlp_ratio=self.mlp_ratio if self.predictor_mlp_ratio is None else self.predictor_mlp_ratio,
+            target_dim=3 * self.patch_size**2 if objective.targets == "pixels" else None,
+            **shared,
+        )
+        return IJEPA(encoder, predictor, objective)
