@@ -19,7 +19,7 @@ from ijepa_fast.kernels.specs import ARCHITECTURES, CompileSpec, architecture, r
 CONFIGS = dict.fromkeys(ARCHITECTURES, Launch(block=1024, num_warps=4, narrow=256))
 # Columns of the table, and what stands behind them.
 PARAM, GRAD, EXP_AVG, EXP_AVG_SQ, COPY, EMA, EMA_COPY, SIZE, KIND, GROUP = map(tl.constexpr, range(10))
-ROW = tl.constexpr(10)
+ENTRY = tl.constexpr(10)
 # Columns of the settings of a group.
 LR, BETA1, BETA2, EPS, WEIGHT_DECAY = map(tl.constexpr, range(5))
 SETTINGS = tl.constexpr(5)
@@ -45,7 +45,7 @@ def bias_corrections(beta1, beta2, step):
 
 @triton.jit
 def update_block(
-    row,
+    entry,
     start,
     count,
     scalars,
@@ -62,16 +62,16 @@ def update_block(
     mask = lanes < count
     offsets = start + lanes
     # All loads first: nothing below may wait for memory twice.
-    grads = places(tl.load(row + GRAD), element(KINDS, NUMBER, GRAD), offsets, VECTOR)
-    exp_avgs = places(tl.load(row + EXP_AVG), wide, offsets, VECTOR)
-    exp_avg_sqs = places(tl.load(row + EXP_AVG_SQ), wide, offsets, VECTOR)
-    params = places(tl.load(row + PARAM), wide, offsets, VECTOR)
+    grads = places(tl.load(entry + GRAD), element(KINDS, NUMBER, GRAD), offsets, VECTOR)
+    exp_avgs = places(tl.load(entry + EXP_AVG), wide, offsets, VECTOR)
+    exp_avg_sqs = places(tl.load(entry + EXP_AVG_SQ), wide, offsets, VECTOR)
+    params = places(tl.load(entry + PARAM), wide, offsets, VECTOR)
     if present(KINDS, NUMBER, COPY):
-        copies = places(tl.load(row + COPY), element(KINDS, NUMBER, COPY), offsets, VECTOR)
+        copies = places(tl.load(entry + COPY), element(KINDS, NUMBER, COPY), offsets, VECTOR)
     if present(KINDS, NUMBER, EMA):
-        emas = places(tl.load(row + EMA), wide, offsets, VECTOR)
+        emas = places(tl.load(entry + EMA), wide, offsets, VECTOR)
     if present(KINDS, NUMBER, EMA_COPY):
-        ema_copies = places(tl.load(row + EMA_COPY), element(KINDS, NUMBER, EMA_COPY), offsets, VECTOR)
+        ema_copies = places(tl.load(entry + EMA_COPY), element(KINDS, NUMBER, EMA_COPY), offsets, VECTOR)
     grad = tl.load(grads, mask=mask, other=0).to(wide)
     exp_avg = tl.load(exp_avgs, mask=mask, other=0)
     exp_avg_sq = tl.load(exp_avg_sqs, mask=mask, other=0)
@@ -102,8 +102,8 @@ def update_block(
 
 @triton.jit
 def adamw_ema_kernel(
-    rows,
-    blocks,
+    tensor_table,
+    program_table,
     settings,
     steps,
     momentum,
@@ -114,16 +114,16 @@ def adamw_ema_kernel(
     NARROW: tl.constexpr,
 ):
     program = tl.program_id(0)
-    tensor = tl.load(blocks + 2 * program)
-    block = tl.load(blocks + 2 * program + 1)
+    tensor = tl.load(program_table + 2 * program)
+    block = tl.load(program_table + 2 * program + 1)
     momentum = tl.load(momentum).to(tl.float64)
     grad_scale = tl.load(grad_scale).to(tl.float64)
     if tl.load(apply) == 0:
         return
-    row = rows + tensor * ROW
-    size = tl.load(row + SIZE)
-    kind = tl.load(row + KIND)
-    group = settings + tl.load(row + GROUP) * SETTINGS
+    entry = tensor_table + tensor * ENTRY
+    size = tl.load(entry + SIZE)
+    kind = tl.load(entry + KIND)
+    group = settings + tl.load(entry + GROUP) * SETTINGS
     step = tl.load(steps + tensor).to(tl.int32)
     scalars = (
         tl.load(group + LR),
@@ -141,32 +141,21 @@ def adamw_ema_kernel(
     for number in tl.static_range(len(KINDS)):
         if kind // 2 == number:
             if vector:
-                update_block(row, start, count, scalars, KINDS, number, BLOCK, True)
+                update_block(entry, start, count, scalars, KINDS, number, BLOCK, True)
             else:
                 for done in range(0, count, NARROW):
-                    update_block(row, start + done, count - done, scalars, KINDS, number, NARROW, False)
+                    update_block(entry, start + done, count - done, scalars, KINDS, number, NARROW, False)
 
 
-def tables(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    copies: Sequence[Tensor],
-    emas: Sequence[Tensor],
-    ema_copies: Sequence[Tensor],
-    copy_index: Sequence[int],
-    ema_index: Sequence[int],
-    ema_copy_index: Sequence[int],
-    group_index: Sequence[int],
-) -> tuple[Tensor, Tensor]:
-    """Rows and blocks for ``adamw_ema_`` of these lists."""
-    columns = Columns(
-        (params, grads, exp_avgs, exp_avg_sqs, copies, emas, ema_copies),
-        (None, None, None, None, copy_index, ema_index, ema_copy_index),
-        group_index,
-    )
-    return build_tables("adamw_ema_", columns, CONFIGS[architecture()].block)
+def tables(*lists: Sequence) -> tuple[Tensor, Tensor]:
+    """Both tables for ``adamw_ema_`` of these lists, its leading arguments."""
+    return build_tables("adamw_ema_", _columns(*lists), CONFIGS[architecture()].block)
+
+
+def _columns(*lists: Sequence) -> Columns:
+    *tensors, copy_index, ema_index, ema_copy_index, groups = lists
+    # Every parameter has a gradient and two moments; copies and averages are found through their index.
+    return Columns(tensors, (None, None, None, None, copy_index, ema_index, ema_copy_index), groups)
 
 
 def adamw_ema_(
@@ -186,22 +175,19 @@ def adamw_ema_(
     momentum: Tensor,
     grad_scale: Tensor,
     apply: Tensor,
-    rows: Tensor | None = None,
-    blocks: Tensor | None = None,
+    tensor_table: Tensor | None = None,
+    program_table: Tensor | None = None,
 ) -> None:
-    columns = Columns(
-        (params, grads, exp_avgs, exp_avg_sqs, copies, emas, ema_copies),
-        (None, None, None, None, copy_index, ema_index, ema_copy_index),
-        group_index,
-    )
+    tensors = (params, grads, exp_avgs, exp_avg_sqs, copies, emas, ema_copies)
+    columns = _columns(*tensors, copy_index, ema_index, ema_copy_index, group_index)
     config = CONFIGS[architecture()]
-    rows, blocks, kinds = fit("adamw_ema_", rows, blocks, columns, config.block)
+    tensor_table, program_table, kinds = fit("adamw_ema_", tensor_table, program_table, columns, config.block)
     for kind in kinds:
         _check_dtypes(kind)
-    if len(blocks):
-        adamw_ema_kernel[len(blocks),](
-            rows,
-            blocks,
+    if len(program_table):
+        adamw_ema_kernel[len(program_table),](
+            tensor_table,
+            program_table,
             settings.contiguous(),
             steps.contiguous(),
             momentum,

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ijepa_fast.kernels.rows import accumulator, check
+from ijepa_fast.kernels.row_tiles import accumulator, check
 from ijepa_fast.kernels.specs import ARCHITECTURES, CompileSpec, configuration, record_specs
 
 MAX_PATCH_SIZE = 128

@@ -1,4 +1,4 @@
-"""L2 norm over a list of tensors (``ops.grad_norm`` defines it): one sum per block, then one over blocks.
+"""L2 norm over a list of tensors (``ops.grad_norm`` defines it): one sum per program, then one over all of them.
 
 The order of all sums depends on the sizes alone, so the norm has one value.
 """
@@ -13,48 +13,50 @@ import triton.language as tl
 from torch import Tensor
 
 from ijepa_fast.kernels.multi_tensor import Columns, Launch, build_tables, element, fit, places
-from ijepa_fast.kernels.rows import accumulator
+from ijepa_fast.kernels.row_tiles import accumulator
 from ijepa_fast.kernels.specs import ARCHITECTURES, CompileSpec, architecture, record_specs
 
 CONFIGS = dict.fromkeys(ARCHITECTURES, Launch(block=8192, num_warps=8, narrow=1024))
 PARTIALS_PER_ROUND, PARTIALS_WARPS = 8192, 16
 # Columns of the table.
 GRAD, SIZE, KIND = map(tl.constexpr, range(3))
-ROW = tl.constexpr(4)
+ENTRY = tl.constexpr(4)
 
 
 @triton.jit
 def sum_of_squares(
-    row, start, count, KINDS: tl.constexpr, NUMBER: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr
+    entry, start, count, KINDS: tl.constexpr, NUMBER: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr
 ):
-    """Of the elements start <= i < start + min(count, BLOCK) of one tensor. With VECTOR, 16 divides count."""
+    """Sum of squares of elements start <= i < start + min(count, BLOCK) of a tensor. With VECTOR, 16 divides count."""
     lanes = tl.arange(0, BLOCK)
     if VECTOR:
         count = count // 16 * 16
-    grads = places(tl.load(row + GRAD), element(KINDS, NUMBER, GRAD), start + lanes, VECTOR, 8)
+    grads = places(tl.load(entry + GRAD), element(KINDS, NUMBER, GRAD), start + lanes, VECTOR, 8)
     wide: tl.constexpr = accumulator(grads)
     grad = tl.load(grads, mask=lanes < count, other=0).to(wide)
     return tl.sum(grad * grad)
 
 
 @triton.jit
-def block_norms_kernel(rows, blocks, partials, KINDS: tl.constexpr, BLOCK: tl.constexpr, NARROW: tl.constexpr):
+def block_norms_kernel(
+    tensor_table, program_table, partials, KINDS: tl.constexpr, BLOCK: tl.constexpr, NARROW: tl.constexpr
+):
     program = tl.program_id(0)
-    tensor = tl.load(blocks + 2 * program)
-    block = tl.load(blocks + 2 * program + 1)
-    row = rows + tensor * ROW
-    kind = tl.load(row + KIND)
+    tensor = tl.load(program_table + 2 * program)
+    block = tl.load(program_table + 2 * program + 1)
+    entry = tensor_table + tensor * ENTRY
+    kind = tl.load(entry + KIND)
     start = block.to(tl.int64) * BLOCK
-    count = tl.minimum(tl.load(row + SIZE) - start, BLOCK).to(tl.int32)
+    count = tl.minimum(tl.load(entry + SIZE) - start, BLOCK).to(tl.int32)
     vector = (kind % 2 == 1) & (count % 16 == 0)
     for number in tl.static_range(len(KINDS)):
         if kind // 2 == number:
             if vector:
-                tl.store(partials + program, sum_of_squares(row, start, count, KINDS, number, BLOCK, True))
+                tl.store(partials + program, sum_of_squares(entry, start, count, KINDS, number, BLOCK, True))
             else:
                 total = tl.zeros([], partials.dtype.element_ty)
                 for done in range(0, count, NARROW):
-                    total += sum_of_squares(row, start + done, count - done, KINDS, number, NARROW, False)
+                    total += sum_of_squares(entry, start + done, count - done, KINDS, number, NARROW, False)
                 tl.store(partials + program, total)
 
 
@@ -68,24 +70,28 @@ def root_of_sum_kernel(partials, out, num_partials, BLOCK: tl.constexpr):
 
 
 def tables(grads: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Rows and blocks for ``grad_norm`` of this list."""
+    """Both tables for ``grad_norm`` of this list."""
     return build_tables("grad_norm", Columns((grads,), (None,)), CONFIGS[architecture()].block)
 
 
-def grad_norm(grads: Sequence[Tensor], rows: Tensor | None = None, blocks: Tensor | None = None) -> Tensor:
-    return _root_of_sum(_block_norms(grads, rows, blocks))
+def grad_norm(
+    grads: Sequence[Tensor], tensor_table: Tensor | None = None, program_table: Tensor | None = None
+) -> Tensor:
+    return _root_of_sum(_block_norms(grads, tensor_table, program_table))
 
 
-def _block_norms(grads: Sequence[Tensor], rows: Tensor | None, blocks: Tensor | None) -> Tensor:
+def _block_norms(grads: Sequence[Tensor], tensor_table: Tensor | None, program_table: Tensor | None) -> Tensor:
     """[programs] sums of squares."""
     config = CONFIGS[architecture()]
-    rows, blocks, kinds = fit("grad_norm", rows, blocks, Columns((grads,), (None,)), config.block)
+    tensor_table, program_table, kinds = fit(
+        "grad_norm", tensor_table, program_table, Columns((grads,), (None,)), config.block
+    )
     wide = torch.float64 if any(grad.dtype == torch.float64 for grad in grads) else torch.float32
-    partials = grads[0].new_empty(len(blocks), dtype=wide)
-    if len(blocks):
-        block_norms_kernel[len(blocks),](
-            rows,
-            blocks,
+    partials = grads[0].new_empty(len(program_table), dtype=wide)
+    if len(program_table):
+        block_norms_kernel[len(program_table),](
+            tensor_table,
+            program_table,
             partials,
             KINDS=kinds,
             BLOCK=config.block,

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ijepa_fast.kernels.rows import COMPILED, accumulation_dtype, accumulator, check, split_width, sum_rows
+from ijepa_fast.kernels.row_tiles import COMPILED, accumulation_dtype, accumulator, check, split_width, sum_rows
 from ijepa_fast.kernels.specs import ARCHITECTURES, CompileSpec, architecture, configuration, record_specs
 
 # Warps of a forward program, which is one row: up to about 1,536 columns fit one warp's registers.

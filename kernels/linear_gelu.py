@@ -19,7 +19,7 @@ from ijepa_fast.kernels.linear_tiles import (
     GELU_CONFIGS,
     GROUP,
     HIDDEN_GRADIENT_CONFIGS,
-    Tile,
+    ProductTile,
     check_products,
     grouped_tile,
     left_and_right,
@@ -27,7 +27,7 @@ from ijepa_fast.kernels.linear_tiles import (
     rows_times_matrix,
     tile_of,
 )
-from ijepa_fast.kernels.rows import accumulation_dtype, accumulator, sum_rows
+from ijepa_fast.kernels.row_tiles import accumulation_dtype, accumulator, sum_rows
 from ijepa_fast.kernels.specs import CompileSpec
 
 
@@ -130,7 +130,7 @@ def hidden_gradient_kernel(
             tl.store(partials + row.to(tl.int64) * N + n, sums, mask=n < N)
 
 
-def _options(tile: Tile) -> dict[str, int | None]:
+def _options(tile: ProductTile) -> dict[str, int | None]:
     return {
         "BLOCK_T": tile.rows,
         "BLOCK_N": tile.columns,

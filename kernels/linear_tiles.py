@@ -14,13 +14,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ijepa_fast.kernels.rows import check
+from ijepa_fast.kernels.row_tiles import check
 from ijepa_fast.kernels.specs import CompileSpec, configuration, record_specs
 
 DTYPES = (torch.bfloat16, torch.float16)
 
 
-class Tile(NamedTuple):
+class ProductTile(NamedTuple):
     """One program: rows and columns of its result, how much of the sum it loads at a time, and Triton's options."""
 
     rows: int
@@ -36,9 +36,9 @@ class Tile(NamedTuple):
 # between its products: the arithmetic of GELU takes about a third as long as the product at K = 1,280, and as long at
 # K = 384. Where the matrix unit reads registers (sm_80), tiles are smaller and there are fewer stages.
 _TILES = {
-    "sm_80": ((512, Tile(64, 128, 32, 4, 3)), (65536, Tile(128, 128, 32, 8, 3))),
-    "sm_90": ((512, Tile(128, 128, 64, 8, 3, 128)), (65536, Tile(128, 128, 64, 8, 3, 128))),
-    "sm_100": ((512, Tile(128, 128, 64, 8, 3)), (65536, Tile(128, 128, 64, 8, 3))),
+    "sm_80": ((512, ProductTile(64, 128, 32, 4, 3)), (65536, ProductTile(128, 128, 32, 8, 3))),
+    "sm_90": ((512, ProductTile(128, 128, 64, 8, 3, 128)), (65536, ProductTile(128, 128, 64, 8, 3, 128))),
+    "sm_100": ((512, ProductTile(128, 128, 64, 8, 3)), (65536, ProductTile(128, 128, 64, 8, 3))),
 }
 GELU_CONFIGS = {(arch, 2): rows for arch, rows in _TILES.items()}
 """(architecture, itemsize) -> (largest K, tile of ``linear_gelu``)."""
@@ -50,7 +50,7 @@ GROUP = 8
 """Tiles of rows that are computed before the next columns: they share the weights that the L2 cache holds."""
 
 
-def tile_of(table: dict, size: int) -> Tile:
+def tile_of(table: dict, size: int) -> ProductTile:
     """Under the interpreter fp32 and fp64 take the tiles of 16-bit tensors."""
     return configuration(table, 2, size)
 

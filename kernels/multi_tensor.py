@@ -1,10 +1,10 @@
-"""Launches over lists of tensors of any sizes and dtypes: one program per block of one tensor.
+"""Launches over lists of tensors of any sizes and dtypes: one program per piece of one tensor.
 
 A program finds its tensor through two tables on the device, built once and passed to the op beside the tensors:
 
-rows    int64 [P, C + 3]: per tensor the addresses of its C columns (parameter, gradient, ...; 0 where it has none), its
-        number of elements, its kind, and its parameter group.
-blocks  int32 [programs, 2]: the tensor and which of its blocks the program works on.
+tensor_table   int64 [P, C + 3]: per tensor the addresses of its C columns (parameter, gradient, ...; 0 where it has
+               none), its number of elements, its kind, and its parameter group.
+program_table  int32 [programs, 2]: the tensor, and which of its pieces of ``block`` elements the program works on.
 
 Each table tensor carries in its attribute ``built_for`` what it was built for.
 
@@ -25,11 +25,11 @@ from torch import Tensor
 
 NAMES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 ALIGNMENT = 16
-"""Bytes of the widest load. Blocks whose length is a multiple of as many elements need no narrow loads either."""
+"""Bytes of the widest load. Pieces whose length is a multiple of as many elements need no narrow loads either."""
 
 
 class Launch(NamedTuple):
-    """Of one program: elements it works on, and warps. ``narrow`` elements at a time where addresses are unaligned."""
+    """Elements and warps of one program; it takes ``narrow`` elements at a time where addresses are unaligned."""
 
     block: int
     num_warps: int
@@ -108,8 +108,8 @@ class Layout:
         self.kinds = tuple(kinds)
         self._sources, self._rest = torch.tensor(sources), torch.tensor(rest)
 
-    def rows(self, addresses: list[int], device: torch.device) -> Tensor:
-        """Table of tensors at these addresses (of all columns, one after the other)."""
+    def table(self, addresses: list[int], device: torch.device) -> Tensor:
+        """Tensor table for these addresses (of all columns, one after the other)."""
         columns = torch.tensor([*addresses, 0])[self._sources]
         aligned = (columns % ALIGNMENT == 0).all(1)
         rest = self._rest.clone()
@@ -120,19 +120,19 @@ class Layout:
 
 
 def build_tables(op: str, columns: Columns, block: int) -> tuple[Tensor, Tensor]:
-    """Rows and blocks on the device of the tensors, without waiting for it.
+    """Both tables on the device of the tensors, without waiting for it.
 
     Raises:
         ValueError: see ``Layout``.
     """
-    rows = Layout(op, columns, columns.key()).rows(list(map(Tensor.data_ptr, columns.flat())), columns.device)
-    return rows, _blocks(columns, block)
+    tensors = Layout(op, columns, columns.key()).table(list(map(Tensor.data_ptr, columns.flat())), columns.device)
+    return tensors, _program_table(columns, block)
 
 
 def fit(
-    op: str, rows: Tensor | None, blocks: Tensor | None, columns: Columns, block: int
+    op: str, tensor_table: Tensor | None, program_table: Tensor | None, columns: Columns, block: int
 ) -> tuple[Tensor, Tensor, tuple]:
-    """Rows, blocks and kinds for these tensors: the given tables where they fit, else new ones for this launch.
+    """Both tables and the kinds for these tensors: the given tables where they fit, else new ones for this launch.
 
     The tables are compared with the tensors at every launch: autograd puts gradients where it likes, and torch.compile
     may pass copies of what the tables were built for.
@@ -142,7 +142,7 @@ def fit(
         ValueError: see ``Layout``.
     """
     key, addresses = columns.key(), list(map(Tensor.data_ptr, columns.flat()))
-    layout, known_addresses = getattr(rows, "built_for", (None, None))
+    layout, known_addresses = getattr(tensor_table, "built_for", (None, None))
     if layout is None or layout.key != key:
         layout, known_addresses = Layout(op, columns, key), None
     if addresses != known_addresses:
@@ -151,10 +151,10 @@ def fit(
                 f"{op}: tensors lie elsewhere than when its tables were built, and a CUDA graph is being captured. Run "
                 "a step before the capture and keep gradients in place (FusedAdamW(..., flat_gradients=True))"
             )
-        rows = layout.rows(addresses, columns.device)
-    if getattr(blocks, "built_for", None) != (block, columns.sizes()):
-        blocks = _blocks(columns, block)
-    return rows, blocks, layout.kinds
+        tensor_table = layout.table(addresses, columns.device)
+    if getattr(program_table, "built_for", None) != (block, columns.sizes()):
+        program_table = _program_table(columns, block)
+    return tensor_table, program_table, layout.kinds
 
 
 def _check(op: str, column: int, i: int, tensor: Tensor, first: Tensor) -> None:
@@ -179,7 +179,7 @@ def _lie_alike(tensor: Tensor, first: Tensor) -> bool:
     return tensor.stride() == first.stride() == torch.empty_like(first, device="meta").stride()
 
 
-def _blocks(columns: Columns, block: int) -> Tensor:
+def _program_table(columns: Columns, block: int) -> Tensor:
     sizes = torch.tensor(columns.sizes())
     counts = (sizes + block - 1) // block
     tensor = torch.arange(len(sizes)).repeat_interleave(counts)

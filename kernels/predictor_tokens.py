@@ -12,11 +12,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ijepa_fast.kernels.rows import COMPILED, Tile, accumulation_dtype, accumulator, check, sum_rows, tile_for
+from ijepa_fast.kernels.row_tiles import COMPILED, RowTile, accumulation_dtype, accumulator, check, sum_rows, tile_for
 from ijepa_fast.kernels.specs import ARCHITECTURES, CompileSpec, record_specs
 
 CONFIGS = {
-    (arch, itemsize): tuple((columns, Tile(rows[columns], columns, 4)) for columns in (64, 128, 256))
+    (arch, itemsize): tuple((columns, RowTile(rows[columns], columns, 4)) for columns in (64, 128, 256))
     for arch in ARCHITECTURES
     for itemsize, rows in {2: {64: 64, 128: 32, 256: 16}, 4: {64: 32, 128: 16, 256: 8}}.items()
 }

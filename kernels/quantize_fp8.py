@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ijepa_fast.kernels.rows import COMPILED, check, split_width
+from ijepa_fast.kernels.row_tiles import COMPILED, check, split_width
 from ijepa_fast.kernels.specs import ARCHITECTURES, CompileSpec, configuration, record_specs
 
 # Warps of a program, which is one row.

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ijepa_fast.kernels.rows import COMPILED, accumulation_dtype, accumulator, check, split_width
+from ijepa_fast.kernels.row_tiles import COMPILED, accumulation_dtype, accumulator, check, split_width
 from ijepa_fast.kernels.specs import ARCHITECTURES, CompileSpec, configuration, record_specs
 
 KINDS = ("smooth_l1", "l2", "l1")

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ijepa_fast.kernels.rows import accumulation_dtype
+from ijepa_fast.kernels.row_tiles import accumulation_dtype
 from ijepa_fast.kernels.specs import CompileSpec
 from ijepa_fast.kernels.varlen_attention_launch import (
     attention_specs,

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ijepa_fast.kernels.rows import accumulation_dtype
+from ijepa_fast.kernels.row_tiles import accumulation_dtype
 from ijepa_fast.kernels.specs import CompileSpec, architecture, record_specs
 from ijepa_fast.kernels.varlen_attention_tiles import STRIDE_UNIT
 
@@ -27,7 +27,7 @@ MAX_ROW_STRIDE = 2**31 // MAX_SEQLEN
 """Offsets within a sequence are 32-bit."""
 
 
-class Tile(NamedTuple):
+class AttentionTile(NamedTuple):
     """What one program works on at a time, and how."""
 
     block_q: int
@@ -40,9 +40,9 @@ class Tile(NamedTuple):
 class Config(NamedTuple):
     """Tiles of the forward kernel, the dQ kernel and the dK/dV kernel."""
 
-    forward: Tile
-    dq: Tile
-    dkdv: Tile
+    forward: AttentionTile
+    dq: AttentionTile
+    dkdv: AttentionTile
 
 
 SHORT = 192
@@ -55,37 +55,37 @@ SHORT = 192
 # 128 queries share them. Where the matrix unit reads registers (sm_80), tiles must be smaller still.
 _TILES = {
     ("sm_80", "short"): {
-        (24, 32): Config(Tile(64, 64, 4), Tile(64, 64, 4), Tile(32, 64, 4)),
-        (64, 80, 88, 96): Config(Tile(64, 32, 4), Tile(64, 32, 4), Tile(32, 64, 4)),
-        (128,): Config(Tile(128, 32, 8), Tile(64, 32, 4), Tile(32, 64, 4)),
+        (24, 32): Config(AttentionTile(64, 64, 4), AttentionTile(64, 64, 4), AttentionTile(32, 64, 4)),
+        (64, 80, 88, 96): Config(AttentionTile(64, 32, 4), AttentionTile(64, 32, 4), AttentionTile(32, 64, 4)),
+        (128,): Config(AttentionTile(128, 32, 8), AttentionTile(64, 32, 4), AttentionTile(32, 64, 4)),
     },
     ("sm_80", "long"): {
-        (24, 32): Config(Tile(128, 64, 8), Tile(64, 64, 4), Tile(32, 64, 4)),
-        (64, 80, 88, 96, 128): Config(Tile(128, 32, 8), Tile(64, 32, 4), Tile(32, 64, 4)),
+        (24, 32): Config(AttentionTile(128, 64, 8), AttentionTile(64, 64, 4), AttentionTile(32, 64, 4)),
+        (64, 80, 88, 96, 128): Config(AttentionTile(128, 32, 8), AttentionTile(64, 32, 4), AttentionTile(32, 64, 4)),
     },
     ("sm_90", "short"): {
-        (24, 32): Config(Tile(64, 64, 4, 128), Tile(64, 64, 4, 128), Tile(64, 64, 4, 168)),
-        (64,): Config(Tile(64, 64, 4, 128), Tile(64, 64, 4, 168), Tile(32, 64, 4, 168)),
-        (80,): Config(Tile(64, 64, 4, 168), Tile(64, 64, 4, 168), Tile(32, 64, 4, 168)),
-        (88, 96): Config(Tile(64, 64, 4, 168), Tile(64, 32, 4, 168), Tile(32, 64, 4)),
-        (128,): Config(Tile(64, 32, 4, 168), Tile(64, 32, 4, 168), Tile(32, 64, 4)),
+        (24, 32): Config(AttentionTile(64, 64, 4, 128), AttentionTile(64, 64, 4, 128), AttentionTile(64, 64, 4, 168)),
+        (64,): Config(AttentionTile(64, 64, 4, 128), AttentionTile(64, 64, 4, 168), AttentionTile(32, 64, 4, 168)),
+        (80,): Config(AttentionTile(64, 64, 4, 168), AttentionTile(64, 64, 4, 168), AttentionTile(32, 64, 4, 168)),
+        (88, 96): Config(AttentionTile(64, 64, 4, 168), AttentionTile(64, 32, 4, 168), AttentionTile(32, 64, 4)),
+        (128,): Config(AttentionTile(64, 32, 4, 168), AttentionTile(64, 32, 4, 168), AttentionTile(32, 64, 4)),
     },
     ("sm_90", "long"): {
-        (24, 32): Config(Tile(128, 64, 8, 128), Tile(128, 64, 8, 128), Tile(64, 64, 4, 168)),
-        (64,): Config(Tile(128, 64, 8, 128), Tile(128, 32, 8, 128), Tile(32, 64, 4, 168)),
-        (80,): Config(Tile(128, 32, 8, 128), Tile(128, 32, 8, 128), Tile(32, 64, 4, 168)),
-        (88, 96): Config(Tile(128, 32, 8, 128), Tile(128, 32, 8, 128), Tile(32, 64, 4)),
-        (128,): Config(Tile(128, 32, 8, 128), Tile(64, 32, 4, 168), Tile(32, 64, 4)),
+        (24, 32): Config(AttentionTile(128, 64, 8, 128), AttentionTile(128, 64, 8, 128), AttentionTile(64, 64, 4, 168)),
+        (64,): Config(AttentionTile(128, 64, 8, 128), AttentionTile(128, 32, 8, 128), AttentionTile(32, 64, 4, 168)),
+        (80,): Config(AttentionTile(128, 32, 8, 128), AttentionTile(128, 32, 8, 128), AttentionTile(32, 64, 4, 168)),
+        (88, 96): Config(AttentionTile(128, 32, 8, 128), AttentionTile(128, 32, 8, 128), AttentionTile(32, 64, 4)),
+        (128,): Config(AttentionTile(128, 32, 8, 128), AttentionTile(64, 32, 4, 168), AttentionTile(32, 64, 4)),
     },
     ("sm_100", "short"): {
-        (24, 32, 64, 80): Config(Tile(64, 64, 4), Tile(64, 64, 4), Tile(64, 64, 4)),
-        (88, 96): Config(Tile(64, 64, 4), Tile(64, 64, 4), Tile(32, 64, 4)),
-        (128,): Config(Tile(64, 64, 4), Tile(64, 32, 4), Tile(32, 64, 4)),
+        (24, 32, 64, 80): Config(AttentionTile(64, 64, 4), AttentionTile(64, 64, 4), AttentionTile(64, 64, 4)),
+        (88, 96): Config(AttentionTile(64, 64, 4), AttentionTile(64, 64, 4), AttentionTile(32, 64, 4)),
+        (128,): Config(AttentionTile(64, 64, 4), AttentionTile(64, 32, 4), AttentionTile(32, 64, 4)),
     },
     ("sm_100", "long"): {
-        (24, 32, 64, 80): Config(Tile(128, 64, 8), Tile(64, 64, 4), Tile(64, 64, 4)),
-        (88, 96): Config(Tile(128, 64, 8), Tile(64, 64, 4), Tile(32, 64, 4)),
-        (128,): Config(Tile(128, 64, 8), Tile(64, 32, 4), Tile(32, 64, 4)),
+        (24, 32, 64, 80): Config(AttentionTile(128, 64, 8), AttentionTile(64, 64, 4), AttentionTile(64, 64, 4)),
+        (88, 96): Config(AttentionTile(128, 64, 8), AttentionTile(64, 64, 4), AttentionTile(32, 64, 4)),
+        (128,): Config(AttentionTile(128, 64, 8), AttentionTile(64, 32, 4), AttentionTile(32, 64, 4)),
     },
 }
 CONFIGS = {
@@ -172,7 +172,7 @@ def row_strides(*tensors: Tensor) -> list[int]:
 
 def launch(
     kernel,
-    tile: Tile,
+    tile: AttentionTile,
     tensors: Sequence[Tensor],
     *,
     rows_of: Tensor,

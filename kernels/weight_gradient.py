@@ -16,14 +16,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ijepa_fast.kernels.linear_tiles import Tile, check_products, products
-from ijepa_fast.kernels.rows import accumulation_dtype, accumulator, sum_rows
+from ijepa_fast.kernels.linear_tiles import ProductTile, check_products, products
+from ijepa_fast.kernels.row_tiles import accumulation_dtype, accumulator, sum_rows
 from ijepa_fast.kernels.specs import CompileSpec, architecture
 
 CONFIGS = {
-    ("sm_80", 2): Tile(128, 64, 64, 4, 3),
-    ("sm_90", 2): Tile(128, 128, 64, 8, 3, 128),
-    ("sm_100", 2): Tile(128, 128, 64, 8, 3),
+    ("sm_80", 2): ProductTile(128, 64, 64, 4, 3),
+    ("sm_90", 2): ProductTile(128, 128, 64, 8, 3, 128),
+    ("sm_100", 2): ProductTile(128, 128, 64, 8, 3),
 }
 """(architecture, itemsize) -> tile; its depth is rows at a time. Chosen from compiled code, not yet from times."""
 
@@ -129,7 +129,7 @@ def sum_splits_kernel(partials, out, num_splits, SIZE: tl.constexpr, BLOCK_S: tl
     tl.store(out + d, tl.sum(total, axis=0).to(out.dtype.element_ty), mask=d < SIZE)
 
 
-def split_rows(rows: int, outputs: int, inputs: int, tile: Tile, programs: int) -> tuple[int, int]:
+def split_rows(rows: int, outputs: int, inputs: int, tile: ProductTile, programs: int) -> tuple[int, int]:
     """(splits, rows of each but the last) for ``programs`` programs; one split where the tiles alone are half as many.
 
     They depend on the sizes and the architecture alone, so that sums have the same order in every run.

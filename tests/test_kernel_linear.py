@@ -19,7 +19,7 @@ from kernel_testing import (
 from ijepa_fast import ops
 from ijepa_fast.kernels import linear_gelu as gelu_kernels
 from ijepa_fast.kernels import weight_gradient as gradient_kernels
-from ijepa_fast.kernels.linear_tiles import Tile
+from ijepa_fast.kernels.linear_tiles import ProductTile
 
 pytestmark = pytest.mark.interpreter
 
@@ -86,7 +86,7 @@ def test_weight_gradient(dtype, case):
     """Splits of 32 rows, tiles of 32 x 16, at most 12 programs: several of each, and none of them full."""
     x, _, _, grad, need_bias = case
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(gradient_kernels.CONFIGS, ("sm_90", 2), Tile(32, 16, 16, 4, 2))
+        patch.setitem(gradient_kernels.CONFIGS, ("sm_90", 2), ProductTile(32, 16, 16, 4, 2))
         patch.setitem(gradient_kernels.PROGRAMS, "sm_90", 12)
         patch.setattr(gradient_kernels, "LEAST_ROWS", 32)
         assert_close_to_reference(

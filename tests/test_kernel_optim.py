@@ -208,16 +208,16 @@ def test_grad_norm_of_anything_that_is_not_finite_is_not_finite(bad):
 
 def test_tables_are_used_while_they_fit_and_replaced_when_tensors_move():
     targets, sources = [torch.zeros(20), torch.zeros(3)], [torch.ones(20), torch.ones(3).half()]
-    rows, blocks = ema.tables(targets, sources)
+    tensors, programs = ema.tables(targets, sources)
     columns = multi_tensor.Columns((targets, sources), (None, None))
     block = ema.CONFIGS["sm_90"].block
-    assert multi_tensor.fit("ema_", rows, blocks, columns, block)[:2] == (rows, blocks)
-    assert [rows.shape, blocks.tolist()] == [(2, 5), [[0, 0], [1, 0]]]
+    assert multi_tensor.fit("ema_", tensors, programs, columns, block)[:2] == (tensors, programs)
+    assert [tensors.shape, programs.tolist()] == [(2, 5), [[0, 0], [1, 0]]]
     moved = [torch.ones(20), torch.full((3,), 2.0)]  # elsewhere, and the second of another dtype
-    ema.ema_(targets, moved, torch.tensor(0.5), rows, blocks)
+    ema.ema_(targets, moved, torch.tensor(0.5), tensors, programs)
     assert targets[0].eq(0.5).all() and targets[1].eq(1).all() and sources[0].eq(1).all()
     larger = [torch.zeros(4096), torch.zeros(3)]
-    ema.ema_(larger, [torch.ones(4096), torch.ones(3)], torch.tensor(0.5), rows, blocks)
+    ema.ema_(larger, [torch.ones(4096), torch.ones(3)], torch.tensor(0.5), tensors, programs)
     assert larger[0].eq(0.5).all() and larger[1].eq(0.5).all()
 
 
@@ -227,20 +227,20 @@ def test_tables_say_which_tensors_are_aligned():
     aligned, unaligned = (
         [normal((64,), torch.float32, generator, flag) for flag in flags] for flags in ([1, 1], [1, 0])
     )
-    rows, _ = ema.tables([*aligned, *unaligned], [*unaligned, *aligned])
-    assert [int(kind) % 2 for kind in rows[:, 3]] == [1, 0, 1, 0]
+    tensors, _ = ema.tables([*aligned, *unaligned], [*unaligned, *aligned])
+    assert [int(kind) % 2 for kind in tensors[:, 3]] == [1, 0, 1, 0]
 
 
 def test_moved_tensors_are_refused_while_a_graph_is_captured(monkeypatch):
     """Seen through a stand-in for a CUDA device: what is compared are addresses, wherever they are."""
     targets, sources = [torch.zeros(20)], [torch.ones(20)]
-    rows, blocks = ema.tables(targets, sources)
+    tensors, programs = ema.tables(targets, sources)
     monkeypatch.setattr(multi_tensor.Columns, "device", property(lambda _: torch.device("cuda")))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    ema.ema_(targets, sources, torch.tensor(0.5), rows, blocks)
+    ema.ema_(targets, sources, torch.tensor(0.5), tensors, programs)
     assert targets[0].eq(0.5).all()
     with pytest.raises(RuntimeError, match="ema_: tensors lie elsewhere than when its tables were built"):
-        ema.ema_(targets, [torch.ones(20)], torch.tensor(0.5), rows, blocks)
+        ema.ema_(targets, [torch.ones(20)], torch.tensor(0.5), tensors, programs)
 
 
 def test_elements_in_another_order_are_averaged_if_both_have_it_and_refused_otherwise():
@@ -274,9 +274,9 @@ def test_kinds_have_a_body_each_and_blocks_find_their_tensor():
                 tensors.append(normal(shape, dtype, generator))
         lists.group_index.append(i % 2)
     after, steps = lists.twin(), torch.ones(len(kinds))
-    rows, blocks = adamw_ema.tables(*after.all())
-    assert len(rows.built_for[0].kinds) == len(kinds) and len(blocks) == 18
-    adamw_ema.adamw_ema_(*after.all(), SETTINGS, steps, MOMENTUM, torch.tensor(1.0), YES, rows, blocks)
+    tensors, programs = adamw_ema.tables(*after.all())
+    assert len(tensors.built_for[0].kinds) == len(kinds) and len(programs) == 18
+    adamw_ema.adamw_ema_(*after.all(), SETTINGS, steps, MOMENTUM, torch.tensor(1.0), YES, tensors, programs)
     check_update(lists, after, steps, 1.0)
 
 

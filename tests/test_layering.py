@@ -224,10 +224,10 @@ def test_kernels_is_importable_in_a_checkout_that_is_not_installed():
     code = """
 import sys
 sys.meta_path = [finder for finder in sys.meta_path if not getattr(finder, "__module__", "").startswith("__editable__")]
-import ijepa_fast.kernels.rows as rows
-print(rows.__file__)
+import ijepa_fast.kernels.row_tiles
+print(ijepa_fast.kernels.row_tiles.__file__)
 """
-    assert Path(run_at_root(code).strip()) == ROOT / "kernels" / "rows.py"
+    assert Path(run_at_root(code).strip()) == ROOT / "kernels" / "row_tiles.py"
 
 
 def test_transformers_works_with_our_kernels_folder_on_its_path():

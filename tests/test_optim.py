@@ -57,8 +57,8 @@ def test_a_step_on_the_cpu_is_what_the_ops_do_without_dispatching_them(dtype, mo
         optimizers.append(FusedAdamW(module.parameters(), ema=average.parameters(), lr=0.01, max_grad_norm=0.5))
         give_gradients(module, 0)
         optimizers[-1].step()
-    monkeypatch.setattr(optimizers[1]._plan, "_grad_norm", ops.grad_norm)
-    monkeypatch.setattr(optimizers[1]._plan, "_adamw_ema", ops.adamw_ema_)
+    monkeypatch.setattr(optimizers[1]._tensors, "_grad_norm", ops.grad_norm)
+    monkeypatch.setattr(optimizers[1]._tensors, "_adamw_ema", ops.adamw_ema_)
     for step in range(1, STEPS):
         calls = []
         for (module, _), optimizer in zip((straight, dispatched), optimizers, strict=True):

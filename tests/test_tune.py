@@ -15,7 +15,7 @@ from benchmarks.tune import TUNABLES, Proposal, Scale, Slot
 from ijepa_fast.bench import table
 from ijepa_fast.bench.cases.floors import MODELS
 from ijepa_fast.bench.measure import CPU
-from ijepa_fast.kernels.rows import Tile
+from ijepa_fast.kernels.row_tiles import RowTile
 from ijepa_fast.kernels.specs import ARCHITECTURES
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -52,8 +52,8 @@ def test_candidates_are_rows_of_the_same_kind_and_the_current_one_comes_first(tu
 def test_candidates_differ_in_two_fields_at_most():
     assert tune.candidates(4, ((2, 4, 8),)) == [4, 2, 8]
     assert tune.candidates((1, 1), ((2,), None)) == [(1, 1), (2, 1)]
-    rows = tune.candidates(Tile(8, 64, 4), ((16,), (128,), (8,)))
-    assert len(rows) == 7 and Tile(16, 128, 8) not in rows and Tile(8, 128, 8) in rows
+    rows = tune.candidates(RowTile(8, 64, 4), ((16,), (128,), (8,)))
+    assert len(rows) == 7 and RowTile(16, 128, 8) not in rows and RowTile(8, 128, 8) in rows
     with pytest.raises(ValueError, match=r"\(1, 1\) has 2 fields, 1 options"):
         tune.candidates((1, 1), ((2,),))
 
@@ -61,7 +61,7 @@ def test_candidates_differ_in_two_fields_at_most():
 @pytest.mark.parametrize(
     ("name", "slot", "row"),
     [
-        ("gather_add", WIDE, Tile(4, 256, 8)),
+        ("gather_add", WIDE, RowTile(4, 256, 8)),
         ("target_loss", Slot(("sm_90", 2), 1536), 2),
         ("ema_", Slot("sm_90"), TUNABLES["ema_"].rows["sm_90"]._replace(block=512)),
         ("varlen_attention", Slot(("sm_90", torch.bfloat16, 80, "short"), part="dq"), "any"),
@@ -111,11 +111,11 @@ def test_rows_that_break_a_rule_are_not_timed(monkeypatch):
 
 
 def test_proposals_are_python():
-    times = {Tile(16, 256, 4): 10.0, Tile(8, 256, 4): 8.0}
-    proposal = Proposal("gather_add.CONFIGS", WIDE, Tile(16, 256, 4), times, {}, Tile(8, 256, 4))
+    times = {RowTile(16, 256, 4): 10.0, RowTile(8, 256, 4): 8.0}
+    proposal = Proposal("gather_add.CONFIGS", WIDE, RowTile(16, 256, 4), times, {}, RowTile(8, 256, 4))
     assert proposal.as_python() == (
-        "gather_add.CONFIGS['sm_90', 2], up to 256: Tile(rows=8, columns=256, num_warps=4)  # 8.0 us, "
-        "Tile(rows=16, columns=256, num_warps=4) took 10.0"
+        "gather_add.CONFIGS['sm_90', 2], up to 256: RowTile(rows=8, columns=256, num_warps=4)  # 8.0 us, "
+        "RowTile(rows=16, columns=256, num_warps=4) took 10.0"
     )
     assert tune.fastest({1: 100.0, 2: 98.0, 4: 120.0}, 1) == 1  # less is noise
     assert tune.fastest({1: 100.0, 2: 96.0, 4: 120.0}, 1) == 2

@@ -15,18 +15,21 @@ SETTINGS = ("lr", "beta1", "beta2", "eps", "weight_decay")
 
 
 @op("grad_norm")
-def grad_norm(grads: Sequence[Tensor], rows: Tensor | None = None, blocks: Tensor | None = None) -> Tensor:
+def grad_norm(
+    grads: Sequence[Tensor], tensor_table: Tensor | None = None, program_table: Tensor | None = None
+) -> Tensor:
     """L2 norm over all gradients together: a scalar, fp32 (fp64 if any gradient is).
 
     Args:
-        rows, blocks: what ``ops.pointer_tables`` made for the list; only kernels read them, here and below.
+        tensor_table, program_table: what ``ops.pointer_tables`` made for the list. Only kernels read them, in all three
+            ops.
     """
     wide = torch.float64 if any(g.dtype == torch.float64 for g in grads) else torch.float32
     return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads, dtype=wide)))
 
 
 @grad_norm.register_fake
-def _(grads, rows=None, blocks=None):
+def _(grads, tensor_table=None, program_table=None):
     wide = torch.float64 if any(grad.dtype == torch.float64 for grad in grads) else torch.float32
     return grads[0].new_empty((), dtype=wide)
 
@@ -36,8 +39,8 @@ def ema_(
     targets: Sequence[Tensor],
     sources: Sequence[Tensor],
     momentum: Tensor,
-    rows: Tensor | None = None,
-    blocks: Tensor | None = None,
+    tensor_table: Tensor | None = None,
+    program_table: Tensor | None = None,
 ) -> None:
     """``target = momentum * target + (1 - momentum) * source``, as ``target + (1 - momentum) * (source - target)``.
 
@@ -49,7 +52,7 @@ def ema_(
 
 
 @ema_.register_fake
-def _(targets, sources, momentum, rows=None, blocks=None):
+def _(targets, sources, momentum, tensor_table=None, program_table=None):
     return None
 
 
@@ -71,8 +74,8 @@ def adamw_ema_(
     momentum: Tensor,
     grad_scale: Tensor,
     apply: Tensor,
-    rows: Tensor | None = None,
-    blocks: Tensor | None = None,
+    tensor_table: Tensor | None = None,
+    program_table: Tensor | None = None,
 ) -> None:
     """One AdamW step (arXiv 1711.05101, as torch.optim.AdamW), then the EMA of the updated parameters. In place.
 
@@ -157,12 +160,12 @@ def pointer_tables(op: str, *lists: Sequence) -> dict[str, Tensor]:
         lists: the op's leading arguments that are lists.
 
     Returns:
-        "rows" and "blocks"; empty where no kernel runs: on the CPU.
+        "tensor_table" and "program_table"; empty where no kernel runs: on the CPU.
     """
     device = lists[0][0].device
     if device.type != "cuda":
         return {}
     module = import_module(f"ijepa_fast.kernels.{op.rstrip('_')}")
     with torch.cuda.device(device):
-        rows, blocks = module.tables(*lists)
-    return {"rows": rows, "blocks": blocks}
+        tensor_table, program_table = module.tables(*lists)
+    return {"tensor_table": tensor_table, "program_table": program_table}

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ijepa_fast.ops import SETTINGS, accumulation_dtype
-from ijepa_fast.optim.step_tensors import LOW_PRECISION, Member, Plan, gradient, local
+from ijepa_fast.optim.step_tensors import LOW_PRECISION, SteppedParameter, StepTensors, gradient, local
 
 FLAT_ALIGNMENT = 128
 """Bytes that flat gradients start at multiples of: a line of the GPU's cache."""
@@ -80,7 +80,7 @@ class FusedAdamW(torch.optim.Optimizer):
         self._flat_buffers: list[Tensor] = []
         self._flat_views: dict[nn.Parameter, Tensor] = {}
         self.generation = 0
-        self._plan: Plan | None = None
+        self._tensors: StepTensors | None = None
         self._scalars: Tensor | None = None
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "lr_scale": 1.0})
         if ema is not None:
@@ -115,7 +115,7 @@ class FusedAdamW(torch.optim.Optimizer):
 
     def _replaced(self) -> None:
         """Addresses of the state's tensors are not what they were."""
-        self._plan = self._scalars = None
+        self._tensors = self._scalars = None
         self.generation += 1
 
     @property
@@ -207,26 +207,26 @@ class FusedAdamW(torch.optim.Optimizer):
             values += [group["lr"] * group["lr_scale"], *group["betas"], group["eps"], group["weight_decay"]]
         return [*values, self.momentum]
 
-    def _current_plan(self) -> Plan | None:
+    def _current_tensors(self) -> StepTensors | None:
         parameters = [p for p in self._parameters() if gradient(p) is not None]
         if not parameters:
             return None
-        if self._plan is None or not self._plan.fits(parameters):
+        if self._tensors is None or not self._tensors.fits(parameters):
             members = [
                 self._member(parameter, number)
                 for number, group in enumerate(self.param_groups)
                 for parameter in group["params"]
                 if gradient(parameter) is not None
             ]
-            self._plan = Plan(members, [self.state[parameter]["step"] for parameter in parameters])
-            for parameter, step in zip(parameters, self._plan.steps, strict=True):
+            self._tensors = StepTensors(members, [self.state[parameter]["step"] for parameter in parameters])
+            for parameter, step in zip(parameters, self._tensors.steps, strict=True):
                 self.state[parameter]["step"] = step
-        return self._plan
+        return self._tensors
 
-    def _member(self, parameter: nn.Parameter, group: int) -> Member:
+    def _member(self, parameter: nn.Parameter, group: int) -> SteppedParameter:
         state, average = self._state_of(parameter), self.averages.get(parameter)
         wide_average = state.get("ema", average)
-        return Member(
+        return SteppedParameter(
             parameter,
             group,
             state.get("master", parameter),
@@ -246,8 +246,8 @@ class FusedAdamW(torch.optim.Optimizer):
         capturing = self._device.type == "cuda" and torch.cuda.is_current_stream_capturing()
         if capturing and self._scalars is None:
             raise RuntimeError("run at least one step before a CUDA graph captures one")
-        plan = self._current_plan()
-        if plan is None:
+        tensors = self._current_tensors()
+        if tensors is None:
             self.performed = False
             return loss
         if not capturing:
@@ -255,8 +255,8 @@ class FusedAdamW(torch.optim.Optimizer):
         for i, value in enumerate(self._scalar_values()):
             if isinstance(value, Tensor) and value.is_cuda:
                 self._scalars[i].copy_(value)
-        gradients = plan.gradients()
-        norm = plan.norm(gradients)
+        gradients = tensors.gradients()
+        norm = tensors.norm(gradients)
         # torch.amp.GradScaler leaves these two on the optimizer for the time of the step.
         loss_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         scale = self._one
@@ -273,9 +273,9 @@ class FusedAdamW(torch.optim.Optimizer):
         self.performed = apply
         if self.max_grad_norm is not None:
             scale = scale * (self.max_grad_norm / (norm + 1e-6)).clamp(max=1)
-        plan.steps += apply
+        tensors.steps += apply
         settings = self._scalars[:-1].view(-1, len(SETTINGS))
-        plan.update(gradients, settings, self._scalars[-1], scale, apply)
+        tensors.update(gradients, settings, self._scalars[-1], scale, apply)
         return loss
 
     def state_dict(self) -> dict:

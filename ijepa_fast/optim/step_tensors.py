@@ -42,7 +42,7 @@ def shard_groups(tensor: Tensor) -> dict[str, dist.ProcessGroup]:
     return found
 
 
-class Member(NamedTuple):
+class SteppedParameter(NamedTuple):
     """One parameter of a step, with what belongs to it. Tensors may be DTensors.
 
     Attributes:
@@ -61,14 +61,14 @@ class Member(NamedTuple):
 
 
 class _NormPart(NamedTuple):
-    """Gradients divided among the same ranks: places in the plan, groups of ranks, and tables of ``ops.grad_norm``."""
+    """Gradients divided among the same ranks: their places, those ranks' groups, and tables of ``ops.grad_norm``."""
 
     members: list[int]
     groups: list[dist.ProcessGroup]
     tables: dict[str, Tensor]
 
 
-class Plan:
+class StepTensors:
     """The tensors of a step; built anew when other parameters have a gradient.
 
     Args:
@@ -80,7 +80,7 @@ class Plan:
         steps: fp32 [P], a copy of the argument.
     """
 
-    def __init__(self, members: Sequence[Member], steps: Sequence[Tensor]):
+    def __init__(self, members: Sequence[SteppedParameter], steps: Sequence[Tensor]):
         self.parameters = [member.parameter for member in members]
         self.steps = torch.stack([step.float() for step in steps])
         self._sharded = any(hasattr(parameter, "to_local") for parameter in self.parameters)
@@ -134,7 +134,7 @@ class Plan:
     def update(
         self, gradients: Sequence[Tensor], settings: Tensor, momentum: Tensor, grad_scale: Tensor, apply: Tensor
     ) -> None:
-        """``ops.adamw_ema_`` on the plan's tensors."""
+        """``ops.adamw_ema_`` on these tensors."""
         lists = self._lists(gradients)
         self._adamw_ema(*lists, settings, self.steps, momentum, grad_scale, apply, **self._tables)
 

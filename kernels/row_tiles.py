@@ -21,7 +21,7 @@ COMPILED = ((192, torch.bfloat16), (384, torch.bfloat16), (1280, torch.bfloat16)
 FLOATING = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
-class Tile(NamedTuple):
+class RowTile(NamedTuple):
     """What one program works on."""
 
     rows: int
@@ -29,7 +29,7 @@ class Tile(NamedTuple):
     num_warps: int
 
 
-TileTable = Mapping[tuple[str, int], Sequence[tuple[int, Tile]]]
+TileTable = Mapping[tuple[str, int], Sequence[tuple[int, RowTile]]]
 
 
 def column_block(width: int) -> int:
@@ -37,7 +37,7 @@ def column_block(width: int) -> int:
     return min((256, 128, 64), key=lambda block: triton.cdiv(width, block) * block)
 
 
-def tile_for(table: TileTable, dtype: torch.dtype, width: int) -> Tile:
+def tile_for(table: TileTable, dtype: torch.dtype, width: int) -> RowTile:
     """The row of a table whose buckets are ``column_block``; fp64 (for tests) takes the rows of fp32."""
     return configuration(table, min(dtype.itemsize, 4), column_block(width))
 
