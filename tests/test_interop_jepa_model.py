@@ -79,7 +79,7 @@ class TestConfiguration:
             ({"masks": {"num_target": 2}}, "'num_target' (did you mean 'num_targets'?)"),
             ({"ema_momentum": 1.5}, "ema_momentum must lie in [0, 1], got 1.5"),
             ({"momentum_shape": "sine"}, "momentum_shape must be cosine or linear, got 'sine'"),
-            ({"patch_size": (16, 4)}, "patch_size must be one whole number, got (16, 4)"),
+            ({"patch_size": (16, 4)}, "one number for square patches, got (16, 4)"),
             ({"total_steps": 0}, "total_steps must be at least 1, got 0"),
             ({"encoder_dim": 0}, "encoder_dim must be at least 1, got 0"),
             ({"encoder_depth": 0}, "depth must be at least 1, got 0"),

@@ -7,8 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal
 
-from ijepa_fast.masks.sampler import MaskConfig
-from ijepa_fast.model.vit import IMAGENET_MEAN, IMAGENET_STD, PREDICTOR_DEPTH, SIZES
+from ijepa_fast.jepa_model.metrics import Encoder
+from ijepa_fast.masks.config import MaskConfig
+from ijepa_fast.model.jepa import Objective
+from ijepa_fast.model.vit import IMAGENET_MEAN, IMAGENET_STD, PREDICTOR_DEPTH, SIZES, Predictor
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,8 @@ class JEPAConfig:
     activation_checkpointing: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("patch_size", "in_chans", "encoder_dim", "predictor_dim"):
+        # What the parts do not check themselves: networks, ``MaskConfig`` and ``Objective`` refuse the rest.
+        for name in ("in_chans", "encoder_dim", "predictor_dim"):
             value = getattr(self, name)
             if not isinstance(value, int):
                 raise ValueError(f"{name} must be one whole number, got {value!r}")
@@ -125,6 +128,33 @@ class JEPAConfig:
             "std": IMAGENET_STD if rgb else (0.5,) * self.in_chans,
         }
         return replace(self, **{name: value for name, value in derived.items() if getattr(self, name) is None})
+
+    def build(self) -> tuple[Encoder, Predictor, Objective]:
+        """The networks with fresh weights, and what they minimise, for settings that are ``resolved``."""
+        shared = {name: getattr(self, name) for name in ("init", "attention", "activation_checkpointing")}
+        encoder = Encoder(
+            self.img_size,
+            self.patch_size,
+            self.in_chans,
+            self.encoder_dim,
+            self.encoder_depth,
+            self.encoder_heads,
+            self.mlp_ratio,
+            mean=self.mean,
+            std=self.std,
+            **shared,
+        )
+        predictor = Predictor(
+            encoder.grid,
+            self.encoder_dim,
+            self.predictor_dim,
+            self.predictor_depth,
+            self.predictor_heads,
+            self.predictor_mlp_ratio,
+            **shared,
+        )
+        weights = {"variance_weight": self.variance_weight, "covariance_weight": self.covariance_weight}
+        return encoder, predictor, Objective(self.loss, **weights)
 
     def mask_config(self, num_patches: int) -> MaskConfig:
         """How masks are drawn on images of this many patches."""

@@ -20,8 +20,7 @@ from ijepa_fast.jepa_model.config import JEPAConfig
 from ijepa_fast.jepa_model.following import averages_into, differ, first_values, holds, performed
 from ijepa_fast.jepa_model.metrics import Encoder, Metrics, cosine_similarity, warn_of_range
 from ijepa_fast.masks.sampler import Masks, MaskSampler
-from ijepa_fast.model.jepa import IJEPA, Losses, Objective
-from ijepa_fast.model.vit import Predictor
+from ijepa_fast.model.jepa import IJEPA, Losses
 from ijepa_fast.optim import EMA
 from ijepa_fast.run.files import write_tensors
 from ijepa_fast.weights.reading import WeightsError, check_fit, description_in, load_weights, read_safetensors
@@ -62,35 +61,7 @@ class JEPAModel(IJEPA):
 
     def __init__(self, config: Mapping[str, Any] | None = None, **settings: Any):
         config = JEPAConfig.from_keys({**(config or {}), **settings}).resolved()
-        shared = {
-            "init": config.init,
-            "attention": config.attention,
-            "activation_checkpointing": config.activation_checkpointing,
-        }
-        encoder = Encoder(
-            config.img_size,
-            config.patch_size,
-            config.in_chans,
-            config.encoder_dim,
-            config.encoder_depth,
-            config.encoder_heads,
-            mlp_ratio=config.mlp_ratio,
-            mean=config.mean,
-            std=config.std,
-            **shared,
-        )
-        predictor = Predictor(
-            encoder.grid,
-            config.encoder_dim,
-            config.predictor_dim,
-            config.predictor_depth,
-            config.predictor_heads,
-            mlp_ratio=config.predictor_mlp_ratio,
-            **shared,
-        )
-        objective = Objective(
-            loss=config.loss, variance_weight=config.variance_weight, covariance_weight=config.covariance_weight
-        )
+        encoder, predictor, objective = config.build()
         super().__init__(encoder, predictor, objective)
         self.config = config
         self.sampler = MaskSampler(config.mask_config(encoder.grid[0] * encoder.grid[1]), encoder.grid)
