@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import math
 import multiprocessing
@@ -106,7 +107,12 @@ def batches(
     others = set(multiprocessing.active_children())
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "This DataLoader will create")  # worker_count has said it in one line
-        iterator = _start(DataLoader(dataset, **options))
+        try:
+            iterator = _start(DataLoader(dataset, **options))
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            raise LoaderError(f"{SHARED_MEMORY} has no room for loader workers{_shared_memory_remedy()}") from error
     workers = [process for process in multiprocessing.active_children() if process not in others]
     limit = math.inf if slow_start else timeout
     while True:
@@ -119,7 +125,7 @@ def batches(
                 break
             except StopIteration:
                 return
-            except RuntimeError as error:
+            except (RuntimeError, OSError, EOFError) as error:
                 if not str(error).startswith("DataLoader timed out"):
                     raise _explained(error, workers) from None
             waited = time.monotonic() - began
@@ -138,15 +144,17 @@ def batches(
         limit = timeout
 
 
-def _explained(error: RuntimeError, workers: list) -> RuntimeError:
+def _explained(error: Exception, workers: list) -> Exception:
     """The error without the worker's traceback where it is one of ours, or with the reason why a worker died."""
     if isinstance(error, LoaderError):
         return type(error)(str(error).rpartition(f"{type(error).__name__}: ")[2])
-    if "exited unexpectedly" not in str(error):
+    # A batch that a dead worker had ready cannot be fetched from it, which gives an OSError or EOFError.
+    if "exited unexpectedly" not in str(error) and isinstance(error, RuntimeError):
         return error
-    dead = [(worker.pid, worker.exitcode) for worker in workers if not worker.is_alive()]
-    reasons = "; ".join(f"process {pid} {_ending(code)}" for pid, code in dead) or str(error)
-    return LoaderError(f"a loader worker died: {reasons}")
+    for worker in workers:
+        worker.join(timeout=1 / len(workers))
+    dead = [f"process {worker.pid} {_ending(worker.exitcode)}" for worker in workers if not worker.is_alive()]
+    return LoaderError(f"a loader worker died: {'; '.join(dead)}") if dead else error
 
 
 def _ending(exit_code: int) -> str:
