@@ -30,7 +30,8 @@ def test_equals_the_independent_sampler_bit_for_bit(sampler, seed, step, first_g
         assert sets.lengths.max() <= sets.max_seqlen
         assert not sets.uniform or sets.lengths.eq(sets.max_seqlen).all()
     counts = sampler.counts(batch_size, seed=seed, step=step, first_image=first_image)
-    assert counts == (masks.context.num_rows, masks.targets.num_rows)
+    read = [] if masks.read is None else [masks.read.num_rows]
+    assert counts == (masks.context.num_rows, masks.targets.num_rows, *read)
 
 
 @pytest.mark.parametrize("config", HARD_CASES, ids=lambda config: f"{config.strategy}-{config.context}")

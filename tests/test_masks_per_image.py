@@ -22,6 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ijepa_fast.masks.sampler import MaskConfig, Masks, MaskSampler
 from ijepa_fast.masks.sampling import MAX_PER_IMAGE
+from ijepa_fast.model.jepa import Objective
 from ijepa_fast.ragged import Ragged
 from ijepa_fast.step.captured import CapturedStep
 from ijepa_fast.step.flops import TokenCounts, step_flops
@@ -67,6 +68,22 @@ def test_a_mask_does_not_depend_on_how_many_there_are(config):
     assert all(a != b for i, a in enumerate(drawn) for b in drawn[:i])
     for sets in (five.context, five.targets):
         assert not sets.uniform or sets.lengths.eq(sets.max_seqlen).all()
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_patches_that_are_read_are_those_of_all_targets_each_once(config):
+    sampler = MaskSampler(replace(config, per_image=3), GRID_14)
+    exact = sampler.sample(8, seed=3, step=9)
+    padded = sampler.sample(8, seed=3, step=9, round_rows=100)
+    blocks = exact.targets.to_lists()
+    per_image = len(blocks) // 8
+    wanted = [sorted(set(sum(blocks[i * per_image : (i + 1) * per_image], []))) for i in range(8)]
+    assert exact.read.to_lists() == padded.read.to_lists() == wanted
+    assert exact.read.num_rows == sum(map(len, wanted)) == sampler.counts(8, seed=3, step=9)[2]
+    assert padded.read.num_rows == -(-exact.read.num_rows // 100) * 100
+    moved = exact.to("meta")
+    assert moved.read.device.type == "meta" and moved.tokens == exact.tokens
+    assert sampler.sample(8, seed=3, step=9, capacity=(8 * 3 * 2 * 196, 8 * 3 * 4 * 196)).read is None
 
 
 def test_truncation_is_that_of_the_masks_of_one_number():
@@ -125,6 +142,24 @@ def test_loss_and_gradients_are_the_mean_over_single_masks(objective, all_target
     assert_same_gradients(gradients(model, losses.total), mean)
 
 
+@pytest.mark.parametrize("objective", [Objective(), Objective(targets="average")])
+def test_the_last_target_block_computes_each_patch_once(objective):
+    """A patch in several blocks is one row; and where no union is known, every target row is one."""
+    model, images = make_model_of(objective), make_images(3, GRID)
+    masks = make_masks(GRID, 3, padding=2, per_image=2, num_targets=2)
+    counted = []
+    model.target_encoder.norm.register_forward_hook(lambda _, inputs, out: counted.append(len(out)))
+    want, got, without = (
+        model(images, some, all_targets=every)[0]
+        for some, every in ((masks, True), (masks, False), (replace(masks, read=None), False))
+    )
+    assert counted == [3 * 36, masks.read.num_rows, masks.targets.num_rows]
+    assert counted[1] < counted[2] < counted[0]
+    for name in want._fields:
+        assert_equal(getattr(got, name), getattr(want, name))
+        assert_equal(getattr(without, name), getattr(want, name))
+
+
 def test_every_image_goes_through_the_target_encoder_once():
     model, seen = make_model(GRID), []
     model.target_encoder.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
@@ -159,7 +194,8 @@ def test_counted_flops_are_the_closed_form(all_targets):
     with FlopCounterMode(display=False) as counter:
         tiny_model()(images(0, 4), masks, all_targets=all_targets)[0].total.backward()
     want = step_flops(MODEL, TokenCounts.of(masks), all_targets=all_targets).total
-    assert counter.get_total_flops() == pytest.approx(4 * want, rel=1e-6)
+    pooling = 0 if all_targets else 2 * 4 * masks.read.num_rows * MODEL.embed_dim  # a product of its own
+    assert counter.get_total_flops() == pytest.approx(4 * want + pooling, rel=1e-9)
 
 
 def test_jepa_model_takes_the_number_in_its_masks():

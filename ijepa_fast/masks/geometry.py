@@ -212,6 +212,15 @@ def pack_blocks(
     return Ragged(torch.where(row_T < total, token_T, PADDING), cu_seqlens, max_seqlen)
 
 
+def each_once(tokens_T: Tensor, num_images: int, num_patches: int, num_rows: int | None) -> Ragged:
+    """Every token b * N + n of a packed set once, however often it is there: one sequence per image, by n."""
+    nowhere = num_images * num_patches  # where rows of no token go
+    held = torch.zeros(nowhere + 1, dtype=torch.bool, device=tokens_T.device)
+    held.index_fill_(0, torch.where(tokens_T < 0, nowhere, tokens_T).long(), True)
+    held_B1N = held[:-1].view(num_images, 1, num_patches)
+    return pack_mask(held_B1N, held_B1N.sum(-1), num_patches, num_rows)
+
+
 def _prefix_sums(lengths: Tensor, num_rows: int | None) -> Tensor:
     """int32 [S + 1], checked to fit the rows."""
     cu_seqlens = functional.pad(lengths.flatten().cumsum(0), (1, 0)).to(torch.int32)

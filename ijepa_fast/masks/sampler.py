@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ijepa_fast.masks import extension
 from ijepa_fast.masks.config import MaskConfig
-from ijepa_fast.masks.geometry import Blocks, SizeRule, pack_blocks, pack_mask
+from ijepa_fast.masks.geometry import Blocks, SizeRule, each_once, pack_blocks, pack_mask
 from ijepa_fast.masks.sampling import MAX_PATCHES, Counter, Drawn, Plan, draw
 from ijepa_fast.ragged import Ragged
 
@@ -35,6 +35,8 @@ class Masks:
         per_image: K.
         tokens: numbers of context and of target tokens, rows of no token left out. None where the host does not know
             them: with a capacity, and in masks that no sampler drew.
+        read: sequence b has every patch of image b that is in some target, once. With several masks per image, whose
+            targets overlap; None with one.
     """
 
     context: Ragged
@@ -42,6 +44,7 @@ class Masks:
     num_contexts: int = 1
     per_image: int = 1
     tokens: tuple[int, int] | None = None
+    read: Ragged | None = None
 
     @property
     def num_images(self) -> int:
@@ -57,8 +60,11 @@ class Masks:
         return self.context.device
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Masks":
-        context, targets = (tokens.to(device, non_blocking=non_blocking) for tokens in (self.context, self.targets))
-        return replace(self, context=context, targets=targets)
+        sets = {name: getattr(self, name) for name in ("context", "targets", "read")}
+        moved = {
+            name: tokens.to(device, non_blocking=non_blocking) for name, tokens in sets.items() if tokens is not None
+        }
+        return replace(self, **moved)
 
 
 class MaskSampler:
@@ -209,7 +215,7 @@ class MaskSampler:
         first_image: int = 0,
         device: torch.device | str = "cpu",
         round_rows: int | None = None,
-        capacity: tuple[int, int] | None = None,
+        capacity: tuple[int, ...] | None = None,
     ) -> Masks:
         """Masks of images first_image to first_image + batch_size - 1 of the global batch.
 
@@ -225,7 +231,8 @@ class MaskSampler:
             device: where to draw; the masks are the same on every device.
             round_rows: round the rows of context and of targets up to a multiple of this, 1 for exact rows. None: 1 on
                 the CPU, ``ROUND_ROWS`` elsewhere.
-            capacity: rows of context and of targets in place of rounded ones. So nobody needs to know seed and step on
+            capacity: rows of context and of targets in place of rounded ones, and of ``Masks.read``, which is None
+                without a number for it. So nobody needs to know seed and step on
                 the host, and a CUDA graph can draw the masks of another step in each replay.
 
         Raises:
@@ -244,17 +251,20 @@ class MaskSampler:
         context, targets = self._drawn_and_packed(batch_size, seed, step, first_image, device, capacity)
         if capacity is None:
             tokens = context.num_rows, targets.num_rows
+        read = None
+        if self.per_image > 1 and (capacity is None or len(capacity) > 2):
+            read = each_once(targets.indices, batch_size, self.num_patches, None if capacity is None else capacity[2])
         one_group = self.config.context == "batch_min" and batch_size == self.config.group_size and self.per_image == 1
         one_size = self.config.size_per == "step" and self.config.strategy != "rasterized"
         context = _promise(context, self._constant_context, exact and one_group)
         targets = _promise(targets, self._constant_target, exact and one_size)
-        return Masks(context, targets, self.num_contexts, self.per_image, tokens)
+        return Masks(context, targets, self.num_contexts, self.per_image, tokens and tokens[:2], read)
 
     def _drawn_and_packed(self, batch_size, seed, step, first_image, device, capacity) -> tuple[Ragged, Ragged]:
         self._check_images(batch_size, first_image)
         if self._takes_extension(device.type):
             context, context_cu, targets, target_cu = extension.block_masks(
-                self._plan_numbers, seed, step, first_image, batch_size, device, capacity
+                self._plan_numbers, seed, step, first_image, batch_size, device, capacity and capacity[:2]
             )
             return Ragged(context, context_cu, self.max_context), Ragged(targets, target_cu, self.max_target)
         drawn = self._draw(batch_size, seed, step, first_image, device)
@@ -264,9 +274,15 @@ class MaskSampler:
             return context, pack_blocks(drawn.targets, self.grid, self.max_target, rows[1], k)
         return context, pack_mask(drawn.targets, drawn.target_lengths_BM, self.max_target, rows[1], k)
 
-    def counts(self, batch_size: int, *, seed: int, step: int, first_image: int = 0) -> tuple[int, int]:
-        """Exact numbers of context and target tokens that `sample` gives, found on the host."""
+    def counts(self, batch_size: int, *, seed: int, step: int, first_image: int = 0) -> tuple[int, ...]:
+        """Exact numbers of context and target tokens that `sample` gives, found on the host.
+
+        With several masks per image, the number of patches in ``Masks.read`` too.
+        """
         self._check_images(batch_size, first_image)
+        if self.per_image > 1:
+            masks = self.sample(batch_size, seed=seed, step=step, first_image=first_image, round_rows=1)
+            return *masks.tokens, masks.read.num_rows
         if self._takes_extension("cpu"):
             return extension.block_mask_counts(self._plan_numbers, seed, step, first_image, batch_size)
         drawn = self._draw(batch_size, seed, step, first_image, "cpu")
@@ -300,10 +316,9 @@ class MaskSampler:
         return draw(self.plan, Counter.of(seed, step, first_image, batch_size, self.per_image, device))
 
 
-def rounded_up(counts: tuple[int, int], multiple: int) -> tuple[int, int]:
+def rounded_up(counts: tuple[int, ...], multiple: int) -> tuple[int, ...]:
     """Numbers of tokens rounded up to multiples: rows for them."""
-    context, targets = (-(-count // multiple) * multiple for count in counts)
-    return context, targets
+    return tuple(-(-count // multiple) * multiple for count in counts)
 
 
 def _promise(tokens: Ragged, constant: bool, equal: bool) -> Ragged:

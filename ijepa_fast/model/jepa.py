@@ -260,25 +260,29 @@ class IJEPA(nn.Module):
             dtype = accumulation_dtype(encoder.patch_embed.proj.weight.dtype)
             pixels = encoder.patch_embed.pixels(images, targets.indices, dtype)
             return pixels[:, : self.predictor.predictor_proj.out_features].contiguous(), layout.target_rows, None
-        per_image = targets.every(masks.per_image * masks.num_targets)
         grid = encoder.grid_of(*images.shape[2:])
-        # The last block of the encoder need only compute the rows that are read. But a patch in several target blocks
-        # is read as often: where they have more rows than there are patches, all patches once cost less.
-        all_targets |= targets.num_rows >= images.shape[0] * grid[0] * grid[1]
-        if objective.target_selection == "output" and all_targets:
+        patches, placed = images.shape[0] * grid[0] * grid[1], False  # whether row b * N + n is patch n of image b
+        # The last block of the encoder need only compute the rows that are read. Those of several masks of an image are
+        # in `read`, each once. Of one mask, a patch in several target blocks is read as often: where they have more
+        # rows than there are patches, all patches once cost less.
+        read = masks.read if masks.read is not None else targets.every(masks.per_image * masks.num_targets)
+        if objective.target_selection == "input":  # the encoder sees target blocks alone
+            features = encoder(images, targets)
+            pooled = mean_pool(features, targets.every(masks.per_image * masks.num_targets))
+        elif all_targets or read.num_rows >= patches:
             whole = encoder(images)
-            pooled, features = whole.mean(1, dtype=torch.float32), whole.flatten(0, 1)
-            if objective.targets == "features":
-                return features, layout.target_tokens, pooled
-            features = take_rows(features, targets.indices)
+            pooled, features, placed = whole.mean(1, dtype=torch.float32), whole.flatten(0, 1), True
         else:
-            if objective.target_selection == "output":  # the encoder sees the whole image, as in the paper
-                features = encoder(images, queries=per_image)
-            else:
-                features = encoder(images, targets)
-            pooled = mean_pool(features, per_image)
+            features = encoder(images, queries=read)
+            pooled = mean_pool(features, read)
+            if masks.read is not None:
+                grid_rows = features.new_zeros(patches + 1, features.shape[1])
+                grid_rows[read.indices.long()] = features  # rows of no token, -1, go to the one that is too many
+                features, placed = grid_rows, True
         if objective.targets == "features":
-            return features, layout.target_rows, pooled
+            return features, layout.target_tokens if placed else layout.target_rows, pooled
+        if placed:
+            features = take_rows(features, targets.indices)
         if objective.normalize_targets:
             features = F.layer_norm(
                 features.to(accumulation_dtype(features.dtype)), features.shape[1:], eps=objective.target_eps

@@ -126,10 +126,10 @@ class CapturedStep(TrainStep):
             self._met.clear()
         # Shapes follow from the counts, which the host finds by drawing the masks too; their contents are drawn by the
         # graph itself, from the step in device memory.
-        tokens = self.sampler.counts(len(images), seed=self.seed, step=step, first_image=first_image)
+        counts = self.sampler.counts(len(images), seed=self.seed, step=step, first_image=first_image)
         seen = len(images) * self.sampler.per_image
-        capacity = rounded_up(tokens, self.round_rows or bucket_rows(seen, self.sampler.num_patches))
-        bucket = (*capacity, first_image, all_targets)
+        capacity = rounded_up(counts, self.round_rows or bucket_rows(seen, self.sampler.num_patches))
+        tokens, bucket = counts[:2], (*capacity, first_image, all_targets)
 
         def work() -> StepResult:
             masks = self.sampler.sample(

@@ -44,6 +44,7 @@ class TokenCounts:
         targets: sum of m over the K * M target blocks.
         context_squares, target_squares: sums of c * c and of m * m.
         products: sum of c * m over the C * M pairs of each mask.
+        read: target patches of the image; with several masks per image, each patch once.
         num_contexts, num_targets: C and M.
     """
 
@@ -52,6 +53,7 @@ class TokenCounts:
     context_squares: float
     target_squares: float
     products: float
+    read: float
     num_contexts: int
     num_targets: int
 
@@ -76,6 +78,7 @@ class TokenCounts:
             context_squares=mean(context.square()),
             target_squares=mean(targets.square()),
             products=float((context.sum(2) * targets.sum(2)).sum(1).mean()),
+            read=sum(int((m.read or m.targets).cu_seqlens[-1]) for m in masks) / len(targets),
             num_contexts=context.shape[2],
             num_targets=targets.shape[2],
         )
@@ -96,6 +99,7 @@ class TokenCounts:
             context_squares=num_contexts * context**2,
             target_squares=num_targets * target**2,
             products=num_contexts * num_targets * context * target,
+            read=num_targets * target,
             num_contexts=num_contexts,
             num_targets=num_targets,
         )
@@ -137,7 +141,7 @@ def step_flops(
     patches, pixels = (model.img_size // model.patch_size) ** 2, 3 * model.patch_size**2
     contexts, targets = tokens.num_contexts, tokens.num_targets
     width, hidden = model.embed_dim, round(model.embed_dim * model.mlp_ratio)
-    read = patches if all_targets else min(tokens.targets, patches)
+    read = patches if all_targets else min(tokens.read, patches)
     target = 2 * pixels * width * patches + _blocks(
         width, hidden, model.depth, patches, patches**2, read, read * patches
     )
