@@ -53,7 +53,7 @@ def test_own_dataset_and_its_resume(run, tmp_path):
 
 def test_transformers_encoder(run, tmp_path):
     printed = run("transformers_encoder.py", "--folder", "hf")
-    differences = re.findall(r"(?:features|folder): ([\d.e-]+)$", printed, re.MULTILINE)
+    differences = re.findall(r"(?:features|transformers): ([\d.e-]+)$", printed, re.MULTILINE)
     assert len(differences) == 2 and all(float(value) < 1e-5 for value in differences)
     assert "packed set: [10, 32]" in printed and (tmp_path / "hf" / "preprocessor_config.json").exists()
 

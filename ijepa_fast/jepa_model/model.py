@@ -184,6 +184,7 @@ class JEPAModel(IJEPA):
         Raises:
             ValueError: an optimizer that does not step the context encoder.
         """
+        self._catch_up()  # while the model still looks by itself
         for optimizer in optimizers:
             if not holds(optimizer, self.context_encoder):
                 raise ValueError(f"this {type(optimizer).__name__} holds no parameters of the context encoder")
