@@ -7,9 +7,9 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from typing import Literal
 
 from ijepa_fast.masks.sampler import MaskConfig
-from ijepa_fast.model.config import ModelConfig
+from ijepa_fast.model.config import ModelConfig, common
 from ijepa_fast.model.jepa import Objective
-from ijepa_fast.optim.schedules import Schedules
+from ijepa_fast.optim.schedules import OptimConfig
 from ijepa_fast.step.options import StepOptions
 
 
@@ -33,74 +33,12 @@ class LoaderConfig:
     crop_scale: tuple[float, float] = (0.3, 1.0)
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
     flip: float = 0.0
-    workers: int | Literal["auto"] = "auto"
+    workers: int | Literal["auto"] = common("auto")
     timeout: float = 600.0
     max_pixels: int = 89_478_485  # Pillow's limit
     max_bad_share: float = 0.05
     epoch_images: int | None = None
     shuffle: int = 1000
-
-
-@dataclass(frozen=True)
-class OptimConfig:
-    """AdamW, its schedules and the EMA; the defaults are the official recipe.
-
-    Args:
-        start_lr: learning rate at the start of the warm-up.
-        lr: learning rate after the warm-up.
-        final_lr: learning rate at the end of the schedule.
-        warmup_epochs: length of the linear warm-up; fractions are allowed.
-        weight_decay: at the start; biases and norms are not decayed.
-        final_weight_decay: at the end of the schedule.
-        weight_decay_shape: cosine (official code) or linear (paper).
-        momentum: of the EMA of the target encoder, at the start.
-        final_momentum: of the EMA, at the end of the schedule.
-        momentum_shape: linear (official) or cosine.
-        schedule_stretch: length of the schedules over that of the run (the official ipe_scale).
-        betas: of Adam.
-        eps: of Adam.
-        max_grad_norm: clip the total gradient norm to this; null for no clipping.
-        layer_decay: learning rate multiplier from one encoder layer to the one below.
-    """
-
-    start_lr: float = 2e-4
-    lr: float = 1e-3
-    final_lr: float = 1e-6
-    warmup_epochs: float = 40.0
-    weight_decay: float = 0.04
-    final_weight_decay: float = 0.4
-    weight_decay_shape: Literal["cosine", "linear"] = "cosine"
-    momentum: float = 0.996
-    final_momentum: float = 1.0
-    momentum_shape: Literal["linear", "cosine"] = "linear"
-    schedule_stretch: float = 1.0
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
-    max_grad_norm: float | None = None
-    layer_decay: float = 1.0
-
-    def schedules(self, total_steps: int, steps_per_epoch: int) -> Schedules:
-        if not self.schedule_stretch >= 1:
-            raise ValueError(f"optim.schedule_stretch must be at least 1, got {self.schedule_stretch}")
-        warmup_steps = round(self.warmup_epochs * steps_per_epoch)
-        if warmup_steps >= int(total_steps * self.schedule_stretch):
-            raise ValueError(
-                f"optim.warmup_epochs {self.warmup_epochs} ({warmup_steps} steps, with {steps_per_epoch} in an epoch) "
-                f"does not fit into the {total_steps} steps of the run: lower it, or raise train.steps or train.epochs"
-            )
-        return Schedules(
-            total_steps=int(total_steps * self.schedule_stretch),
-            warmup_steps=warmup_steps,
-            start_lr=self.start_lr,
-            lr=self.lr,
-            final_lr=self.final_lr,
-            weight_decay=self.weight_decay,
-            final_weight_decay=self.final_weight_decay,
-            momentum=self.momentum,
-            final_momentum=self.final_momentum,
-            weight_decay_shape=self.weight_decay_shape,
-            momentum_shape=self.momentum_shape,
-        )
 
 
 @dataclass(frozen=True)
@@ -120,12 +58,12 @@ class TrainConfig:
         deterministic: refuse operations without a fixed summation order.
     """
 
-    batch_size: int = 2048
-    epochs: float = 300.0
-    steps: int | None = None
-    accumulate: int = 1
-    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    batch_size: int = common(2048)
+    epochs: float = common(300.0)
+    steps: int | None = common(None)
+    accumulate: int = common(1)
+    precision: Literal["fp32", "bf16", "fp16"] = common("bf16")
+    device: Literal["auto", "cpu", "cuda"] = common("auto")
     log_every: int = 50
     save_every: int = 1000
     keep: int = 2
@@ -162,7 +100,7 @@ class EvaluationConfig:
         pictures: draw masks, curves and PCA maps at the end.
     """
 
-    data: str | None = None
+    data: str | None = common(None)
     before_and_after: bool = True
     train_images: int = 10_000
     test_images: int = 10_000
@@ -200,11 +138,11 @@ class RunConfig:
         evaluation: k-NN, probe, pictures.
     """
 
-    data: str | None = None
-    output: str = "runs/default"
-    seed: int = 0
-    resume: Literal["auto", "never", "require"] = "auto"
-    overwrite: bool = False
+    data: str | None = common(None)
+    output: str = common("runs/default")
+    seed: int = common(0)
+    resume: Literal["auto", "never", "require"] = common("auto")
+    overwrite: bool = common(False)
     model: ModelConfig = field(default_factory=ModelConfig)
     masks: MaskConfig = field(default_factory=MaskConfig)
     objective: Objective = field(default_factory=Objective)

@@ -33,12 +33,19 @@ def init_normal(weight: Tensor) -> None:
 class Linear(nn.Linear):
     """``nn.Linear`` whose bias and input may be fp32 beside a low-precision weight."""
 
-    def forward(self, x: Tensor, outputs: slice = slice(None)) -> Tensor:
+    def forward(self, x: Tensor, outputs: slice | None = None) -> Tensor:
         """[T, K] -> [T, D]; ``outputs`` picks output features, and no others are computed."""
-        # A slice of the weight, because the gradient of a slice of the result would be copied into zeros.
-        weight, bias = self.weight[outputs], None if self.bias is None else self.bias[outputs].to(self.weight.dtype)
+        weight, bias = self.part(outputs)
+        bias = None if bias is None else bias.to(weight.dtype)
         # Under autocast the weight is the wider one, and torch casts both.
         return F.linear(x.to(weight.dtype) if x.itemsize > weight.itemsize else x, weight, bias)
+
+    def part(self, outputs: slice | None) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias of some output features; None for all."""
+        # Never a slice of all: its gradient would be copied into zeros of the size of the weight.
+        if outputs is None:
+            return self.weight, self.bias
+        return self.weight[outputs], None if self.bias is None else self.bias[outputs]
 
 
 class LayerNorm(nn.LayerNorm):
@@ -127,7 +134,7 @@ class Block(nn.Module):
 
 
 class BlockStack(nn.Module):
-    """What encoder and predictor share: checks, initialisation and the run through their blocks.
+    """Base class of encoder and predictor: checks, initialisation and the run through their blocks.
 
     Attributes:
         activation_checkpointing: keep only the input of each block for the backward pass and compute the rest again.
@@ -164,7 +171,7 @@ class BlockStack(nn.Module):
                 module.compile(fullgraph=True, dynamic=True, backend=backend)
 
     def widened(self, x: Tensor) -> Tensor:
-        """What enters the sums between blocks, in the dtype that they are kept in."""
+        """The input of the first block, in the dtype that the sums between blocks are kept in."""
         return x.to(accumulation_dtype(x.dtype)) if self.wide_residual else x
 
     def run_blocks(self, blocks: nn.ModuleList, x: Tensor, tokens: Ragged, queries: Ragged | None) -> Tensor:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from ijepa_fast.model.jepa import IJEPA, Objective
 from ijepa_fast.model.vit import IMAGENET_MEAN, IMAGENET_STD, Predictor, VisionTransformer
+
+
+def common(default: Any) -> Any:
+    """A setting that ``--help`` shows; the others are shown by ``--help-all``."""
+    return field(default=default, metadata={"common": True})
 
 
 @dataclass(frozen=True)
@@ -28,14 +33,14 @@ class ModelConfig:
         std: standard deviation of each channel, for images in [0, 1].
     """
 
-    img_size: int = 224
-    patch_size: int = 16
-    embed_dim: int = 768
-    depth: int = 12
-    num_heads: int = 12
+    img_size: int = common(224)
+    patch_size: int = common(16)
+    embed_dim: int = common(768)
+    depth: int = common(12)
+    num_heads: int = common(12)
     mlp_ratio: float = 4.0
-    predictor_embed_dim: int = 384
-    predictor_depth: int = 6
+    predictor_embed_dim: int = common(384)
+    predictor_depth: int = common(6)
     predictor_mlp_ratio: float | None = None
     init: Literal["flat", "depth_scaled"] = "flat"
     mean: tuple[float, float, float] = IMAGENET_MEAN

@@ -31,10 +31,10 @@ class Fp8Linear(Linear):
     Its weight stays what it is, so the EMA and checkpoints know nothing of it.
     """
 
-    def forward(self, x: Tensor, outputs: slice = slice(None)) -> Tensor:
+    def forward(self, x: Tensor, outputs: slice | None = None) -> Tensor:
         if not self.training:
             return super().forward(x, outputs)
-        weight, bias = self.weight[outputs], None if self.bias is None else self.bias[outputs]
+        weight, bias = self.part(outputs)
         return fp8_linear(x, weight, None if bias is None else bias.to(weight.dtype))
 
 

@@ -38,9 +38,9 @@ class Unsummed(NamedTuple):
 class FusedLinear(Linear):
     """Linear layer whose weight gradient is a split sum."""
 
-    def forward(self, x: Tensor, outputs: slice = slice(None)) -> Tensor:
-        weight = self.weight[outputs]
-        return ops.linear(x.to(weight.dtype), weight, None if self.bias is None else self.bias[outputs])
+    def forward(self, x: Tensor, outputs: slice | None = None) -> Tensor:
+        weight, bias = self.part(outputs)
+        return ops.linear(x.to(weight.dtype), weight, bias)
 
 
 class BranchLinear(Linear):

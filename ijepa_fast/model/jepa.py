@@ -28,7 +28,7 @@ from ijepa_fast.side_stream import SideStream
 
 @dataclass(frozen=True)
 class Objective:
-    """What is minimised.
+    """The loss of pretraining.
 
     ``prediction_weight * prediction + variance_weight * variance + covariance_weight * covariance``. The last two
     regularise the average-pooled context features z over the global batch, as in VICReg (arXiv 2105.04906, section
@@ -95,7 +95,7 @@ class Losses(NamedTuple):
 
 
 class Prediction(NamedTuple):
-    """What ``IJEPA.predict`` gives for a batch.
+    """Result of ``IJEPA.predict`` for a batch.
 
     Attributes:
         values: [T, K]; the predictor's output, with the graph.
@@ -222,7 +222,7 @@ class IJEPA(nn.Module):
         return Prediction(values, targets, rows, layout.predicted.cu_seqlens, context, pooled)
 
     def losses(self, predicted: Prediction, masks: Masks) -> tuple[Losses, Tensor]:
-        """What ``forward`` returns, from the prediction of a batch with these masks."""
+        """Losses and pooled features, as ``forward`` returns them, from the prediction of a batch with these masks."""
         objective, pooled = self.objective, predicted.pooled
         # The mean over features, then over the rows of a block, then over blocks: small blocks count like large ones.
         # Averages were normalised before they were taken, so they are not once more.

@@ -37,7 +37,7 @@ class PredictorLayout:
 
 
 def _rows_of(cu_seqlens: Tensor, num_rows: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Of each of ``num_rows`` packed rows: its sequence (0 on padding), its place in it, and whether it is padding."""
+    """Sequence (0 on padding) of each of ``num_rows`` packed rows, its place in it, and whether it is padding."""
     row = torch.arange(num_rows, device=cu_seqlens.device, dtype=torch.int32)
     sequence = torch.searchsorted(cu_seqlens[1:].contiguous(), row, right=True)
     padding = row >= cu_seqlens[-1]
@@ -84,6 +84,8 @@ def predictor_layout(
     context_length, target_length = context.lengths[context_of], targets.lengths[target_of]
     cu_seqlens = _prefix_sums(context_length + target_length)
 
+    # Every row of the input: first the context's rows, then one for each target token. Rows of the other kind get
+    # indices out of range below, which are never used. All of it runs on the device: lengths are known there alone.
     sequence, place, padding = _rows_of(cu_seqlens, num_rows)
     is_target = place >= context_length[sequence]
     source = context.cu_seqlens[context_of[sequence]] + place
@@ -92,6 +94,7 @@ def predictor_layout(
     indices = torch.where(
         is_target, _at(targets.indices, target, last_target), _at(context.indices, source, last_context)
     )
+    # Without padding, equal context and target lengths make equal sums.
     tokens = Ragged(
         _int32(indices, padding),
         cu_seqlens,
@@ -101,10 +104,13 @@ def predictor_layout(
         and num_rows == num_targets * context.num_rows + num_contexts * targets.num_rows,
     )
 
+    # The same the other way round, for the backward pass: it sums the gradients of a context row's M copies by reading
+    # them, in a fixed order, where adding each copy's to its source would have none.
     context_sequence, context_place, context_padding = _rows_of(context.cu_seqlens, context.num_rows)
     first = context_sequence[:, None] * num_targets + torch.arange(num_targets, device=device)
     copies = _int32(cu_seqlens[first] + context_place[:, None], context_padding[:, None])
 
+    # What is read of the output: the target part of every sequence, as sequences of their own.
     cu_predicted = _prefix_sums(target_length)
     sequence, place, predicted_padding = _rows_of(cu_predicted, num_contexts * targets.num_rows)
     predicted = _int32(cu_seqlens[sequence] + context_length[sequence] + place, predicted_padding)

@@ -7,7 +7,7 @@ step 0 takes their value at index 1; the momentum of step 0 is its value at inde
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
 Shape = Literal["cosine", "linear"]
@@ -21,8 +21,34 @@ def interpolate(shape: Shape, start: float, end: float, progress: float) -> floa
     return end + (start - end) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Ends:
+    """Where the three schedules begin and end, and along which shapes they go; the defaults are the official recipe."""
+
+    start_lr: float = 2e-4
+    lr: float = field(default=1e-3, metadata={"common": True})
+    final_lr: float = 1e-6
+    weight_decay: float = field(default=0.04, metadata={"common": True})
+    final_weight_decay: float = 0.4
+    weight_decay_shape: Shape = "cosine"
+    momentum: float = field(default=0.996, metadata={"common": True})
+    final_momentum: float = 1.0
+    momentum_shape: Shape = "linear"
+
+    def __post_init__(self) -> None:
+        for name in ("start_lr", "lr", "final_lr", "weight_decay", "final_weight_decay"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        for name in ("momentum", "final_momentum"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
+        for name in ("weight_decay_shape", "momentum_shape"):
+            if getattr(self, name) not in ("cosine", "linear"):
+                raise ValueError(f"{name} must be cosine or linear, got {getattr(self, name)!r}")
+
+
 @dataclass(frozen=True)
-class Schedules:
+class Schedules(_Ends):
     """The three schedules of a run of ``total_steps`` steps.
 
     Args:
@@ -41,30 +67,13 @@ class Schedules:
 
     total_steps: int
     warmup_steps: int = 0
-    start_lr: float = 2e-4
-    lr: float = 1e-3
-    final_lr: float = 1e-6
-    weight_decay: float = 0.04
-    final_weight_decay: float = 0.4
-    momentum: float = 0.996
-    final_momentum: float = 1.0
-    weight_decay_shape: Shape = "cosine"
-    momentum_shape: Shape = "linear"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.total_steps < 1:
             raise ValueError(f"schedules need at least 1 step, got {self.total_steps}")
         if not 0 <= self.warmup_steps < self.total_steps:
             raise ValueError(f"a warm-up of {self.warmup_steps} steps does not fit into {self.total_steps} steps")
-        for name in ("start_lr", "lr", "final_lr", "weight_decay", "final_weight_decay"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
-        for name in ("momentum", "final_momentum"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
-        for name in ("weight_decay_shape", "momentum_shape"):
-            if getattr(self, name) not in ("cosine", "linear"):
-                raise ValueError(f"{name} must be cosine or linear, got {getattr(self, name)!r}")
 
     def lr_at(self, step: int) -> float:
         index = step + 1
@@ -79,3 +88,46 @@ class Schedules:
 
     def momentum_at(self, step: int) -> float:
         return interpolate(self.momentum_shape, self.momentum, self.final_momentum, step / self.total_steps)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig(_Ends):
+    """AdamW, its schedules and the EMA; the defaults are the official recipe.
+
+    Args:
+        start_lr: learning rate at the start of the warm-up.
+        lr: learning rate after the warm-up.
+        final_lr: learning rate at the end of the schedule.
+        warmup_epochs: length of the linear warm-up; fractions are allowed.
+        weight_decay: weight decay at the start; biases and norms are not decayed.
+        final_weight_decay: weight decay at the end of the schedule.
+        weight_decay_shape: cosine (official code) or linear (paper).
+        momentum: momentum of the EMA of the target encoder at the start.
+        final_momentum: momentum of the EMA at the end of the schedule.
+        momentum_shape: linear (official) or cosine.
+        schedule_stretch: length of the schedules over that of the run (the official ipe_scale).
+        betas: decay rates of Adam's two moments.
+        eps: what Adam adds to the root of the second moment.
+        max_grad_norm: clip the total gradient norm to this; null for no clipping.
+        layer_decay: learning rate multiplier from one encoder layer to the one below.
+    """
+
+    warmup_epochs: float = field(default=40.0, metadata={"common": True})
+    schedule_stretch: float = 1.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    max_grad_norm: float | None = None
+    layer_decay: float = 1.0
+
+    def schedules(self, total_steps: int, steps_per_epoch: int) -> Schedules:
+        """The schedules of a run. Raises ValueError if the warm-up does not fit into it."""
+        if not self.schedule_stretch >= 1:
+            raise ValueError(f"optim.schedule_stretch must be at least 1, got {self.schedule_stretch}")
+        warmup_steps = round(self.warmup_epochs * steps_per_epoch)
+        if warmup_steps >= int(total_steps * self.schedule_stretch):
+            raise ValueError(
+                f"optim.warmup_epochs {self.warmup_epochs} ({warmup_steps} steps, with {steps_per_epoch} in an epoch) "
+                f"does not fit into the {total_steps} steps of the run: lower it, or raise train.steps or train.epochs"
+            )
+        ends = {f.name: getattr(self, f.name) for f in fields(_Ends)}
+        return Schedules(int(total_steps * self.schedule_stretch), warmup_steps, **ends)

@@ -59,7 +59,7 @@ class TokenCounts:
 
     @classmethod
     def of(cls, *masks: Masks) -> TokenCounts:
-        """Of given masks, exactly. They must have the same numbers of blocks."""
+        """Exact counts of given masks. They must have the same numbers of blocks."""
         lengths = [
             (
                 m.context.lengths.view(m.num_images, m.per_image, m.num_contexts),

@@ -37,7 +37,7 @@ def state_bytes(model: IJEPA) -> int:
 def activation_bytes(
     model: ModelConfig, masks: MaskConfig, images: int, size: int, *, checkpointing: bool, wide_residual: bool = False
 ) -> int:
-    """What the forward pass keeps for the backward pass of ``images`` images, on average over masks.
+    """Bytes that the forward pass keeps for the backward pass of ``images`` images, on average over masks.
 
     Args:
         size: bytes of a number in the training precision.

@@ -111,7 +111,6 @@ class StepOptions:
         tries=lambda machine: (False, True) if machine.gpu and machine.gpus == 1 else (),
         suffixes={"capture": True},
         no_phases="a replayed graph is one launch",
-        common=True,
     )
     overlap_target: bool = _option(
         False,
