@@ -32,6 +32,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from benchmarks import masks_per_image
 from benchmarks.baselines import draw_masks
 from benchmarks.implementations import (
     MODELS,
@@ -47,6 +48,7 @@ from benchmarks.implementations import (
 from benchmarks.results_files import PHASES
 from ijepa_fast.bench.measure import Clock, Took, in_turns, matmul_rate, repeat, results, save
 from ijepa_fast.bench.table import in_words
+from ijepa_fast.masks.config import MaskConfig
 from ijepa_fast.step.options import SUFFIXES
 
 
@@ -250,6 +252,9 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         default="ours,eager",
         help=f"comma-separated: ours (with +SUFFIX, of {suffixes}), eager, compiled; the first is beside all others",
     )
+    parser.add_argument(
+        "--masks-per-image", type=int, nargs="+", metavar="K", help="time ours with so many masks, instead of --impl"
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--precision", choices=("fp32", "bf16"), help="fp32 on the CPU, bf16 on CUDA by default")
     parser.add_argument("--rounds", type=int, default=11)
@@ -268,6 +273,16 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     if options.threads:
         torch.set_num_threads(options.threads)
     model = model_config(options.model, options.img_size)
+    if options.masks_per_image:
+        config = MaskConfig.official(options.batch) if options.masks == "batch_min" else MaskConfig()
+        common = (model, options.batch, config, options.masks_per_image, device, precision)
+        found = masks_per_image.compare(*common, options.rounds, options.warm_up)
+        names = ("model", "img_size", "batch", "masks", "rounds", "warm_up", "threads")
+        settings = {name: getattr(options, name) for name in names} | {"precision": precision}
+        report = results("masks_per_image", device, settings=settings) | {"masks_per_image": found, "failed": {}}
+        save(options.json, report)
+        print(masks_per_image.text(found))
+        return report
     case = Case(model, options.batch, options.masks, device, precision, steps=options.rounds + options.warm_up)
     settings = {name: getattr(options, name) for name in ("model", "img_size", "batch", "masks", "rounds", "warm_up")}
     head = results("step", device, settings=settings | {"precision": precision})

@@ -20,6 +20,8 @@ from tiny_jepa import images as jepa_images
 from tiny_jepa import tiny
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks import masks_per_image
+from ijepa_fast.config import ModelConfig
 from ijepa_fast.masks.sampler import MaskConfig, Masks, MaskSampler
 from ijepa_fast.masks.sampling import MAX_PER_IMAGE
 from ijepa_fast.model.jepa import Objective
@@ -211,3 +213,17 @@ def test_jepa_model_takes_the_number_in_its_masks():
 def test_patches_stay_on_their_image():
     masks = MaskSampler(MaskConfig(per_image=3, num_contexts=2), (8, 11)).sample(5, seed=0, step=0)
     patches_per_image(masks, (8, 11))
+
+
+def test_steps_with_several_masks_are_timed_per_mask_and_checked_first(monkeypatch):
+    model = ModelConfig(56, 4, embed_dim=24, depth=1, num_heads=2, predictor_embed_dim=16, predictor_depth=1)
+    call = (model, 2, MaskConfig(), (1, 3), torch.device("cpu"), "fp32", 2, 1)
+    found = masks_per_image.compare(*call)
+    assert list(found) == ["1", "3"] and found["1"]["gain"] == found["1"]["cpu_gain"] == 1
+    three = found["3"]
+    assert three["ms_per_image_and_mask"] == pytest.approx(three["ms"] / 6) and len(three["ms_of_rounds"]) == 2
+    assert three["useful_gflops_per_image_and_mask"] < 0.9 * found["1"]["useful_gflops_per_image_and_mask"]
+    assert "3 masks per image" in masks_per_image.text(found)
+    monkeypatch.setattr(masks_per_image, "alone", lambda masks, k: single(masks, 0))
+    with pytest.raises(ValueError, match="the loss with 3 masks per image is .* from the mean over single ones"):
+        masks_per_image.compare(*call)
