@@ -236,22 +236,25 @@ def test_one_line_says_what_is_trained_on(tmp_path, caplog):
     put(tmp_path, "train/ant/a.png", "train/bee/a.png", "val/ant/a.png")
     line, warnings = announced(caplog, tmp_path)
     assert line.startswith(f"images: 2 in 2 classes below {tmp_path}/train; test images: 1 in 2 classes below ")
-    assert "PNG, 3 bands of 8 bits, values " in line and not warnings
+    assert "PNG, 3 x 8 bits, values " in line and not warnings
     put(tmp_path, *(f"train/ant/{number}.heic" for number in range(40)), "train/ant/x.txt")
     (tmp_path / "train" / "bee" / "link.jpg").symlink_to("nowhere.jpg")
     line, warnings = announced(caplog, tmp_path)
     assert line.endswith("passed over: 40 .heic, 1 .txt, 1 dangling link")
-    assert "40 .heic files are not trained on" in warnings[0] and "1 links point to nothing" in warnings[1]
+    assert (
+        "40 .heic files are not trained on" in warnings[0]
+        and "the images of 1 dangling link are missing" in warnings[1]
+    )
 
 
 def test_pixels_of_an_unusual_kind_are_announced(tmp_path, caplog):
     rng = np.random.default_rng(0)
     put(tmp_path / "dark", "a.png", data=encoded(Image.fromarray(rng.integers(0, 4096, (8, 8), np.uint16))))
     line, (warning,) = announced(caplog, tmp_path / "dark")
-    assert "1 bands of 16 bits, values 0 to 15 of 255" in line and "multiply their values by 64, 16 or 4" in warning
+    assert "1 x 16 bits, values 0 to 15 of 255" in line and "multiply their values by 64, 16 or 4" in warning
     put(tmp_path / "bands", "a.tif", data=tiff(rng.integers(0, 256, (8, 8, 5), np.uint8), 2, (0, 0)))
     line, (warning,) = announced(caplog, tmp_path / "bands")
-    assert "TIFF, 5 bands of 8 bits" in line and "the first three are used" in warning
+    assert "TIFF, 5 x 8 bits" in line and "the first three are used" in warning
     put(tmp_path / "broken", "a.png", data=b"no image")
     assert announced(caplog, tmp_path / "broken") == (f"images: 1 below {tmp_path}/broken", [])
 
@@ -259,7 +262,7 @@ def test_pixels_of_an_unusual_kind_are_announced(tmp_path, caplog):
 def test_images_in_memory_are_announced(caplog):
     line, warnings = announced(caplog, "rendered")
     assert line.startswith("images: 4000 in 8 classes; test images: 2000 in 8 classes; ") and not warnings
-    assert "images in memory, 3 bands of 8 bits" in line
+    assert "images in memory, 3 x 8 bits" in line
 
 
 def test_the_pixel_limit_reaches_every_source(tmp_path):

@@ -449,6 +449,12 @@ def test_a_worker_that_dies_is_named_with_its_reason_when_a_batch_is_awaited(goo
         list(batches)
 
 
+def test_workers_need_no_signals_that_windows_lacks(good, monkeypatch):
+    for name in ("SIGUSR1", "SIGBUS", "sigwaitinfo"):
+        monkeypatch.delattr(signal, name)
+    assert_same(load(good, workers=1), load(good))
+
+
 def test_full_shared_memory_is_named_with_the_remedy(good, monkeypatch):
     def full(tensor):
         raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)")

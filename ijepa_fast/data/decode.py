@@ -1,4 +1,4 @@
-"""From a file to RGB or grey 8-bit pixels, for everything Pillow reads.
+"""Decoding to RGB or grey 8-bit pixels, for everything that Pillow reads.
 
 What becomes of unusual images: CMYK, YCbCr and palettes are converted to RGB; transparent ones are laid on white, as
 a viewer shows them; of a TIFF the first three bands (or the only one) are used, because a fourth is as often

@@ -208,7 +208,7 @@ class RemoteLoader:
 
 
 class _RemoteBatches(IterableDataset):
-    """Whole batches of one rank, in a worker."""
+    """The batches of one rank, made in a worker."""
 
     def __init__(self, source, seed, rank, world_size, batch, shuffle, crop, start_step, num_steps):
         self._shards, self._max_pixels = source.shards, source.max_pixels
@@ -236,7 +236,7 @@ class _RemoteBatches(IterableDataset):
             position += self._batch
 
     def _read(self, reader: int, readers: int, failures: list) -> Iterator[tuple[str, Sample]]:
-        """Every pass's share of the shards, for ever."""
+        """The samples of this reader's share of the shards, pass after pass without end."""
         epoch = 0
         while True:
             found = False

@@ -224,7 +224,7 @@ def _build_index(shard: str) -> _Index:
 
 
 def _save_index(index: _Index, path: Path) -> None:
-    """Whole or not at all, for other ranks may read it meanwhile. A cache that cannot be written is done without."""
+    """Write the index whole or not at all, for other ranks may read it meanwhile; a cache is no must."""
 
     def joined(strings: list[bytes]) -> np.ndarray:
         return np.frombuffer(b"".join(string + b"\0" for string in strings), dtype=np.uint8)

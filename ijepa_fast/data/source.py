@@ -1,4 +1,4 @@
-"""What a set of images must offer to be trained on or evaluated."""
+"""The interface of a set of images that is trained on or evaluated."""
 
 import logging
 from typing import Protocol, runtime_checkable

@@ -1,4 +1,4 @@
-"""What a run is about to see, in one line: how many images, of which classes and kind, and what is passed over."""
+"""One line about the images of a run: their number, classes, format and values, and what is passed over."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ijepa_fast.data.source import Source
 log = logging.getLogger(__name__)
 
 LOOKED_AT = 16
-"""Images that are decoded for it, spread evenly."""
+"""Images that are decoded for the line, spread evenly."""
 DARK = 64
 """Highest value, of 255, up to which a set is called too dark: 14-bit values in 16 bits reach 64, 12-bit ones 16."""
 # Images to those who have them, but not to Pillow.
@@ -30,7 +30,7 @@ def announce(train: Source, test: Source | None) -> None:
     if isinstance(train, RemoteShards):
         log.info("images: read from %d shards at URLs, not counted", len(train.shards))
         return
-    parts = [f"{_counted(train)}"]
+    parts = [_counted(train)]
     if test is not None:
         parts.append(f"test images: {_counted(test)}")
     warnings = []
@@ -39,7 +39,7 @@ def announce(train: Source, test: Source | None) -> None:
         formats, bands, bits, lows, highs = zip(*looked, strict=True)
         low, high = min(lows), max(highs)
         parts.append(
-            f"{_listed(formats)}, {_listed(bands)} bands of {_listed(bits)} bits, values {low} to {high} of 255 in the "
+            f"{_listed(formats)}, {_listed(bands)} x {_listed(bits)} bits, values {low} to {high} of 255 in the "
             f"{len(looked)} looked at"
         )
         if high <= DARK:
@@ -59,7 +59,7 @@ def announce(train: Source, test: Source | None) -> None:
         if unread:
             warnings.append(f"{kinds(unread)} files are not trained on, for Pillow cannot read them: convert them")
         if broken := passed_over["dangling link"]:
-            warnings.append(f"{broken} links point to nothing")
+            warnings.append(f"the images of {kinds(Counter({'dangling link': broken}))} are missing")
     log.info("images: %s", "; ".join(parts))
     for warning in warnings:
         log.warning("%s", warning)
