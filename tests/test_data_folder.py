@@ -269,3 +269,5 @@ def test_the_pixel_limit_reaches_every_source(tmp_path):
     put(tmp_path, "train/a.png", "val/a.png")
     with pytest.raises(ValueError, match="8x8 pixels are more than loader.max_pixels"):
         open_sources(str(tmp_path), max_pixels=63).train.open(0)
+    with pytest.raises(ValueError, match="loader.max_pixels must be at least 1, got 0"):
+        open_sources(str(tmp_path), max_pixels=0)

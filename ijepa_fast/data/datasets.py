@@ -39,6 +39,8 @@ def open_sources(data: str | None, evaluation_data: str | None = None, max_pixel
     """
     if data is None:
         raise ValueError('no images are given: set data to a folder of images (--data PATH), or to "rendered"')
+    if max_pixels is not None and max_pixels < 1:
+        raise ValueError(f"loader.max_pixels must be at least 1, got {max_pixels}")
     if data == RENDERED:
         from ijepa_fast.data.rendered import RenderedTextures
 
