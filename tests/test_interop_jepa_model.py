@@ -106,6 +106,43 @@ class TestConfiguration:
         assert loss.isfinite()
 
 
+class TestAccelerate:
+    @pytest.mark.parametrize(
+        "options", [{}, {"blocks": "fused"}, {"attention": "reference"}, {"activation_checkpointing": True}], ids=str
+    )
+    def test_it_trains_the_same(self, options):
+        losses = []
+        for model in (tiny(), tiny().accelerate(device="cpu", **options)):
+            optimizer = torch.optim.SGD(model.parameters(), 0.1)
+            losses.append([])
+            for step in range(2):
+                loss, _ = model(images(step))
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                losses[-1].append(float(loss.detach()))
+        assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+    def test_options_are_those_of_the_step(self):
+        model = tiny(attention="reference").accelerate(device="cpu", precision="bf16", wide_residual=True)
+        assert model.predictor.predictor_embed.weight.dtype == torch.bfloat16 and model.context_encoder.wide_residual
+        assert model.context_encoder.blocks[0].attn.backend == "reference"
+
+    @pytest.mark.parametrize(
+        ("options", "words"),
+        [
+            ({"block": "fused"}, "accelerate has no key 'block' (did you mean 'blocks'?)"),
+            ({"blocks": "fast"}, "step.blocks must be one of plain, compile"),
+            ({"capture": True}, "capture needs a step that has the optimizer"),
+            ({"activation_checkpointing": "auto"}, "activation_checkpointing must be true or false"),
+            ({"fp8_targets": True}, "step.fp8_targets needs train.precision bf16, got fp32"),
+        ],
+    )
+    def test_what_cannot_be_is_refused(self, options, words):
+        with pytest.raises(ValueError, match=re.escape(words)):
+            tiny().accelerate(device="cpu", **options)
+
+
 class TestFusedBlocks:
     @pytest.mark.parametrize("copied", [False, True])
     def test_they_train_the_same(self, copied):

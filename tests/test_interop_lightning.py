@@ -83,6 +83,14 @@ class TestModule:
             trainer(tmp_path, epochs).fit(lit, loader())
             assert lit.model.config.total_steps == epochs * BATCHES
 
+    def test_options_of_the_step(self, tmp_path):
+        torch.manual_seed(0)
+        lit, plain = IJEPAModule(**SETTINGS, step={"activation_checkpointing": True}), module()
+        for one in (lit, plain):
+            trainer(tmp_path, 1).fit(one, loader())
+        assert lit.model.context_encoder.activation_checkpointing
+        assert same(lit.model.parameters(), plain.model.parameters())
+
     def test_predictions_are_features_of_the_target_encoder(self, tmp_path):
         lit = module()
         labelled = TensorDataset(torch.cat([images(step) for step in range(2)]), torch.arange(8))

@@ -61,6 +61,7 @@ class IJEPAModule(L.LightningModule):
         warmup: share of all steps.
         weight_decay, final_weight_decay: at the start and at the end.
         max_grad_norm: clip the gradients to this norm. (Lightning's gradient_clip_val does not go with 16-mixed here.)
+        step: options of ``JEPAModel.accelerate``, such as ``{"blocks": "compile"}``.
 
     Attributes:
         model: the ``JEPAModel``.
@@ -77,12 +78,14 @@ class IJEPAModule(L.LightningModule):
         weight_decay: float = 0.04,
         final_weight_decay: float = 0.4,
         max_grad_norm: float | None = None,
+        step: Mapping[str, Any] | None = None,
     ):
         super().__init__()
         if not 0 <= warmup < 1:
             raise ValueError(f"warmup is a share of all steps in [0, 1), got {warmup}")
-        config = dict(config or {})
+        config, step = dict(config or {}), dict(step or {})
         self.save_hyperparameters()
+        self._to_accelerate = bool(step)
         self.model = JEPAModel(config)
         self._schedules: Schedules | None = None
 
@@ -104,6 +107,11 @@ class IJEPAModule(L.LightningModule):
         if settings.config.get("total_steps") is None:  # of this trainer, if another one has had the model before
             self.model.config = replace(self.model.config, total_steps=steps)
         return FusedAdamW(parameter_groups(self.model), lr=settings.lr, max_grad_norm=settings.max_grad_norm)
+
+    def on_fit_start(self) -> None:
+        if self._to_accelerate:  # now that the weights are on their device and in their dtype; once
+            self._to_accelerate = False
+            self.model.accelerate(device=self.device, **self.hparams.step)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         lr, weight_decay = (at(self.global_step) for at in (self._schedules.lr_at, self._schedules.weight_decay_at))

@@ -106,7 +106,7 @@ class JEPAConfig:
     @classmethod
     def from_keys(cls, keys: Mapping[str, Any]) -> JEPAConfig:
         """The settings in a dict. Raises ValueError for unknown keys, with the nearest known ones."""
-        _refuse_unknown(keys, [f.name for f in fields(cls)], "JEPAModel")
+        refuse_unknown(keys, [f.name for f in fields(cls)], "JEPAModel")
         return cls(**_tuples(keys))
 
     def resolved(self) -> JEPAConfig:
@@ -158,7 +158,7 @@ class JEPAConfig:
 
     def mask_config(self, num_patches: int) -> MaskConfig:
         """How masks are drawn on images of this many patches."""
-        _refuse_unknown(self.masks, [f.name for f in fields(MaskConfig)], "masks")
+        refuse_unknown(self.masks, [f.name for f in fields(MaskConfig)], "masks")
         settings = {"min_keep": min(10, num_patches // 16)}
         if self.mask_ratio is not None:
             settings |= {"context": "fixed", "mask_ratio": self.mask_ratio}
@@ -177,7 +177,7 @@ def nearest_heads(dim: int, wanted: float) -> int:
     return min(good or divisors, key=lambda heads: abs(heads - wanted))
 
 
-def _refuse_unknown(given: Mapping[str, Any], known: Sequence[str], whose: str) -> None:
+def refuse_unknown(given: Mapping[str, Any], known: Sequence[str], whose: str) -> None:
     unknown = []
     for key in given:
         if key not in known:

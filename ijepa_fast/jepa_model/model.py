@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import weakref
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,15 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ijepa_fast.jepa_model.config import JEPAConfig
+from ijepa_fast.jepa_model.config import JEPAConfig, refuse_unknown
 from ijepa_fast.jepa_model.following import averages_into, differ, first_values, holds, performed
 from ijepa_fast.jepa_model.metrics import Encoder, Metrics, cosine_similarity, warn_of_range
 from ijepa_fast.masks.sampler import Masks, MaskSampler
 from ijepa_fast.model.jepa import IJEPA, Losses
 from ijepa_fast.optim import EMA
 from ijepa_fast.run.files import write_tensors
+from ijepa_fast.step.options import StepOptions, apply
+from ijepa_fast.step.train_step import PRECISION_DTYPES
 from ijepa_fast.weights.reading import WeightsError, check_fit, description_in, load_weights, read_safetensors
 
 FORMAT = "ijepa_fast-jepa_model-1"
@@ -68,6 +71,39 @@ class JEPAModel(IJEPA):
         self.calls = 0
         self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
         self._start_watching()
+
+    def accelerate(
+        self, *, device: torch.device | str | None = None, precision: str | None = None, **options: Any
+    ) -> JEPAModel:
+        """Bring the model to a device, and compute there as options of the training step say.
+
+        ``model.accelerate(blocks="compile")``. Call it once, before the optimizer is made and the model is wrapped.
+
+        Args:
+            device: by default the first GPU, or the CPU where there is none.
+            precision: of the weights: fp32 (beside autocast, where you want it), bf16 or fp16. None: as they are.
+            options: fields of ``StepOptions`` (docs/step.md), such as ``blocks`` and ``wide_residual``. attention and
+                activation_checkpointing are by default those of the configuration.
+
+        Returns:
+            The model itself.
+
+        Raises:
+            ValueError: an unknown option, or one that the model, the device or a loop of your own does not allow.
+        """
+        refuse_unknown(options, [f.name for f in fields(StepOptions)], "accelerate")
+        kept = {name: getattr(self.config, name) for name in ("attention", "activation_checkpointing")}
+        chosen = StepOptions(**kept | options)
+        if chosen.capture:
+            raise ValueError("capture needs a step that has the optimizer and the images: `ijepa-fast pretrain`")
+        if chosen.activation_checkpointing == "auto":
+            raise ValueError("activation_checkpointing must be true or false: the size of the batches is not known")
+        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        names = {dtype: name for name, dtype in PRECISION_DTYPES.items()}
+        precision = precision or names.get(self.predictor.predictor_embed.weight.dtype, "fp32")
+        chosen.check(precision=precision, accumulate=1, device=device.type)
+        apply(chosen, self, device=device, precision=precision)
+        return self
 
     # Loss
 

@@ -159,15 +159,15 @@ def apply(
     *,
     device: torch.device,
     precision: str,
-    sizes: ModelConfig,
-    masks: MaskConfig,
-    images: int,
+    sizes: ModelConfig | None = None,
+    masks: MaskConfig | None = None,
+    images: int = 0,
 ) -> None:
     """Bring networks to ``device``, in place, with weights and blocks as a step with ``options`` has them.
 
     Args:
         precision: a name in ``PRECISION_DTYPES``.
-        sizes, masks: of the run, for the estimate of its memory.
+        sizes, masks: of the run, for the estimate of its memory where activation_checkpointing is auto.
         images: number of images of a micro-batch on this device, for the same.
 
     Raises:
