@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import difflib
 import json
@@ -16,7 +17,7 @@ EXIT_USAGE = 2
 EXIT_STOPPED = 75
 """EX_TEMPFAIL of sysexits.h: the run was stopped by a signal, saved itself, and can be started again."""
 EXIT_INTERRUPTED = 128 + 2
-"""As shells have it for SIGINT: stopped at once by Ctrl-C, in training by the second one."""
+"""The status that shells give for SIGINT: stopped at once by Ctrl-C, in training by the second one."""
 
 EXTRAS = {
     "train": "jsonargparse docstring_parser typeshed_client yaml matplotlib PIL safetensors tensorboard tqdm",
@@ -74,7 +75,9 @@ def main(argv: list[str] | None = None) -> int:
         hint = f"; did you mean {near[0]}?" if near else ""
         print(f"ijepa-fast: no command {argv[0]!r}{hint}\n\n{USAGE}", file=sys.stderr)
         return EXIT_USAGE
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    # Other libraries are heard when they warn; matplotlib tells at INFO that it makes a list of fonts.
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("ijepa_fast").setLevel(logging.INFO)
     try:
         return commands[argv[0]](argv[1:])
     except ImportError as error:
@@ -82,7 +85,7 @@ def main(argv: list[str] | None = None) -> int:
         if package == "ijepa_fast":
             raise
         extra = next((extra for extra, packages in EXTRAS.items() if package in packages.split()), None)
-        hint = f"; pip install 'ijepa_fast[{extra}]'" if extra else ""
+        hint = f"; in the checkout: pip install -e '.[{extra}]'" if extra else ""
         print(f"ijepa-fast {argv[0]}: error: {error}{hint}", file=sys.stderr)
         return EXIT_ERROR
     except KeyboardInterrupt:
@@ -121,6 +124,8 @@ def _parse(parser, argv: list[str], names: list[str]):
             r"[Uu]nrecognized arguments: --([\w.]+)|[Oo]ption '([\w.]+)'|[Kk]ey '([\w.]+)'", message
         ):
             unknown = match[match.lastindex]
+        elif (match := re.search(r"[Uu]nrecognized arguments: ([^-\s]\S*)", message)) and "data" in names:
+            raise UsageError(f"{message}\ndid you mean --data {match[1]}?") from None
         near = _nearest(unknown, names)
         raise UsageError(message + (f"\ndid you mean {' or '.join(near)}?" if near else "")) from None
 
@@ -136,6 +141,16 @@ def _nearest(unknown: str, names: list[str]) -> list[str]:
     # A bare name, such as learning_rate or epoch, against the last parts of the nested ones.
     near = difflib.get_close_matches(unknown, ends.values(), n=1, cutoff=0.6)
     return [name for name in names if ends[name] in near]
+
+
+COMMON = {
+    *("data", "output", "seed", "resume", "overwrite", "evaluation.data", "evaluation.pictures"),
+    *("model.img_size", "model.patch_size", "model.embed_dim", "model.depth", "model.num_heads"),
+    *("loader.workers", "loader.crop_scale", "optim.lr", "optim.warmup_epochs", "optim.weight_decay"),
+    *("train.batch_size", "train.epochs", "train.steps", "train.accumulate", "train.precision", "train.device"),
+    *("train.log_every", "train.save_every", "step.blocks", "step.attention"),
+}
+"""Settings that ``--help`` shows."""
 
 
 def _run_parser(command: str, description: str):
@@ -174,6 +189,14 @@ def _run_config(parser, argv: list[str]):
             argument = f"--config={text(argument.partition('=')[2])}"
         named.append(argument)
     own = [action.dest for action in parser._actions if action.option_strings]
+    if "--help-all" in argv:
+        parser.print_help()
+        raise SystemExit(0)
+    settings = flatten(RunConfig())
+    parser.epilog = f"--help-all lists all {len(settings)} settings of a run."
+    for action in parser._actions:
+        if action.dest in {*settings, *sections} - COMMON or action.dest.endswith(".help"):
+            action.help = argparse.SUPPRESS
     parsed = _parse(parser, named, list(dict.fromkeys([*flatten(RunConfig()), *own])))
     values = parser.instantiate(parsed)
     return RunConfig(**{f.name: values[f.name] for f in fields(RunConfig)}), parsed
@@ -200,7 +223,7 @@ def _pretrain(argv: list[str]) -> int:
 def _table(summary: dict, output: str) -> str:
     """What a run ends with, for people."""
     lines = []
-    if "after" in summary:
+    if "pixels" in summary:
         rows = [
             ("raw pixels", summary["pixels"]),
             ("colour histogram", summary["colours"]),
@@ -212,8 +235,13 @@ def _table(summary: dict, output: str) -> str:
             rank = f"{figures['rank']:.1f}" if "rank" in figures else ""
             lines.append(f"{name:<28}{figures['knn']:>8.1%}{figures['probe']:>8.1%}{rank:>8}")
         lines.append("")
+    elif "after" in summary:
+        before, after = summary["before"]["rank"], summary["after"]["rank"]
+        lines.append(f"rank of the features: {before:.1f} untrained, {after:.1f} trained (near 1 they have collapsed)")
+    loss = f", loss {summary['loss']:.4f} at the end" if summary.get("loss") is not None else ""
     bad = f", {len(summary['bad_files'])} undecodable images" if summary["bad_files"] else ""
-    lines.append(f"{summary['steps']} steps in {summary['seconds']:.0f} s{bad}; everything is in {output}/")
+    lines.append(f"{summary['steps']} steps in {summary['seconds']:.0f} s{loss}{bad}; everything is in {output}/")
+    lines.append(f"Look at it: pca.png and curves.png there, or one page of all: ijepa-fast report {output}")
     return "\n".join(lines)
 
 
@@ -244,7 +272,10 @@ def _evaluate(parser, argv: list[str], figure: str) -> int:
         parsed.data or config.data, None if parsed.data else config.evaluation.data, config.loader.max_pixels
     )
     if sources.test is None:
-        raise ValueError(f"{parsed.data or config.data} has no labelled test images (folders train/ and val/ or test/)")
+        raise ValueError(
+            f"{parsed.data or config.data} has no labelled test images (folders train/ and val/ or test/ with a folder "
+            "per class in each); --data PATH evaluates on other images, which have them"
+        )
     encoder = model.target_encoder if parsed.encoder == "target" else model.context_encoder
     figures = evaluate(encoder.to(pick_device(parsed.device, 0)), sources, config)
     print(json.dumps({"checkpoint": str(parsed.checkpoint), "step": step, "encoder": parsed.encoder,
@@ -340,7 +371,7 @@ def _bench(argv: list[str]) -> int:
 
 @contextlib.contextmanager
 def _ended_by_signals():
-    """Ends as an exception does, which leaves no files and processes behind."""
+    """SIGTERM and SIGHUP end the program as an exception does, so that it leaves no files and processes behind."""
     import signal
     import threading
 
@@ -362,8 +393,8 @@ def _fastest(argv: list[str]) -> int:
     parser = _run_parser("fastest", "Try the options of a recipe's training step here, and name the fastest.")
     images_help = "Images per step on one GPU; by default its share of the batch, at most 128 at a time (CPU: 16)."
     parser.add_argument("--images", type=int | None, default=None, help=images_help)
-    parser.add_argument("--gpus", type=int, default=1, help="Of the run; one is used here.")
-    parser.add_argument("--seconds", type=float, default=10.0, help="Of steps that are timed, for each way.")
+    parser.add_argument("--gpus", type=int, default=1, help="Number of GPUs of the run; one of them is used here.")
+    parser.add_argument("--seconds", type=float, default=10.0, help="Seconds of timed steps for each choice.")
     parser.add_argument("--out", type=Path | None, default=None, help="YAML file to write the fastest settings to.")
     parser.add_argument("--json", type=Path | None, default=None, help="File to write everything to, after each way.")
     config, name, parsed = _config_of_a_benchmark(parser, argv)
@@ -422,7 +453,9 @@ def _import(argv: list[str]) -> int:
     parser = _run_parser("import", "Make weights of the official code, timm or transformers a checkpoint of a run.")
     parser.add_argument("source", type=Path, help="File of weights, or a folder of transformers.")
     parser.add_argument("--out", type=Path, required=True, help="Folder of the run. With --data, training can go on.")
-    parser.add_argument("--num_heads", type=int | None, default=None, help="Where the size is not one of the paper's.")
+    parser.add_argument(
+        "--num_heads", type=int | None, default=None, help="Attention heads, where the encoder is none of the paper's."
+    )
     config, parsed = _run_config(parser, argv)
     import yaml
 

@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from ijepa_fast import cli
+from tests.image_files import write_folder
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -89,6 +90,7 @@ def test_doctor_names_what_is_missing(capsys):
         (["pretrain", "--lr", "3"], 2, "did you mean optim.lr?"),
         (["pretrain", "--epoch", "3"], 2, "did you mean train.epochs?"),
         (["pretrain", "--zzz", "3"], 2, "unrecognized arguments: --zzz 3\n"),
+        (["pretrain", "photos/cats"], 2, "did you mean --data photos/cats?"),
         (["pretrain", "--masks.strategy", "blocks"], 2, "blocks"),
         (["pretrain", "--model.num_heads", "5"], 1, "model.embed_dim 768, the width of the encoder, cannot be split"),
         (["probe", "/nowhere"], 1, "no checkpoint at /nowhere"),
@@ -166,7 +168,7 @@ def test_a_missing_package_is_an_error_with_its_extra(run, data, tmp_path, modul
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 1
     line = done.stderr.strip().splitlines()[-1]
-    assert line.startswith(f"ijepa-fast {flags[0]}: error: ") and f"pip install 'ijepa_fast[{extra}]'" in line
+    assert line.startswith(f"ijepa-fast {flags[0]}: error: ") and f"pip install -e '.[{extra}]'" in line
     assert "Traceback" not in done.stderr
 
 
@@ -203,6 +205,42 @@ def test_help_is_made_from_the_docstrings(command, capsys):
     printed = capsys.readouterr().out
     if command == "pretrain":
         assert "images per step on all ranks together" in " ".join(printed.split())
+
+
+@pytest.mark.parametrize("command", ["pretrain", "masks", "bench", "fastest", "import"])
+def test_help_shows_what_people_use_and_help_all_everything(command, capsys):
+    lines = {}
+    for flag in ("--help", "--help-all"):
+        with pytest.raises(SystemExit) as end:
+            cli.main([command, flag])
+        assert end.value.code == 0
+        lines[flag] = capsys.readouterr().out.splitlines()
+    assert len(lines["--help"]) < 160
+    for flag in ("--optim.lr LR", "--train.batch_size BATCH_SIZE", "--help-all lists all"):
+        assert any(flag in line for line in lines["--help"]), flag
+    for flag in ("--optim.betas", "--masks.min_keep", "--evaluation.resize_ratio"):
+        assert any(flag in line for line in lines["--help-all"]), flag
+        assert not any(flag in line for line in lines["--help"]), flag
+
+
+def test_an_unlabelled_run_ends_with_rank_and_loss(tmp_path, capsys):
+    write_folder(tmp_path / "photos", 9, classes=())
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(TINY))
+    flags = [
+        "--config",
+        str(tmp_path / "tiny.yaml"),
+        "--data",
+        str(tmp_path / "photos"),
+        "--output",
+        str(tmp_path / "r"),
+    ]
+    assert cli.main(["pretrain", *flags]) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"rank of the features: \d+\.\d untrained, \d+\.\d trained", printed)
+    assert re.search(r"3 steps in \d+ s, loss \d\.\d{4} at the end; everything is in", printed)
+    assert "ijepa-fast report" in printed
+    assert cli.main(["knn", str(tmp_path / "r")]) == 1
+    assert "--data PATH evaluates on other images" in capsys.readouterr().err
 
 
 def test_module_is_the_command():

@@ -362,5 +362,5 @@ print("matplotlib" in sys.modules, "matplotlib.pyplot" in sys.modules)
 
 def test_a_missing_matplotlib_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ImportError, match="pip install 'ijepa_fast"):
+    with pytest.raises(ImportError, match="pip install -e"):
         plot_curves([{"step": 1, "loss": 1.0}])

@@ -113,7 +113,7 @@ def blank_figure(width: float, height: float) -> Figure:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError("pictures need matplotlib: pip install 'ijepa_fast[train]'") from error
+        raise ImportError("pictures need matplotlib; in the checkout: pip install -e '.[train]'") from error
     figure = Figure(figsize=(width, height), dpi=_DPI, facecolor="white")
     FigureCanvasAgg(figure)
     return figure

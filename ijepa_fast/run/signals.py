@@ -65,7 +65,8 @@ class StopFlag:
             raise KeyboardInterrupt
         if self._speak:
             seconds = time.monotonic() - self._since
-            text = f"\nstopping after {self.doing} ({seconds:.0f} s so far), saved first; Ctrl-C again stops at once\n"
+            text = f"\nstopping: {self.doing} has run for {seconds:.1f} s; what is done is saved first; "
+            text += "Ctrl-C again stops at once\n"
             # Not print: the signal may have come in the middle of one.
             with contextlib.suppress(OSError):
                 os.write(2, text.encode())
