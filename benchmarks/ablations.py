@@ -36,10 +36,9 @@ import torch
 
 import ijepa_fast
 from benchmarks.results_files import accuracies
-from ijepa_fast.config import RunConfig, flatten, from_dict
+from ijepa_fast.config import RunConfig, flatten, from_dict, read_recipe, recipes
 from ijepa_fast.data.datasets import Sources, open_sources
 from ijepa_fast.evaluate.encoder import evaluate
-from ijepa_fast.recipe_files import read_recipe, recipes
 from ijepa_fast.run.files import write_json
 from ijepa_fast.train import pretrain
 from ijepa_fast.weights.runs import load_run

@@ -24,8 +24,7 @@ from pathlib import Path
 import torch
 import yaml
 
-from ijepa_fast.config import RunConfig, from_dict
-from ijepa_fast.recipe_files import find_recipe
+from ijepa_fast.config import RunConfig, find_recipe, from_dict
 from ijepa_fast.run.environment import machine
 from ijepa_fast.train import pretrain
 

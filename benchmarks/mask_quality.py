@@ -29,11 +29,10 @@ import torch
 
 from benchmarks.ablations import machine, run, sources_of, write_into
 from benchmarks.results_files import accuracies
-from ijepa_fast.config import EvaluationConfig, RunConfig, from_dict
+from ijepa_fast.config import EvaluationConfig, RunConfig, from_dict, read_recipe
 from ijepa_fast.data import TrainLoader
 from ijepa_fast.masks.sampler import MaskSampler
 from ijepa_fast.optim import FusedAdamW, parameter_groups
-from ijepa_fast.recipe_files import read_recipe
 from ijepa_fast.run.files import write_json
 from ijepa_fast.step.train_step import TrainStep
 

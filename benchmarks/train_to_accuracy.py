@@ -41,13 +41,12 @@ from torch import Tensor, nn
 
 from benchmarks.baselines import Eager, load_weights, mask_lists
 from ijepa_fast.bench.measure import Took, in_turns, results, save, stopwatch
-from ijepa_fast.config import ModelConfig, RunConfig, from_dict
+from ijepa_fast.config import ModelConfig, RunConfig, from_dict, read_recipe
 from ijepa_fast.data import TrainLoader
 from ijepa_fast.data.datasets import Sources, open_sources
 from ijepa_fast.evaluate.encoder import evaluate
 from ijepa_fast.masks.sampler import MaskConfig, MaskSampler
 from ijepa_fast.model.jepa import IJEPA, Objective, variance_covariance
-from ijepa_fast.recipe_files import read_recipe
 from ijepa_fast.run.build import assemble
 from ijepa_fast.run.checkpoint import optimizer_tensors
 from ijepa_fast.weights.runs import NETWORKS, full_precision

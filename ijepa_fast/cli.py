@@ -168,8 +168,7 @@ def _run_config(parser, argv: list[str]):
     """(RunConfig, namespace as parsed) from flags and --config FILE or RECIPE."""
     import yaml
 
-    from ijepa_fast.config import RunConfig, as_dict, flatten, present_flags, present_sections
-    from ijepa_fast.recipe_files import read_recipe
+    from ijepa_fast.config import RunConfig, as_dict, flatten, present_flags, present_sections, read_recipe
 
     sections = {name for name, value in as_dict(RunConfig()).items() if isinstance(value, dict)}
 

@@ -11,9 +11,8 @@ from tiny import tiny_run
 
 from benchmarks import ablations, mask_quality
 from ijepa_fast import cli
-from ijepa_fast.config import RunConfig, as_dict, from_dict
+from ijepa_fast.config import RunConfig, as_dict, from_dict, read_recipe, recipes
 from ijepa_fast.masks.sampler import MaskSampler
-from ijepa_fast.recipe_files import read_recipe, recipes
 
 BASELINE = "ablations/baseline"
 START = ablations.doc_start("ablations.json")

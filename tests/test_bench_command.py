@@ -15,8 +15,7 @@ import yaml
 from ijepa_fast import cli
 from ijepa_fast.bench.command import RECIPES
 from ijepa_fast.bench.steps import step_rate
-from ijepa_fast.config import TrainConfig
-from ijepa_fast.recipe_files import find_recipe
+from ijepa_fast.config import TrainConfig, find_recipe
 from tests.tiny import tiny_run
 
 CPU = torch.device("cpu")

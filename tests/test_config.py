@@ -12,13 +12,15 @@ from ijepa_fast.config import (
     RunConfig,
     as_dict,
     changes,
+    find_recipe,
     flatten,
     from_dict,
     present_flags,
+    read_recipe,
+    recipes,
     value_text,
 )
 from ijepa_fast.masks.sampler import MaskConfig
-from ijepa_fast.recipe_files import find_recipe, read_recipe, recipes
 
 OFFICIAL = {"vith14_in1k": 128, "vith16_448_in1k": 16, "vith14_in22k": 32, "vitg16_in22k": 16}
 

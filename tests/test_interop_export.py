@@ -10,12 +10,11 @@ import yaml
 from safetensors.torch import save_file
 
 from ijepa_fast import cli
-from ijepa_fast.config import from_dict
+from ijepa_fast.config import from_dict, read_recipe
 from ijepa_fast.interop import official
 from ijepa_fast.interop.export import export
 from ijepa_fast.interop.official.checkpoint import read, write
 from ijepa_fast.model.vit import VisionTransformer
-from ijepa_fast.recipe_files import read_recipe
 from ijepa_fast.run import checkpoint as checkpoints
 from ijepa_fast.weights.encoder_file import KEY, load_encoder, save_encoder
 from ijepa_fast.weights.reading import WeightsError, layer_norm_eps, read_safetensors, set_layer_norm_eps

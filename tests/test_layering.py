@@ -29,7 +29,6 @@ STANDS_ON = {
     "step": "model masks optim",
     "config": "step",
     # Around it: a run, its data, and what is shown of it.
-    "recipe_files": "",
     "run": "config ranks",
     "data": "philox ranks side_stream",
     "plots": "evaluate",
@@ -41,7 +40,7 @@ STANDS_ON = {
     "report": "plots weights",
     "bench": "run",
     "doctor": "attention masks run",
-    "cli": "recipe_files train report interop doctor bench",
+    "cli": "train report interop doctor bench",
     "__main__": "cli",
     "__init__": "",  # names its modules as strings and imports them on first use
 }
@@ -63,7 +62,7 @@ INSIDE_FUNCTIONS = {
     "bench": "flash_attn flash_attn_interface xformers",
     "data": "webdataset",
     "doctor": "triton",
-    "recipe_files": "yaml",
+    "config": "yaml",
     "run": "yaml",
 }
 

@@ -8,8 +8,7 @@ import torch
 import yaml
 
 from ijepa_fast import cli
-from ijepa_fast.config import RunConfig, as_dict, from_dict
-from ijepa_fast.recipe_files import read_recipe
+from ijepa_fast.config import RunConfig, as_dict, from_dict, read_recipe
 from ijepa_fast.run import checkpoint
 from ijepa_fast.run.checkpoint import CheckpointError
 from ijepa_fast.run.folder import claim, holds_run, remove_run

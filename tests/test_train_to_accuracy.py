@@ -9,9 +9,8 @@ import yaml
 
 from benchmarks import train_to_accuracy
 from benchmarks.train_to_accuracy import plan, prepare
-from ijepa_fast.config import from_dict
+from ijepa_fast.config import from_dict, read_recipe
 from ijepa_fast.model.jepa import Objective
-from ijepa_fast.recipe_files import read_recipe
 
 CPU = torch.device("cpu")
 SMALL = {

@@ -51,7 +51,7 @@ def expand_shards(data: str) -> list[str]:
         from webdataset.shardlists import expand_urls
     except ModuleNotFoundError as error:
         raise RuntimeError(
-            f"tar shards need the package webdataset: pip install 'ijepa_fast[shards]' ({error})"
+            f"tar shards need the package webdataset; in the checkout: pip install -e '.[shards]' ({error})"
         ) from error
 
     shards = []
