@@ -143,16 +143,6 @@ def _nearest(unknown: str, names: list[str]) -> list[str]:
     return [name for name in names if ends[name] in near]
 
 
-COMMON = {
-    *("data", "output", "seed", "resume", "overwrite", "evaluation.data", "evaluation.pictures"),
-    *("model.img_size", "model.patch_size", "model.embed_dim", "model.depth", "model.num_heads"),
-    *("loader.workers", "loader.crop_scale", "optim.lr", "optim.warmup_epochs", "optim.weight_decay"),
-    *("train.batch_size", "train.epochs", "train.steps", "train.accumulate", "train.precision", "train.device"),
-    *("train.log_every", "train.save_every", "step.blocks", "step.attention"),
-}
-"""Settings that ``--help`` shows."""
-
-
 def _run_parser(command: str, description: str):
     from jsonargparse import ActionConfigFile
 
@@ -168,7 +158,15 @@ def _run_config(parser, argv: list[str]):
     """(RunConfig, namespace as parsed) from flags and --config FILE or RECIPE."""
     import yaml
 
-    from ijepa_fast.config import RunConfig, as_dict, flatten, present_flags, present_sections, read_recipe
+    from ijepa_fast.config import (
+        RunConfig,
+        as_dict,
+        common_settings,
+        flatten,
+        present_flags,
+        present_sections,
+        read_recipe,
+    )
 
     sections = {name for name, value in as_dict(RunConfig()).items() if isinstance(value, dict)}
 
@@ -194,7 +192,7 @@ def _run_config(parser, argv: list[str]):
     settings = flatten(RunConfig())
     parser.epilog = f"--help-all lists all {len(settings)} settings of a run."
     for action in parser._actions:
-        if action.dest in {*settings, *sections} - COMMON or action.dest.endswith(".help"):
+        if action.dest in {*settings, *sections} - common_settings() or action.dest.endswith(".help"):
             action.help = argparse.SUPPRESS
     parsed = _parse(parser, named, list(dict.fromkeys([*flatten(RunConfig()), *own])))
     values = parser.instantiate(parsed)

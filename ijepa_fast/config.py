@@ -225,6 +225,17 @@ def present_flags(arguments: list[str]) -> list[str]:
     return kept + [part for name, value in present(old).items() for part in (f"--{name}", value_text(value))]
 
 
+def common_settings(kind: type = RunConfig, prefix: str = "") -> set[str]:
+    """Dotted names of the settings that ``--help`` shows."""
+    names = set()
+    for f in fields(kind):
+        if is_dataclass(f.default_factory):
+            names |= common_settings(f.default_factory, f"{prefix}{f.name}.")
+        elif f.metadata.get("common"):
+            names.add(prefix + f.name)
+    return names
+
+
 def flatten(config: RunConfig | dict, prefix: str = "") -> dict[str, object]:
     """Dotted name -> value of every setting of a configuration, or of nested settings as ``as_dict`` gives them."""
     flat = {}
