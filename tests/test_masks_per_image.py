@@ -25,11 +25,13 @@ from ijepa_fast.config import ModelConfig
 from ijepa_fast.masks.sampler import MaskConfig, Masks, MaskSampler
 from ijepa_fast.masks.sampling import MAX_PER_IMAGE
 from ijepa_fast.model.jepa import Objective
+from ijepa_fast.plots import plot_masks
 from ijepa_fast.ragged import Ragged
 from ijepa_fast.step.captured import CapturedStep
 from ijepa_fast.step.flops import TokenCounts, step_flops
 from ijepa_fast.step.train_step import TrainStep
 from tests.test_captured import Recorder, assert_same_weights, make
+from tests.test_fused import fuse
 from tests.tiny import MASKS, MODEL, images, tiny_model, tiny_step
 
 GRID_14 = (14, 14)
@@ -227,3 +229,23 @@ def test_steps_with_several_masks_are_timed_per_mask_and_checked_first(monkeypat
     monkeypatch.setattr(masks_per_image, "alone", lambda masks, k: single(masks, 0))
     with pytest.raises(ValueError, match="the loss with 3 masks per image is .* from the mean over single ones"):
         masks_per_image.compare(*call)
+
+
+@pytest.mark.parametrize("all_targets", [True, False])
+def test_fused_and_compiled_blocks_give_the_same_loss(all_targets):
+    masks = MaskSampler(replace(MASKS, per_image=2), (6, 6)).sample(8, seed=0, step=0)
+    plain, fused = tiny_model(), fuse(tiny_model())
+    compiled = torch.compile(tiny_model(), backend="eager", fullgraph=True)
+    want, *others = (
+        model(images(0), masks, all_targets=all_targets)[0].total.detach() for model in (plain, fused, compiled)
+    )
+    for loss in others:
+        torch.testing.assert_close(loss, want)
+
+
+def test_sheets_have_a_row_for_every_mask():
+    masks = MaskSampler(replace(MASKS, per_image=3), (6, 6)).sample(4, seed=0, step=0)
+    figure = plot_masks(images(0, 2), masks, (6, 6))
+    captions = [text.get_text() for text in figure.findobj(lambda x: hasattr(x, "get_text"))]
+    lengths = sum(zip(masks.context.lengths.tolist(), *masks.targets.lengths.view(-1, 4).T.tolist(), strict=True), ())
+    assert [text for text in captions if "patches" in text] == [f"{count} patches" for count in lengths[: 2 * 3 * 5]]
