@@ -30,24 +30,16 @@ def cases(dtype=torch.float32):
 KEYS = list(cases())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("key", KEYS)
-def test_every_provider_agrees_with_the_reference(key):
-    case = cases()[key]
+def test_every_provider_agrees_with_the_definition(key, dtype):
+    """bf16 is the dtype of GPUs, whose rounding the allowances are made for."""
+    case = cases(dtype)[key]
     for name, provider in case.providers.items():
         if name != "compile" and provider.unavailable is None:
             for mode in case.costs:
                 found, allowed = ops_table.check(case, name, mode, CPU)
                 assert 0 <= found <= allowed
-
-
-@pytest.mark.parametrize("key", KEYS)
-def test_every_provider_agrees_in_bf16(key):
-    """The dtype of GPUs, whose rounding the allowances are made for."""
-    case = cases(torch.bfloat16)[key]
-    for name, provider in case.providers.items():
-        if name != "compile" and provider.unavailable is None:
-            for mode in case.costs:
-                ops_table.check(case, name, mode, CPU)
 
 
 @pytest.mark.slow
@@ -83,62 +75,67 @@ def test_every_op_has_a_case():
     assert len(wanted) >= 10 and {case.op for case in cases().values()} == wanted
 
 
-def wrong(case, function):
-    return replace(case, providers={**case.providers, "ours": Provider(function)})
+ADD = cases()["gather_add, context"]
+OURS = ADD.providers["ours"].function
 
 
 @pytest.fixture(scope="module")
-def measured_floors():
-    return ops_table.Floors(CPU)
+def row_of():
+    """The row of a case, or of ``ADD`` with another function in place of ours."""
+    measured = ops_table.Floors(CPU)
+
+    def row_of(function, mode="forward", case=ADD, timed=True):
+        case = replace(case, providers={**case.providers, "ours": Provider(function)})
+        return ops_table.row("tiny", case, "ours", mode, measured if timed else None, CPU)
+
+    return row_of
 
 
-def row_of(case, measured_floors, mode="forward"):
-    return ops_table.row("tiny", case, "ours", mode, measured_floors, CPU)
-
-
-def test_a_right_provider_is_timed(measured_floors):
-    row = row_of(cases()["gather_add, context"], measured_floors, "both")
+def test_a_right_provider_is_timed(row_of):
+    row = row_of(OURS, "both")
     assert row["error"] <= row["allowed_error"] and row["times"]["cpu"]["p50"] > 0
     assert row["of_floor"] == pytest.approx(row["floor_us"] / row["times"]["cpu"]["p50"], rel=1e-2)
     assert row["gb_per_s"] == pytest.approx(row["bytes"] / row["times"]["cpu"]["p50"] / 1e3, abs=0.01)
+    checked = row_of(OURS, timed=False)
+    assert "times" not in checked and "right, off by" in ops_table.line(checked)
+
+
+def raising(message):
+    raise RuntimeError(message)
 
 
 @pytest.mark.parametrize(
-    ("spoil", "message"),
+    ("function", "message"),
     [
-        (lambda x: x * 1.0001, "is off by"),
-        (lambda x: torch.cat([x[:-1], x[-1:] * float("nan")]), "off by nan units"),
-        (lambda x: x[:-1], "has shape"),
+        (lambda x, table: OURS(x, table) * 1.0001, "is off by"),
+        (lambda x, table: torch.cat([OURS(x, table)[:-1], x[-1:] * float("nan")]), "off by nan units"),
+        (lambda x, table: OURS(x, table)[:-1], "has shape"),
+        (lambda x, table: OURS(x.detach() + 0 * x, table), "is off by"),  # a wrong gradient alone
+        (lambda x, table: raising("out of something\nand more"), "RuntimeError: out of something"),
     ],
 )
-def test_a_wrong_provider_is_not_timed(measured_floors, spoil, message):
-    case = cases()["gather_add, context"]
-    row = row_of(wrong(case, lambda x, table: spoil(case.providers["ours"].function(x, table))), measured_floors)
-    assert "times" not in row and row["failed"].startswith("WrongResult") and message in row["failed"]
+def test_a_wrong_provider_is_not_timed_and_does_not_end_the_table(row_of, function, message):
+    row = row_of(function, "both")
+    assert "times" not in row and message in row["failed"] and "\n" not in row["failed"]
 
 
-def test_a_wrong_gradient_is_seen(measured_floors):
-    case = cases()["gather_add, context"]
-    detached = wrong(case, lambda x, table: case.providers["ours"].function(x.detach() + 0 * x, table))
-    assert "times" in row_of(detached, measured_floors, "forward")
-    assert row_of(detached, measured_floors, "both")["failed"].startswith("WrongResult")
+def test_in_place_ops_are_checked_on_what_they_changed(row_of):
+    def nothing(*lists):
+        return [tensor for tensors in [lists[0], *lists[2:]] for tensor in tensors]
+
+    assert row_of(nothing, case=cases()["adamw_ema_, all parameters"])["failed"].startswith("WrongResult")
 
 
 def test_a_peer_that_fails_or_is_wrong_allows_nothing_more():
-    case = cases()["gather_add, context"]
-
-    def broken(x, table):
-        raise RuntimeError("no memory")
-
-    for function, allowed in ((broken, 2.0), (lambda x, table: x * 0, 16.0)):
-        spoiled = replace(case, providers={**case.providers, "eager": Provider(function)})
+    for function, allowed in ((lambda x, table: raising("no memory"), 2.0), (lambda x, table: x * 0, 16.0)):
+        spoiled = replace(ADD, providers={**ADD.providers, "eager": Provider(function)})
         assert ops_table.check(spoiled, "ours", "forward", CPU)[1] == allowed
 
 
 @pytest.mark.parametrize("captured", [True, False])
 def test_a_gpu_is_timed_by_events_and_by_a_graph_of_calls_on_data_of_their_own(monkeypatch, captured):
     """With stand-ins for CUDA: the data is on the CPU, and only what is called when is looked at."""
-    case, seeds, real = cases()["gather_add, context"], [], ops_table.prepare
+    seeds, real = [], ops_table.prepare
 
     def prepare(case, provider, mode, seed, device):
         assert device == torch.device("cuda")
@@ -146,20 +143,16 @@ def test_a_gpu_is_timed_by_events_and_by_a_graph_of_calls_on_data_of_their_own(m
         return real(case, provider, mode, seed, CPU)
 
     def graph_times(calls):
-        if not captured:
-            raise RuntimeError("operation not permitted when stream is capturing\nmore")
-        return len(calls), calls[-1]()[0].shape
+        return (len(calls), calls[-1]()[0].shape) if captured else raising("not permitted\nmore")
 
     monkeypatch.setattr(ops_table, "prepare", prepare)
     monkeypatch.setattr(ops_table, "cold_sets", lambda size: 3)
     monkeypatch.setattr(ops_table, "event_times", lambda call: len(call()))
     monkeypatch.setattr(ops_table, "graph_times", graph_times)
-    times, problem = ops_table.time_provider(case, "ours", "both", torch.device("cuda"))
+    times, problem = ops_table.time_provider(ADD, "ours", "both", torch.device("cuda"))
     assert seeds == [2, 3, 4] and times["events"] == 1
-    if captured:
-        assert times["graph"] == (3, case.draw(torch.Generator())[0].shape) and problem is None
-    else:
-        assert "graph" not in times and problem == "RuntimeError: operation not permitted when stream is capturing"
+    assert times.get("graph") == ((3, ADD.draw(torch.Generator())[0].shape) if captured else None)
+    assert problem == (None if captured else "RuntimeError: not permitted")
 
 
 def test_units_of_error():
@@ -171,20 +164,6 @@ def test_units_of_error():
     assert ops_table.error([x.float() * 1.00001], [x]) > 2
     both = [x.float() * 1.00001, x.bfloat16()], [x, x]
     assert ops_table.error(*both) < 1 and ops_table.error(*both, independent=True) > 2
-
-
-def test_in_place_ops_are_checked_on_what_they_changed(measured_floors):
-    case = cases()["adamw_ema_, all parameters"]
-    nothing = lambda *lists: [tensor for tensors in [lists[0], *lists[2:]] for tensor in tensors]  # noqa: E731
-    assert row_of(wrong(case, nothing), measured_floors)["failed"].startswith("WrongResult")
-
-
-def test_a_provider_that_raises_does_not_end_the_table(measured_floors):
-    def broken(x, table):
-        raise RuntimeError("out of something\nand more")
-
-    row = row_of(wrong(cases()["gather_add, context"], broken), measured_floors)
-    assert row["failed"] == "RuntimeError: out of something"
 
 
 def test_what_there_is_no_time_for_is_named():

@@ -1,4 +1,4 @@
-"""What each op must move through memory and compute, in closed form: the floors of docs/kernels.md and of benchmarks.
+"""Least bytes through memory and operations of each op, in closed form: the floors of the benchmarks.
 
 Bytes count every input once and every output once, for 16-bit activations (or ``itemsize`` bytes) and fp32 tables;
 vectors as long as a row is wide are left out. Legend: Tc, Tt, Tp packed rows of context, targets and predictor, N
@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -38,15 +37,7 @@ MODELS = {
 }
 TINY = {
     # For machines without a GPU, and for tests: head dim 24 and patches of 14, which are no powers of two.
-    "tiny": ModelConfig(
-        img_size=168,
-        patch_size=14,
-        embed_dim=96,
-        depth=2,
-        num_heads=4,
-        predictor_embed_dim=64,
-        predictor_depth=2,
-    ),
+    "tiny": ModelConfig(168, 14, embed_dim=96, depth=2, num_heads=4, predictor_embed_dim=64, predictor_depth=2)
 }
 
 
@@ -85,12 +76,17 @@ class Workload:
 
     @staticmethod
     def of(model: ModelConfig, masks: Masks, itemsize: int = 2) -> Workload:
-        """Of one batch with these masks."""
+        """The sizes of one batch with these masks."""
         layout = predictor_layout(masks.context, masks.targets, masks.num_contexts, masks.num_targets)
         pairs = [float(tokens.lengths.double().square().sum()) for tokens in (masks.context, layout.tokens)]
         rows = [float(tokens.cu_seqlens[-1]) for tokens in (masks.context, masks.targets)]
         parameters = parameter_counts(model)
         return Workload(model, masks.num_images, *rows, *pairs, masks.num_targets, *parameters, itemsize)
+
+    @property
+    def row(self) -> int:
+        """Bytes of a row of the encoder."""
+        return self.itemsize * self.model.embed_dim
 
     @property
     def patches(self) -> int:
@@ -133,72 +129,8 @@ def on_meta(model: ModelConfig):
         return model.build(Objective())
 
 
-def _gather_patches(w: Workload, part: str) -> Cost:
-    values = CHANNELS * w.model.patch_size**2
-    return Cost(w.rows(part) * (values + w.itemsize * padded_patch_width(CHANNELS, w.model.patch_size) + INDEX))
-
-
-def _gather_add(w: Workload, part: str) -> Cost:
-    table = WIDE * w.patches * w.model.embed_dim
-    return Cost(w.rows(part) * (2 * w.itemsize * w.model.embed_dim + INDEX) + table)
-
-
-def _gather_add_backward(w: Workload, part: str) -> Cost:
-    return Cost(w.rows(part) * (2 * w.itemsize * w.model.embed_dim + INDEX))
-
-
-def _predictor_tokens(w: Workload, part: str) -> Cost:
-    width = w.model.predictor_embed_dim
-    rows = w.itemsize * width * (w.predictor_rows + w.context_rows)
-    return Cost(rows + 2 * INDEX * w.predictor_rows + WIDE * w.patches * width)
-
-
-def _predictor_tokens_backward(w: Workload, part: str) -> Cost:
-    rows = w.itemsize * w.model.predictor_embed_dim * (w.predictor_rows + w.context_rows)
-    return Cost(rows + 2 * INDEX * w.predictor_rows + w.num_targets * INDEX * w.context_rows)
-
-
-def _target_loss(w: Workload, part: str) -> Cost:
-    return Cost(w.target_rows * (2 * w.itemsize * w.model.embed_dim + INDEX))
-
-
-def _target_loss_backward(w: Workload, part: str) -> Cost:
-    return Cost(w.target_rows * (3 * w.itemsize * w.model.embed_dim + INDEX))
-
-
-def _rows_of_width(count: int) -> Callable[[Workload, str], Cost]:
-    """``count`` activations per row, as wide as the encoder."""
-
-    def cost(w: Workload, part: str) -> Cost:
-        return Cost(count * w.itemsize * w.rows(part) * w.model.embed_dim)
-
-    return cost
-
-
-def _quantize_fp8(w: Workload, part: str) -> Cost:
-    """A row of the MLP's hidden layer in, 8 bits a value and the scale of the row out."""
-    return Cost(w.rows(part) * ((w.itemsize + 1) * hidden_width(w.model) + WIDE))
-
-
 def hidden_width(model: ModelConfig) -> int:
     return round(model.embed_dim * model.mlp_ratio)
-
-
-def _first_layer(outputs: int) -> Callable[[Workload, str], Cost]:
-    """Product of an MLP's first layer: a row in, its weights once, ``outputs`` hidden rows in or out."""
-
-    def cost(w: Workload, part: str) -> Cost:
-        width, hidden = widths(w.model, part)
-        bytes_ = w.itemsize * (w.rows(part) * (width + outputs * hidden) + width * hidden)
-        return Cost(bytes_, 2 * w.rows(part) * width * hidden)
-
-    return cost
-
-
-def _square_weight_gradient(w: Workload, part: str) -> Cost:
-    """Of the projection after attention: two rows in, a matrix out."""
-    width, _ = widths(w.model, part)
-    return Cost(w.itemsize * (2 * w.rows(part) * width + width * width), 2 * w.rows(part) * width * width)
 
 
 def widths(model: ModelConfig, part: str) -> tuple[int, int]:
@@ -209,24 +141,63 @@ def widths(model: ModelConfig, part: str) -> tuple[int, int]:
     return model.predictor_embed_dim, round(model.predictor_embed_dim * ratio)
 
 
-def _attention(tensors: int, products: float) -> Callable[[Workload, str], Cost]:
+Formula = Callable[[Workload, str], Cost]
+"""The cost of an op on a part of the batch."""
+
+
+def _norm(count: int) -> Formula:
+    """``count`` activations per row, as wide as the encoder."""
+    return lambda w, part: Cost(count * w.row * w.rows(part))
+
+
+def _first_layer(outputs: int) -> Formula:
+    """Product of an MLP's first layer: a row in, its weights once, ``outputs`` hidden rows in or out."""
+
+    def formula(w: Workload, part: str) -> Cost:
+        width, hidden = widths(w.model, part)
+        moved = w.itemsize * (w.rows(part) * (width + outputs * hidden) + width * hidden)
+        return Cost(moved, 2 * w.rows(part) * width * hidden)
+
+    return formula
+
+
+def _square_weight_gradient(w: Workload, part: str) -> Cost:
+    """The projection after attention: two rows in, a matrix out."""
+    width, _ = widths(w.model, part)
+    return Cost(w.itemsize * (2 * w.rows(part) * width + width * width), 2 * w.rows(part) * width * width)
+
+
+def _attention(tensors: int, products: float) -> Formula:
     """``tensors`` activations per row; ``products`` matrix products with 2 * Dh operations per pair and head."""
 
-    def cost(w: Workload, part: str) -> Cost:
-        width = w.model.predictor_embed_dim if part == "predictor" else w.model.embed_dim
+    def formula(w: Workload, part: str) -> Cost:
+        width, _ = widths(w.model, part)
         return Cost(tensors * w.itemsize * w.rows(part) * width, products * 2 * width * w.pairs(part))
 
-    return cost
+    return formula
 
 
-FORWARD: dict[str, Callable[[Workload, str], Cost]] = {
-    "gather_patches": _gather_patches,
-    "gather_add": _gather_add,
-    "predictor_tokens": _predictor_tokens,
-    "target_loss": _target_loss,
-    "layer_norm": _rows_of_width(2),
-    "layer_norm with residual": _rows_of_width(4),
-    "quantize_fp8": _quantize_fp8,
+def _patches(w: Workload, part: str) -> Cost:
+    """Bytes of pixels in, a padded row of activations out, an index."""
+    size = w.model.patch_size
+    return Cost(w.rows(part) * (CHANNELS * size**2 + w.itemsize * padded_patch_width(CHANNELS, size) + INDEX))
+
+
+def _predictor_tokens(w: Workload, extra: float) -> Cost:
+    """Rows of context on one side and of the predictor on the other, two indices for each of the latter."""
+    rows = w.itemsize * w.model.predictor_embed_dim * (w.predictor_rows + w.context_rows)
+    return Cost(rows + 2 * INDEX * w.predictor_rows + extra)
+
+
+FORWARD: dict[str, Formula] = {
+    "gather_patches": _patches,
+    "gather_add": lambda w, part: Cost(w.rows(part) * (2 * w.row + INDEX) + WIDE * w.patches * w.model.embed_dim),
+    "predictor_tokens": lambda w, part: _predictor_tokens(w, WIDE * w.patches * w.model.predictor_embed_dim),
+    "target_loss": lambda w, part: Cost(w.target_rows * (2 * w.row + INDEX)),
+    "layer_norm": _norm(2),
+    "layer_norm with residual": _norm(4),
+    # A row of the MLP's hidden layer in, 8 bits a value and the scale of the row out.
+    "quantize_fp8": lambda w, part: Cost(w.rows(part) * ((w.itemsize + 1) * hidden_width(w.model) + WIDE)),
     "linear_gelu": _first_layer(1),
     "linear_gelu with pre": _first_layer(2),
     "hidden_gradient": _first_layer(2),
@@ -237,29 +208,22 @@ FORWARD: dict[str, Callable[[Workload, str], Cost]] = {
     "adamw_ema_": lambda w, part: Cost((2 * LOW + 6 * WIDE) * w.parameters + (2 * WIDE + LOW) * w.averaged),
     "ema_": lambda w, part: Cost(3 * WIDE * w.averaged),
 }
-BACKWARD: dict[str, Callable[[Workload, str], Cost]] = {
-    "gather_add": _gather_add_backward,
-    "predictor_tokens": _predictor_tokens_backward,
-    "target_loss": _target_loss_backward,
-    "layer_norm": _rows_of_width(3),
-    "layer_norm with residual": _rows_of_width(4),
+BACKWARD: dict[str, Formula] = {
+    "gather_add": lambda w, part: Cost(w.rows(part) * (2 * w.row + INDEX)),
+    "predictor_tokens": lambda w, part: _predictor_tokens(w, w.num_targets * INDEX * w.context_rows),
+    "target_loss": lambda w, part: Cost(w.target_rows * (3 * w.row + INDEX)),
+    "layer_norm": _norm(3),
+    "layer_norm with residual": _norm(4),
     "varlen_attention": _attention(8, 5),
 }
 MODES = ("forward", "backward", "both")
 
 
 def cost(op: str, mode: str, workload: Workload, part: str) -> Cost:
-    """Of an op on a part of the batch. "both" is the forward and the backward pass.
+    """Cost of an op on a part of the batch. "both" is the forward and the backward pass.
 
     Raises:
         KeyError: the op has no such mode.
     """
-    tables: dict[str, tuple[dict[str, Any], ...]] = {
-        "forward": (FORWARD,),
-        "backward": (BACKWARD,),
-        "both": (FORWARD, BACKWARD),
-    }
-    total = Cost(0.0)
-    for table in tables[mode]:
-        total += table[op](workload, part)
-    return total
+    tables = {"forward": (FORWARD,), "backward": (BACKWARD,), "both": (FORWARD, BACKWARD)}[mode]
+    return sum((table[op](workload, part) for table in tables), Cost(0.0))

@@ -2,9 +2,9 @@
 
 Legend: T packed rows, D width, N patches per image, K values of a patch rounded up to 16.
 
-A provider is a function of the case's tensors: "ours" is the op of this package, "eager" what one writes in plain
-torch, "compile" the same under torch.compile. Packed rows are exact here (no padding), because other libraries leave
-padding undefined. Every provider gets tensors as it likes them best (``Provider.prepare``), outside of what is timed.
+A provider is a function of the case's tensors: "ours" is the op of this package, "eager" the same in plain torch,
+"compile" that under torch.compile. Packed rows are exact here (no padding), because other libraries leave padding
+undefined. Every provider gets tensors as it likes them best (``Provider.prepare``), which is not timed.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,8 +36,8 @@ class Provider:
     """One way to compute a case.
 
     Attributes:
-        function: of the case's arguments; returns a tensor or a tuple of them.
-        prepare: what becomes of the arguments before anything is timed, e.g. casts or host copies; or None.
+        function: takes the case's arguments; returns a tensor or a tuple of them.
+        prepare: changes the arguments before anything is timed, e.g. casts them; or None.
         unavailable: why it cannot run here, or None.
     """
 
@@ -50,10 +51,11 @@ class Case:
     """An op on one part of a batch.
 
     Attributes:
-        op: name in ``ijepa_fast.ops``; name: the part, and what is special.
+        op: name in ``ijepa_fast.ops``.
+        name: the part, and what is special.
         costs: mode -> cost. Its keys are the modes that exist: "forward", "backward", "both".
         draw: a generator -> arguments, freshly drawn. The first ``leaves`` are tensors that get gradients.
-        reference: what is right, of arguments in any dtype.
+        reference: the definition, for arguments of any dtype.
         providers: by name, "ours" first.
         in_place: the arguments change, so the reference needs its own, and they are not cast.
     """
@@ -74,7 +76,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Batch:
-    """One batch of a model: masks drawn as in training, and everything that follows from them."""
+    """One batch of a model: masks drawn as in training, and what follows from them."""
 
     model: ModelConfig
     masks: Masks
@@ -85,7 +87,7 @@ class Batch:
 
     @staticmethod
     def draw(model: ModelConfig, images: int, device: torch.device, masks: MaskConfig | None = None) -> Batch:
-        """bf16 on CUDA, fp32 on the CPU."""
+        """A batch in bf16 on CUDA, in fp32 on the CPU."""
         side = model.img_size // model.patch_size
         sampler = MaskSampler(masks or MaskConfig(), (side, side), implementation="torch")
         drawn = sampler.sample(images, seed=0, step=0)
@@ -96,37 +98,57 @@ class Batch:
         return Batch(model, drawn.to(device), PredictorLayout(**moved), workload, device, dtype)
 
     def normal(self, generator: torch.Generator, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        """Of the activations' dtype where none is given. The generator is on the device."""
+        """Random numbers in the activations' dtype where none is given. The generator is on the device."""
         return torch.randn(shape, generator=generator, device=self.device, dtype=dtype or self.dtype)
 
     def costs(self, op: str, part: str, modes: Sequence[str] = MODES) -> dict[str, Cost]:
         return {mode: cost(op, mode, self.workload, part) for mode in modes}
 
     def indices(self, part: str) -> Tensor:
-        """Token indices of the rows of "context" or "target encoder"."""
-        if part == "context":
-            return self.masks.context.indices
+        """Token indices of the rows of a part."""
+        if part != "target encoder":
+            return self.masks.context.indices if part == "context" else self.layout.tokens.indices
         return torch.arange(self.masks.num_images * self.workload.patches, dtype=torch.int32, device=self.device)
 
 
-def with_compiled(ours: Callable[..., Any], eager: Provider) -> dict[str, Provider]:
-    """The three providers that every row-wise op has."""
-    return {
-        "ours": Provider(ours),
-        "eager": eager,
-        "compile": Provider(torch.compile(eager.function, fullgraph=True, dynamic=False), eager.prepare),
+def op_case(
+    batch: Batch,
+    op: str,
+    name: str,
+    draw: Callable[[torch.Generator], Sequence[Any]],
+    compute: Callable[..., Any],
+    eager: Callable[..., Any],
+    *,
+    part: str | None = None,
+    special: str = "",
+    modes: Sequence[str] = MODES,
+    leaves: int = 0,
+    cast_from: int | None = None,
+) -> Case:
+    """A case with three providers: ours, eager and compiled eager.
+
+    Args:
+        name: of the case; ``part`` is the part whose rows it costs, where the two differ.
+        compute: calls its first argument, the op, with the others. With the op's definition it is the reference.
+        special: of the op's name in the tables of costs, where it has several.
+        cast_from: arguments of ``eager`` from here on are cast to the dtype of the first: torch's own norm and GELU
+            want one dtype, and users of a fully cast model have it.
+    """
+    function = getattr(ops, op)
+
+    def cast(*arguments):
+        rest = (x.detach().to(arguments[0].dtype).requires_grad_(x.requires_grad) for x in arguments[cast_from:])
+        return [*arguments[:cast_from], *rest]
+
+    prepare = None if cast_from is None else cast
+    providers = {
+        "ours": Provider(partial(compute, function)),
+        "eager": Provider(eager, prepare),
+        "compile": Provider(torch.compile(eager, fullgraph=True, dynamic=False), prepare),
     }
-
-
-def low_precision(count: int) -> Callable[..., Sequence[Any]]:
-    """Cast the fp32 vectors behind the first ``count`` arguments to the dtype of the first: torch's own norm and GELU
-    want one dtype, and users of a fully cast model have it."""
-
-    def prepare(*arguments):
-        rest = [x.detach().to(arguments[0].dtype).requires_grad_(x.requires_grad) for x in arguments[count:]]
-        return [*arguments[:count], *rest]
-
-    return prepare
+    costs = batch.costs(f"{op} {special}".strip(), part or name, modes)
+    name = f"{name}, {special}" if special else name
+    return Case(op, name, costs, draw, leaves, partial(compute, function.definition), providers)
 
 
 def row_cases(batch: Batch) -> list[Case]:
@@ -144,53 +166,44 @@ def row_cases(batch: Batch) -> list[Case]:
 
 
 def gather_patches(batch: Batch, part: str, pixels: torch.dtype = torch.uint8) -> Case:
-    model, indices, dtype = batch.model, batch.indices(part), batch.dtype
+    model, indices = batch.model, batch.indices(part)
     side, size = model.img_size, model.patch_size
     per_side = side // size
     padding = ops.padded_patch_width(CHANNELS, size) - CHANNELS * size * size
+    image, patch = indices.long() // per_side**2, indices.long() % per_side**2
+    line, column = patch // per_side, patch % per_side
+    mean, std = (torch.tensor(values, device=batch.device).view(1, -1, 1, 1) for values in (model.mean, model.std))
 
     def draw(generator):
         shape = (batch.masks.num_images, CHANNELS, side, side)
         return [torch.randint(256, shape, generator=generator, dtype=torch.uint8, device=batch.device).to(pixels)]
 
-    def ours(images):
-        return ops.gather_patches(images, indices, size, model.mean, model.std, dtype)
-
-    def exact(images):
-        return ops.gather_patches.definition(images, indices, size, list(model.mean), list(model.std), torch.float64)
-
-    rows = indices.long()
-    image, patch = rows // per_side**2, rows % per_side**2
-    line, column = patch // per_side, patch % per_side
-    mean, std = (torch.tensor(values, device=batch.device).view(1, -1, 1, 1) for values in (model.mean, model.std))
+    def compute(op, images):
+        dtype = batch.dtype if op is ops.gather_patches else torch.float64
+        return op(images, indices, size, list(model.mean), list(model.std), dtype)
 
     def eager(images):
         grid = images.view(-1, CHANNELS, per_side, size, per_side, size)
         x = (grid[image, :, line, :, column] / 255 - mean) / std
-        return F.pad(x.flatten(1).to(dtype), (0, padding))
+        return F.pad(x.flatten(1).to(batch.dtype), (0, padding))
 
-    costs = batch.costs("gather_patches", part, ["forward"])
-    return Case("gather_patches", part, costs, draw, 0, exact, with_compiled(ours, Provider(eager)))
+    return op_case(batch, "gather_patches", part, draw, compute, eager, modes=["forward"])
 
 
 def gather_add(batch: Batch, part: str) -> Case:
     indices, width, side = batch.indices(part), batch.model.embed_dim, batch.model.img_size // batch.model.patch_size
-    rows, patches = indices.long(), batch.workload.patches
+    rows = indices.long() % side**2
 
     def draw(generator):
         return batch.normal(generator, len(indices), width), sincos_positions(width, (side, side)).to(batch.device)
 
-    def ours(x, table):
-        return ops.gather_add(x, table, indices)
-
-    def exact(x, table):
-        return ops.gather_add.definition(x, table, indices)
+    def compute(op, x, table):
+        return op(x, table, indices)
 
     def eager(x, table):
-        return x + table.index_select(0, rows % patches)
+        return x + table.index_select(0, rows)
 
-    providers = with_compiled(ours, Provider(eager, low_precision(1)))
-    return Case("gather_add", part, batch.costs("gather_add", part), draw, 1, exact, providers)
+    return op_case(batch, "gather_add", part, draw, compute, eager, leaves=1, cast_from=1)
 
 
 def predictor_tokens(batch: Batch) -> Case:
@@ -204,87 +217,68 @@ def predictor_tokens(batch: Batch) -> Case:
         context = batch.normal(generator, copies.shape[0], width)
         return context, token, sincos_positions(width, (side, side)).to(batch.device)
 
-    def ours(context, token, positions):
-        return ops.predictor_tokens(context, token, positions, indices, sources, copies)
-
-    def exact(context, token, positions):
-        return ops.predictor_tokens.definition(context, token, positions, indices, sources, copies)
+    def compute(op, context, token, positions):
+        return op(context, token, positions, indices, sources, copies)
 
     def eager(context, token, positions):
         values = torch.where(from_context, context.index_select(0, taken), token)
         return values + positions.index_select(0, rows)
 
-    providers = with_compiled(ours, Provider(eager, low_precision(1)))
-    costs = batch.costs("predictor_tokens", "predictor")
-    return Case("predictor_tokens", "predictor", costs, draw, 2, exact, providers)
+    return op_case(batch, "predictor_tokens", "predictor", draw, compute, eager, leaves=2, cast_from=1)
 
 
 def target_loss(batch: Batch) -> Case:
     width, rows, predicted = batch.model.embed_dim, batch.layout.target_tokens, batch.layout.predicted
     num_targets = batch.masks.num_images * batch.workload.patches
-    lengths = predicted.lengths
+    lengths, taken = predicted.lengths, rows.long()
     weight = 1 / (lengths.repeat_interleave(lengths.long()).float() * len(lengths) * width)
-    taken = rows.long()
 
     def draw(generator):
         return batch.normal(generator, len(rows), width), batch.normal(generator, num_targets, width)
 
-    def ours(prediction, target):
-        return ops.target_loss(prediction, target, rows, predicted.cu_seqlens, LOSS, True, TARGET_EPS)
-
-    def exact(prediction, target):
-        return ops.target_loss.definition(prediction, target, rows, predicted.cu_seqlens, LOSS, True, TARGET_EPS)
+    def compute(op, prediction, target):
+        return op(prediction, target, rows, predicted.cu_seqlens, LOSS, True, TARGET_EPS)
 
     def eager(prediction, target):
         wanted = F.layer_norm(target.index_select(0, taken).float(), (width,), eps=TARGET_EPS)
         return (F.smooth_l1_loss(prediction.float(), wanted, reduction="none").sum(1) * weight).sum()
 
-    providers = with_compiled(ours, Provider(eager))
-    return Case("target_loss", "targets", batch.costs("target_loss", "context"), draw, 1, exact, providers)
+    return op_case(batch, "target_loss", "targets", draw, compute, eager, part="context", leaves=1)
 
 
 def layer_norm(batch: Batch) -> Case:
     width, rows = batch.model.embed_dim, len(batch.indices("context"))
 
     def draw(generator):
-        weight, bias = (batch.normal(generator, width, dtype=torch.float32) for _ in range(2))
-        return batch.normal(generator, rows, width), 1 + TABLE_STD * weight, TABLE_STD * bias
+        weight, bias = (TABLE_STD * batch.normal(generator, width, dtype=torch.float32) for _ in range(2))
+        return batch.normal(generator, rows, width), 1 + weight, bias
 
-    def ours(x, weight, bias):
-        return ops.layer_norm(x, None, None, weight, bias, NORM_EPS)[0]
-
-    def exact(x, weight, bias):
-        return ops.layer_norm.definition(x, None, None, weight, bias, NORM_EPS)[0]
+    def compute(op, x, weight, bias):
+        return op(x, None, None, weight, bias, NORM_EPS)[0]
 
     def eager(x, weight, bias):
         return F.layer_norm(x, (width,), weight, bias, NORM_EPS)
 
-    providers = with_compiled(ours, Provider(eager, low_precision(1)))
-    return Case("layer_norm", "context", batch.costs("layer_norm", "context"), draw, 3, exact, providers)
+    return op_case(batch, "layer_norm", "context", draw, compute, eager, leaves=3, cast_from=1)
 
 
 def layer_norm_with_residual(batch: Batch) -> Case:
-    """The step between two halves of a block: bias of the projection, residual stream, norm. Both results go on."""
+    """The step between two halves of a block: bias of the projection, residual, norm. Both results go on."""
     width, rows = batch.model.embed_dim, len(batch.indices("context"))
 
     def draw(generator):
-        vectors = [TABLE_STD * batch.normal(generator, width, dtype=torch.float32) for _ in range(3)]
-        vectors[1] += 1
-        return *(batch.normal(generator, rows, width) for _ in range(2)), *vectors
+        x_bias, weight, bias = (TABLE_STD * batch.normal(generator, width, dtype=torch.float32) for _ in range(3))
+        return *(batch.normal(generator, rows, width) for _ in range(2)), x_bias, 1 + weight, bias
 
-    def ours(x, residual, x_bias, weight, bias):
-        return ops.layer_norm(x, residual, x_bias, weight, bias, NORM_EPS)[:2]
-
-    def exact(x, residual, x_bias, weight, bias):
-        return ops.layer_norm.definition(x, residual, x_bias, weight, bias, NORM_EPS)[:2]
+    def compute(op, x, residual, x_bias, weight, bias):
+        return op(x, residual, x_bias, weight, bias, NORM_EPS)[:2]
 
     def eager(x, residual, x_bias, weight, bias):
         h = x + x_bias + residual
         return F.layer_norm(h, (width,), weight, bias, NORM_EPS), h
 
-    providers = with_compiled(ours, Provider(eager, low_precision(2)))
-    costs = batch.costs("layer_norm with residual", "context")
-    return Case("layer_norm", "context, with residual", costs, draw, 5, exact, providers)
+    more = {"special": "with residual", "leaves": 5, "cast_from": 2}
+    return op_case(batch, "layer_norm", "context", draw, compute, eager, **more)
 
 
 def quantize_fp8(batch: Batch) -> Case:
@@ -294,15 +288,12 @@ def quantize_fp8(batch: Batch) -> Case:
     def draw(generator):
         return [batch.normal(generator, rows, width)]
 
-    def ours(x):
-        return ops.quantize_fp8(x, True)
-
-    def exact(x):
-        return [result.double() for result in ops.quantize_fp8.definition(x, True)]
+    def compute(op, x):
+        results = op(x, True)
+        return results if op is ops.quantize_fp8 else [result.double() for result in results]
 
     def eager(x):
         amax = x.abs().amax(1).float().clamp(min=1e-12)
         return (x.float() * (448 / amax)[:, None]).to(ops.FP8), amax / 448
 
-    costs = batch.costs("quantize_fp8", "target encoder", ["forward"])
-    return Case("quantize_fp8", "target encoder", costs, draw, 0, exact, with_compiled(ours, Provider(eager)))
+    return op_case(batch, "quantize_fp8", "target encoder", draw, compute, eager, modes=["forward"])
