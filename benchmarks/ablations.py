@@ -23,9 +23,7 @@ import fnmatch
 import json
 import multiprocessing
 import os
-import platform
 import statistics
-import subprocess
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
@@ -34,12 +32,12 @@ from pathlib import Path
 
 import torch
 
-import ijepa_fast
-from benchmarks.results_files import accuracies
+from benchmarks.results_files import accuracies, table
+from ijepa_fast.bench.measure import save
 from ijepa_fast.config import RunConfig, flatten, from_dict, read_recipe, recipes
 from ijepa_fast.data.datasets import Sources, open_sources
 from ijepa_fast.evaluate.encoder import evaluate
-from ijepa_fast.run.files import write_json
+from ijepa_fast.run.environment import machine
 from ijepa_fast.train import pretrain
 from ijepa_fast.weights.runs import load_run
 
@@ -103,9 +101,7 @@ def run(config: RunConfig, kind: str) -> dict:
         torch.manual_seed(config.seed)  # as pretrain does
         model = config.model.build(config.objective)
     figures |= evaluate(model.target_encoder, sources, config)
-    path = Path(config.output, f"{kind}.json")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, {"settings": flatten(config), "figures": figures})
+    save(Path(config.output, f"{kind}.json"), {"settings": flatten(config), "figures": figures})
     return figures
 
 
@@ -129,51 +125,22 @@ def run_all(configs: dict[str, list[RunConfig]], jobs: int) -> dict[tuple[str, s
 
 
 def report_of(configs: dict[str, list[RunConfig]], results: dict[tuple[str, str], list[dict]], made_on: dict) -> dict:
-    """What the results file holds."""
+    """The contents of the results file."""
     baseline = next(iter(configs))
     first = configs[baseline][0]
-    return {
-        "kind": "ablations",
-        "data": first.data,
-        "machine": made_on,
-        "settings": {name: value for name, value in flatten(first).items() if name not in ("output", "seed")},
-        "untrained": results[baseline, "untrained"],
-        "recipes": [
-            {
-                "recipe": name,
-                "changes": changes(first, of[0]),
-                "runs": results[name, "trained"],
-            }
-            for name, of in configs.items()
-        ],
-    }
+    recipes = [
+        {"recipe": name, "changes": changes(first, of[0]), "runs": results[name, "trained"]}
+        for name, of in configs.items()
+    ]
+    settings = {name: value for name, value in flatten(first).items() if name not in ("output", "seed")}
+    head = {"kind": "ablations", "data": first.data, "machine": made_on, "settings": settings}
+    return head | {"untrained": results[baseline, "untrained"], "recipes": recipes}
 
 
 def changes(baseline: RunConfig, other: RunConfig) -> dict[str, object]:
     """Settings of ``other`` that ``baseline`` has not, the place of the results apart."""
     before = flatten(baseline)
     return {k: v for k, v in flatten(other).items() if v != before[k] and k not in ("output", "seed")}
-
-
-def machine() -> dict:
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
-    return {
-        "cpu": _cpu_name(),
-        "threads_per_run": 1,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "ijepa_fast": ijepa_fast.__version__,
-        "commit": commit.stdout.strip() or None,
-    }
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
 
 
 def short(recipe: str) -> str:
@@ -183,20 +150,16 @@ def short(recipe: str) -> str:
 def markdown_table(report: dict) -> str:
     """Means and sample standard deviations over the seeds; the last column has the seeds themselves."""
     baseline = report["recipes"][0]["runs"]
-    seeds = ", ".join(str(run["seed"]) for run in baseline)
-    lines = [
-        f"| recipe | changed | probe, % | k-NN, % | rank | probe - baseline, seeds {seeds} |",
-        "|---|---|---|---|---|---|",
-    ]
     entries = [("untrained", {}, report["untrained"])]
     entries += [(short(entry["recipe"]), entry["changes"], entry["runs"]) for entry in report["recipes"]]
+    lines = []
     for name, changed, runs in entries:
         settings = ", ".join(f"{setting} {value}" for setting, value in changed.items())
-        cells = accuracies(runs)
-        gaps = (100 * (run["probe"] - base["probe"]) for run, base in zip(runs, baseline, strict=True))
-        cells.append("" if runs is baseline else ", ".join(f"{gap:+.1f}" for gap in gaps))
-        lines.append(f"| {' | '.join([name, settings, *cells])} |")
-    return "\n".join(lines) + "\n"
+        gaps = [f"{100 * (run['probe'] - base['probe']):+.1f}" for run, base in zip(runs, baseline, strict=True)]
+        lines.append((name, settings, *accuracies(runs), "" if runs is baseline else ", ".join(gaps)))
+    seeds = ", ".join(str(run["seed"]) for run in baseline)
+    head = ["recipe", "changed", "probe, %", "k-NN, %", "rank", f"probe - baseline, seeds {seeds}"]
+    return table(head, lines) + "\n"
 
 
 def draw(report: dict, path: Path) -> None:
@@ -256,16 +219,16 @@ def main() -> int:
     else:
         names = chosen_recipes(arguments.recipes)
         configs = {n: [run_config(n, s, arguments.out, arguments.data) for s in arguments.seeds] for n in names}
-        made_on = machine()  # before hours pass, and the checkout moves on
+        made_on = machine("cpu") | {"threads": 1}  # before hours pass, and the checkout moves on
         report = report_of(configs, run_all(configs, arguments.jobs), made_on)
-        (arguments.out / "ablations.json").write_text(json.dumps(report, indent=2) + "\n")
-    table = markdown_table(report)
+        save(arguments.out / "ablations.json", report)
+    shown = markdown_table(report)
     if arguments.doc:
-        write_into(arguments.doc, table, doc_start(arguments.table.name if arguments.table else "ablations.json"))
+        write_into(arguments.doc, shown, doc_start(arguments.table.name if arguments.table else "ablations.json"))
     if not arguments.table:
-        (arguments.out / "ablations.md").write_text(table)
+        (arguments.out / "ablations.md").write_text(shown)
     draw(report, arguments.png or arguments.out / "ablations.png")
-    print(table)
+    print(shown)
     return 0
 
 

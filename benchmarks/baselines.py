@@ -127,13 +127,15 @@ def _take(x: Tensor, masks: list[Tensor]) -> Tensor:
 
 
 class EagerEncoder(nn.Module):
+    attention: type[AttentionWeights] = NaiveAttention
+
     def __init__(self, model: ModelConfig):
         super().__init__()
         dim, side = model.embed_dim, model.img_size // model.patch_size
         self.patch_embed = PatchEmbed(model.patch_size, dim)
         self.register_buffer("pos_embed", sincos_positions(dim, (side, side))[None])
         self.blocks = nn.ModuleList(
-            Block(dim, model.num_heads, model.mlp_ratio, NaiveAttention) for _ in range(model.depth)
+            Block(dim, model.num_heads, model.mlp_ratio, self.attention) for _ in range(model.depth)
         )
         self.norm = nn.LayerNorm(dim, eps=1e-6)
 
@@ -147,6 +149,8 @@ class EagerEncoder(nn.Module):
 
 
 class EagerPredictor(nn.Module):
+    attention: type[AttentionWeights] = NaiveAttention
+
     def __init__(self, model: ModelConfig):
         super().__init__()
         dim, side = model.predictor_embed_dim, model.img_size // model.patch_size
@@ -154,7 +158,7 @@ class EagerPredictor(nn.Module):
         self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.register_buffer("predictor_pos_embed", sincos_positions(dim, (side, side))[None])
         self.predictor_blocks = nn.ModuleList(
-            Block(dim, model.num_heads, model.mlp_ratio, NaiveAttention) for _ in range(model.predictor_depth)
+            Block(dim, model.num_heads, model.mlp_ratio, self.attention) for _ in range(model.predictor_depth)
         )
         self.predictor_norm = nn.LayerNorm(dim, eps=1e-6)
         self.predictor_proj = nn.Linear(dim, model.embed_dim)

@@ -13,13 +13,12 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from benchmarks.baselines import AttentionWeights, BaselineStep, Block, PatchEmbed
+from benchmarks.baselines import AttentionWeights, BaselineStep, Block, EagerEncoder, EagerPredictor
 from ijepa_fast.config import ModelConfig
 from ijepa_fast.masks.sampler import Masks
 from ijepa_fast.model.blocks import COMPILED_VERSIONS
-from ijepa_fast.model.vit import sincos_positions
 from ijepa_fast.optim.schedules import Schedules
 
 
@@ -127,18 +126,10 @@ class PackedAttention(AttentionWeights):
 _block = torch.compile(Block.forward, fullgraph=True, dynamic=True)
 
 
-class CompiledEncoder(nn.Module):
+class CompiledEncoder(EagerEncoder):
     """Packed tokens [T] -> features [T, D]; the arithmetic is compiled."""
 
-    def __init__(self, model: ModelConfig):
-        super().__init__()
-        dim, side = model.embed_dim, model.img_size // model.patch_size
-        self.patch_embed = PatchEmbed(model.patch_size, dim)
-        self.register_buffer("pos_embed", sincos_positions(dim, (side, side))[None])
-        self.blocks = nn.ModuleList(
-            Block(dim, model.num_heads, model.mlp_ratio, PackedAttention) for _ in range(model.depth)
-        )
-        self.norm = nn.LayerNorm(dim, eps=1e-6)
+    attention = PackedAttention
 
     def forward(self, patches: Tensor, tokens: Tensor, sets: Sets) -> Tensor:
         x = self._embed(patches, tokens)
@@ -152,18 +143,8 @@ class CompiledEncoder(nn.Module):
         return x + self.pos_embed[0][tokens % self.pos_embed.shape[1]]
 
 
-class CompiledPredictor(nn.Module):
-    def __init__(self, model: ModelConfig):
-        super().__init__()
-        dim, side = model.predictor_embed_dim, model.img_size // model.patch_size
-        self.predictor_embed = nn.Linear(model.embed_dim, dim)
-        self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
-        self.register_buffer("predictor_pos_embed", sincos_positions(dim, (side, side))[None])
-        self.predictor_blocks = nn.ModuleList(
-            Block(dim, model.num_heads, model.mlp_ratio, PackedAttention) for _ in range(model.predictor_depth)
-        )
-        self.predictor_norm = nn.LayerNorm(dim, eps=1e-6)
-        self.predictor_proj = nn.Linear(dim, model.embed_dim)
+class CompiledPredictor(EagerPredictor):
+    attention = PackedAttention
 
     def forward(self, context: Tensor, packed: Packed) -> Tensor:
         x = self._embed(context, packed)

@@ -22,43 +22,38 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-import yaml
 
-from ijepa_fast.config import RunConfig, find_recipe, from_dict
+from benchmarks.ablations import write_into
+from benchmarks.results_files import table
+from ijepa_fast.bench.measure import save
+from ijepa_fast.config import from_dict, read_recipe
 from ijepa_fast.run.environment import machine
 from ijepa_fast.train import pretrain
 
 LEAST_PROBE = 0.60
 LEAST_GAIN = 0.10
-CONTROLS = ("untrained", "prediction_weight_0", "pixels", "colours")
-
-
-def demo_config(output: Path, seed: int, prediction_weight: float) -> RunConfig:
-    config = from_dict(yaml.safe_load(find_recipe("demo").read_text()))
-    return replace(
-        config,
-        output=str(output),
-        seed=seed,
-        objective=replace(config.objective, prediction_weight=prediction_weight),
-        evaluation=replace(config.evaluation, pictures=False),
-    )
+ROWS = {
+    "pixels": "raw pixels",
+    "colours": "colour histogram",
+    "untrained": "encoder before training",
+    "prediction_weight_0": "prediction loss at weight 0",
+    "ours": "**encoder after training**",
+}
+"""Name in the results -> title in the table. All but the last are controls."""
+MARKS = "tests/test_readme.py -->\n", "<!-- end of demo table -->"
 
 
 def train(folder: str, seed: int, prediction_weight: float) -> dict:
-    return pretrain(demo_config(Path(folder) / f"{seed}-{prediction_weight}", seed, prediction_weight))
-
-
-def result_of(seed: int, ours: dict, control: dict) -> dict:
-    return {
-        "seed": seed,
-        "ours": ours["after"],
-        "untrained": ours["before"],
-        "prediction_weight_0": control["after"],
-        "pixels": ours["pixels"],
-        "colours": ours["colours"],
-        "steps": ours["steps"],
-        "seconds": ours["seconds"],
-    }
+    config = from_dict(read_recipe("demo"))
+    return pretrain(
+        replace(
+            config,
+            output=str(Path(folder) / f"{seed}-{prediction_weight}"),
+            seed=seed,
+            objective=replace(config.objective, prediction_weight=prediction_weight),
+            evaluation=replace(config.evaluation, pictures=False),
+        )
+    )
 
 
 def shortfalls(seeds: list[dict]) -> list[str]:
@@ -68,38 +63,22 @@ def shortfalls(seeds: list[dict]) -> list[str]:
         probe = result["ours"]["probe"]
         if probe < LEAST_PROBE:
             found.append(f"seed {result['seed']}: probe {probe:.1%} is below {LEAST_PROBE:.0%}")
-        for control in CONTROLS:
+        for control in ("untrained", "prediction_weight_0", "pixels", "colours"):
             gain = probe - result[control]["probe"]
             if gain < LEAST_GAIN:
                 found.append(f"seed {result['seed']}: only {gain:.1%} above {control}")
     return found
 
 
-ROWS = (
-    ("raw pixels", "pixels"),
-    ("colour histogram", "colours"),
-    ("encoder before training", "untrained"),
-    ("prediction loss at weight 0", "prediction_weight_0"),
-    ("**encoder after training**", "ours"),
-)
-
-
 def markdown_table(report: dict) -> str:
     """The mean figures as README shows them."""
-    lines = ["| features | k-NN | probe | rank |", "|---|---|---|---|"]
-    for title, name in ROWS:
+    lines = []
+    for name, title in ROWS.items():
         mean = report["mean"][name]
-        rank = f"{mean['rank']:.1f}" if "rank" in mean else ""
-        lines.append(f"| {title} | {mean['knn']:.1%} | {mean['probe']:.1%} | {rank} |")
-    return "\n".join(lines) + "\n"
-
-
-def write_into(readme: Path, table: str) -> None:
-    """Replace the table between the two comments that mark its place."""
-    start, end = "tests/test_readme.py -->\n", "<!-- end of demo table -->"
-    text = readme.read_text()
-    head, rest = text.split(start)
-    readme.write_text(head + start + table + rest[rest.index(end) :])
+        lines.append(
+            (title, f"{mean['knn']:.1%}", f"{mean['probe']:.1%}", f"{mean['rank']:.1f}" if "rank" in mean else "")
+        )
+    return table(["features", "k-NN", "probe", "rank"], lines) + "\n"
 
 
 def main() -> int:
@@ -109,42 +88,35 @@ def main() -> int:
     parser.add_argument("--json", type=Path, default=Path("benchmarks/results/demo.json"))
     parser.add_argument("--readme", type=Path, help="write the table into this file")
     arguments = parser.parse_args()
-    made_on = machine("cpu")  # before minutes pass, and the checkout moves on
-    results = []
     threads = max(1, (os.cpu_count() or 1) // arguments.jobs)
+    # The machine is described before minutes pass and the checkout moves on.
+    report = {"recipe": "demo", "machine": machine("cpu"), "jobs": arguments.jobs, "threads_per_job": threads}
+    results = []
+    processes = multiprocessing.get_context("spawn")
     with (
         tempfile.TemporaryDirectory() as folder,
-        ProcessPoolExecutor(
-            arguments.jobs, multiprocessing.get_context("spawn"), torch.set_num_threads, (threads,)
-        ) as pool,
+        ProcessPoolExecutor(arguments.jobs, processes, torch.set_num_threads, (threads,)) as pool,
     ):
         runs = [[pool.submit(train, folder, seed, weight) for weight in (1.0, 0.0)] for seed in arguments.seeds]
-        for seed, (ours, control) in zip(arguments.seeds, runs, strict=True):
-            results.append(result_of(seed, ours.result(), control.result()))
+        for seed, pair in zip(arguments.seeds, runs, strict=True):
+            ours, control = (future.result() for future in pair)
+            figures = {"ours": ours["after"], "untrained": ours["before"], "prediction_weight_0": control["after"]}
+            others = {name: ours[name] for name in ("pixels", "colours", "steps", "seconds")}
+            results.append({"seed": seed, **figures, **others})
             print(json.dumps(results[-1]), flush=True)
-    names = ("ours", *CONTROLS)
-    report = {
-        "recipe": "demo",
-        "machine": made_on,
-        "jobs": arguments.jobs,
-        "threads_per_job": threads,
-        "mean": {
-            name: {
-                figure: round(statistics.mean(r[name][figure] for r in results), 4)
-                for figure in ("knn", "probe", "rank")
-                if figure in results[0][name]
-            }
-            for name in names
-        },
-        "seeds": results,
-        "shortfalls": shortfalls(results),
+    report["mean"] = {
+        name: {
+            figure: round(statistics.mean(result[name][figure] for result in results), 4)
+            for figure in ("knn", "probe", "rank")
+            if figure in results[0][name]
+        }
+        for name in ROWS
     }
-    arguments.json.parent.mkdir(parents=True, exist_ok=True)
-    arguments.json.write_text(json.dumps(report, indent=2) + "\n")
+    report |= {"seeds": results, "shortfalls": shortfalls(results)}
+    save(arguments.json, report)
     if arguments.readme:
-        write_into(arguments.readme, markdown_table(report))
-    for line in report["shortfalls"]:
-        print(line, file=sys.stderr)
+        write_into(arguments.readme, markdown_table(report), *MARKS)
+    print("\n".join(report["shortfalls"]), file=sys.stderr)
     return 1 if report["shortfalls"] else 0
 
 

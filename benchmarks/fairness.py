@@ -41,50 +41,26 @@ def settings(model: str, batch: int, folder: str) -> dict[str, dict[str, Any]]:
     config = model_config(model)
     return {
         "meta": {
-            "use_bfloat16": False,
-            "model_name": OFFICIAL_NAMES[model],
-            "load_checkpoint": False,
-            "read_checkpoint": None,
-            "copy_data": False,
-            "pred_depth": config.predictor_depth,
+            "use_bfloat16": False, "model_name": OFFICIAL_NAMES[model], "load_checkpoint": False,
+            "read_checkpoint": None, "copy_data": False, "pred_depth": config.predictor_depth,
             "pred_emb_dim": config.predictor_embed_dim,
         },
         "data": {
-            "use_gaussian_blur": False,
-            "use_horizontal_flip": False,
-            "use_color_distortion": False,
-            "color_jitter_strength": 0.0,
-            "batch_size": batch,
-            "pin_mem": False,
-            "num_workers": 0,
-            "root_path": None,
-            "image_folder": None,
-            "crop_size": config.img_size,
-            "crop_scale": (0.3, 1.0),
+            "use_gaussian_blur": False, "use_horizontal_flip": False, "use_color_distortion": False,
+            "color_jitter_strength": 0.0, "batch_size": batch, "pin_mem": False, "num_workers": 0, "root_path": None,
+            "image_folder": None, "crop_size": config.img_size, "crop_scale": (0.3, 1.0),
         },
         "mask": {
-            "allow_overlap": False,
-            "patch_size": config.patch_size,
-            "num_enc_masks": 1,
-            "min_keep": 10,
-            "enc_mask_scale": (0.85, 1.0),
-            "num_pred_masks": 4,
-            "pred_mask_scale": (0.15, 0.2),
+            "allow_overlap": False, "patch_size": config.patch_size, "num_enc_masks": 1, "min_keep": 10,
+            "enc_mask_scale": (0.85, 1.0), "num_pred_masks": 4, "pred_mask_scale": (0.15, 0.2),
             "aspect_ratio": (0.75, 1.5),
         },
         "optimization": {
-            "ema": (0.996, 1.0),
-            "ipe_scale": 1.0,
-            "weight_decay": 0.04,
-            "final_weight_decay": 0.4,
-            "epochs": 1,
-            "warmup": 0.5,
-            "start_lr": 2e-4,
-            "lr": 1e-3,
-            "final_lr": 1e-6,
+            "ema": (0.996, 1.0), "ipe_scale": 1.0, "weight_decay": 0.04, "final_weight_decay": 0.4, "epochs": 1,
+            "warmup": 0.5, "start_lr": 2e-4, "lr": 1e-3, "final_lr": 1e-6,
         },
         "logging": {"folder": folder, "write_tag": "run"},
-    }
+    }  # fmt: skip
 
 
 class SideBySide:

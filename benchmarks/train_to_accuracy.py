@@ -57,7 +57,7 @@ COMPARISONS = ("time", "epochs")
 WARM_UP, RATED = 2, 9  # steps: not timed, and timed, to find the rate
 WARM_UP_SHARE = 0.1
 """Of a run, at most: the recipes' warm-ups are made for longer ones."""
-FIGURES = ("probe", "knn", "rank")
+SIZES = ("img_size", "patch_size", "embed_dim", "depth", "predictor_embed_dim", "predictor_depth")
 
 
 def prepare(config: RunConfig, regularised: bool) -> RunConfig:
@@ -123,10 +123,8 @@ def build(name: str, config: RunConfig, steps: int, per_epoch: int, device: torc
 
     def train(images: Tensor, number: int) -> float:
         masks = sampler.sample(len(images), seed=config.seed, step=number)
-        lists = (
-            mask_lists(masks.context, masks.num_contexts, sampler.num_patches),
-            mask_lists(masks.targets, masks.num_targets, sampler.num_patches),
-        )
+        parts = (masks.context, masks.num_contexts), (masks.targets, masks.num_targets)
+        lists = tuple(mask_lists(tokens, count, sampler.num_patches) for tokens, count in parts)
         return eager((images / 255 - mean) / std, lists, number)
 
     return Contender(train, eager, eager.optimizer, config.model)
@@ -250,14 +248,12 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--json", type=Path, help="write the report here, whole after every run")
     options = parser.parse_args(arguments)
     names = list(dict.fromkeys(options.impl.split(",")))
-    for name in names:
-        if name not in contenders:
-            parser.error(f"--impl must name some of {', '.join(contenders)}, got {name!r}")
+    if unknown := [name for name in names if name not in contenders]:
+        parser.error(f"--impl must name some of {', '.join(contenders)}, got {unknown[0]!r}")
     if CONTROL in names and not options.regularised:
         parser.error(f"{CONTROL} has nothing to minimise without --regularised")
     for name in ("minutes", "steps", "epochs", "batch", "seeds", "threads"):
-        value = getattr(options, name)
-        if value is not None and not value > 0:
+        if (value := getattr(options, name)) is not None and not value > 0:
             parser.error(f"--{name} must be positive, got {value}")
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -275,8 +271,9 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     described = ("recipe", "minutes", "steps", "epochs", "equal", "regularised", "seeds")
     settings = {name: getattr(options, name) for name in described}
     settings |= {"data": options.name or options.data, "batch": train.batch_size, "precision": precision}
-    settings |= {"contenders": names, "device": device.type, "model": _sizes(config)}
-    settings["masks"] = json.loads(json.dumps(asdict(config.masks)))
+    sizes = {name: getattr(config.model, name) for name in SIZES}
+    masks = json.loads(json.dumps(asdict(config.masks)))
+    settings |= {"contenders": names, "device": device.type, "model": sizes, "masks": masks}
     report = started(options.json, settings)
     if not report:
         per_epoch = TrainLoader(sources.train, **loading(config)).steps_per_epoch
@@ -293,11 +290,6 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         save(options.json, report)
         print(json.dumps(entry), flush=True)
     return report
-
-
-def _sizes(config: RunConfig) -> dict[str, int]:
-    names = ("img_size", "patch_size", "embed_dim", "depth", "predictor_embed_dim", "predictor_depth")
-    return {name: getattr(config.model, name) for name in names}
 
 
 if __name__ == "__main__":

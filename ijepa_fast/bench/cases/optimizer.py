@@ -26,7 +26,7 @@ PART = "all parameters"
 
 @dataclass(frozen=True)
 class Parameters:
-    """Of each parameter, in the order of the groups: its shape, whether it is bf16, has an EMA, is decayed."""
+    """For each parameter, in the order of the groups: its shape, and whether it is bf16, has an EMA, is decayed."""
 
     shapes: list[torch.Size]
     low: list[bool]
@@ -39,14 +39,12 @@ class Parameters:
         model = on_meta(batch.model)
         cast_weights(model, torch.bfloat16)
         groups = parameter_groups(model)
-        every = [(p, "ema" in group, number) for number, group in enumerate(groups) for p in group["params"]]
-        return Parameters(
-            [p.shape for p, _, _ in every],
-            [p.dtype in LOW_PRECISION for p, _, _ in every],
-            [averaged for _, averaged, _ in every],
-            [number for _, _, number in every],
-            [group["decays"] for group in groups],
-        )
+        every = [
+            (p.shape, p.dtype in LOW_PRECISION, "ema" in group, number)
+            for number, group in enumerate(groups)
+            for p in group["params"]
+        ]
+        return Parameters(*map(list, zip(*every, strict=True)), [group["decays"] for group in groups])
 
     def places(self, wanted: list[bool]) -> list[int]:
         """Where each parameter stands in the list of those that are wanted, -1 for the others."""
@@ -128,15 +126,11 @@ def adamw_ema(batch: Batch, parameters: Parameters) -> Case:
     # An EMA of low precision has a wide one beside it, which is what is averaged.
     both = [a and b for a, b in zip(low, averaged, strict=True)]
     index = [parameters.places(wanted) for wanted in (low, averaged, both)]
-    rows = [[*SETTINGS.values(), DECAY * decays] for decays in parameters.decays]
-    on_host = {
-        "settings": torch.tensor(rows, dtype=torch.float64),
-        "momentum": torch.tensor(MOMENTUM, dtype=torch.float64),
-        "grad_scale": torch.ones(()),
-        "apply": torch.tensor(True),
-    }
+    settings = torch.tensor([[*SETTINGS.values(), DECAY * decays] for decays in parameters.decays], dtype=torch.float64)
     steps = torch.full((count,), STEP, device=batch.device)
-    on_device = {name: value.to(batch.device) for name, value in on_host.items()}
+    momentum = torch.tensor(MOMENTUM, dtype=torch.float64)
+    on_host = settings, steps, momentum, torch.ones(()), torch.tensor(True)
+    on_device = [value.to(batch.device) for value in on_host]
 
     def draw(generator):
         masters, moments, squares, averages = (_draw_wide(batch, parameters.shapes, generator) for _ in range(4))
@@ -146,22 +140,19 @@ def adamw_ema(batch: Batch, parameters: Parameters) -> Case:
         kept_copies = [a.bfloat16() for a, place in zip(averages, index[2], strict=True) if place >= 0]
         return masters, grads, moments, [s.square() for s in squares], copies, kept, kept_copies
 
-    def scalars(values):
-        return values["settings"], steps, values["momentum"], values["grad_scale"], values["apply"]
-
     def results(masters, grads, moments, squares, copies, averages, average_copies):
         return [*masters, *moments, *squares, *copies, *averages, *average_copies]
 
     def ours(*arguments):
         *lists, tables = arguments
-        ops.adamw_ema_(*lists, *index, parameters.group, *scalars(on_device), **tables)
+        ops.adamw_ema_(*lists, *index, parameters.group, *on_device, **tables)
         return results(*lists)
 
     def with_tables(*lists):
         return [*lists, ops.pointer_tables("adamw_ema_", *lists, *index, parameters.group)]
 
     def exact(*lists):
-        ops.adamw_ema_.definition(*lists, *index, parameters.group, *scalars(on_host))
+        ops.adamw_ema_.definition(*lists, *index, parameters.group, *on_host)
         return results(*lists)
 
     def taken(tensors, places):
@@ -178,15 +169,8 @@ def adamw_ema(batch: Batch, parameters: Parameters) -> Case:
         for number, decays in enumerate(parameters.decays):
             members = [i for i, group in enumerate(parameters.group) if group == number]
             tensors = ([of[i] for i in members] for of in (masters, wide, moments, squares))
-            torch._fused_adamw_(
-                *tensors,
-                [],
-                [numbers[i] for i in members],
-                **SETTINGS,
-                weight_decay=DECAY * decays,
-                amsgrad=False,
-                maximize=False,
-            )
+            more = SETTINGS | {"weight_decay": DECAY * decays, "amsgrad": False, "maximize": False}
+            torch._fused_adamw_(*tensors, [], [numbers[i] for i in members], **more)
         torch._foreach_copy_(copies, taken(masters, index[0]))
         torch._foreach_lerp_(averages, taken(masters, index[1]), 1 - MOMENTUM)
         torch._foreach_copy_(average_copies, [averages[index[1][i]] for i in range(count) if index[2][i] >= 0])
