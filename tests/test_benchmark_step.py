@@ -83,7 +83,9 @@ def test_variants_of_ours_are_timed_side_by_side(monkeypatch):
     assert len(recorder.replayed) == 3 + 2 * 4 + 2 - recorder.eager
 
 
-def test_names_of_implementations():
+def test_names_of_implementations_and_models():
+    huge = model_config("vit_h14")
+    assert (huge.patch_size, huge.embed_dim, huge.depth, huge.predictor_depth) == (14, 1280, 32, 12)
     assert parse("ours") == ("ours", [])
     assert parse("ours+compile+capture") == ("ours", ["compile", "capture"])
     for name, words in {
@@ -177,10 +179,8 @@ def test_groups_leave_room_for_the_gradients_that_are_compared(monkeypatch):
     monkeypatch.setattr(case, "device", torch.device("cuda"))
     monkeypatch.setattr(step, "_tidy", lambda device: None)
     monkeypatch.setattr(step, "memory_alone", lambda case, name: Memory(100_000, 50_000))
-    for free, expected in (
-        (200_000, [["ours", "eager", "compiled"]]),
-        (199_000, [["ours", "eager"], ["ours", "compiled"]]),
-    ):
+    apart = [["ours", "eager"], ["ours", "compiled"]]
+    for free, expected in ((200_000, [["ours", "eager", "compiled"]]), (199_000, apart)):
         available = (free + case.compared_bytes) / step.USABLE
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda available=available: (available, None))
         assert step.plan(case, ["ours", "eager", "compiled"], {})[1] == expected
@@ -198,9 +198,7 @@ def test_groups_are_timed_one_after_another_and_written_in_between(monkeypatch):
         group(case, names, *rest)
 
     monkeypatch.setattr(step, "measure_group", limited)
-    report = measure(
-        make_case("exact"), list(memory), 2, 1, lambda report: written.append(list(report["implementations"]))
-    )
+    report = measure(make_case("exact"), list(memory), 2, 1, lambda now: written.append(list(now["implementations"])))
     assert written == [["ours", "eager"], ["ours", "eager"], ["ours", "eager", "ours+compile"]]
     assert report["failed"] == {"compiled": "together with ours, compiled: OutOfMemoryError: CUDA out of memory"}
     assert report["implementations"]["eager"]["peak_memory_bytes"] == 7
@@ -223,12 +221,6 @@ def test_report_file_and_errors(tmp_path, monkeypatch, capsys):
         with pytest.raises(SystemExit):
             main(["--impl", names, "--device", "cpu"])
         assert words in capsys.readouterr().err
-
-
-def test_model_names():
-    huge = model_config("vit_h14")
-    assert (huge.patch_size, huge.embed_dim, huge.depth, huge.predictor_depth) == (14, 1280, 32, 12)
-    assert model_config("vit_small").predictor_depth == 6
 
 
 def test_compiled_variants_pass_every_check(monkeypatch, compiling):

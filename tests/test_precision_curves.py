@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks import precision_curves
-from benchmarks.report import __main__ as report
 from benchmarks.report.sections import precision
 from ijepa_fast.model.vit import VisionTransformer, cast_weights
 
@@ -32,7 +31,7 @@ def test_variants_differ_in_their_precision_alone(tmp_path):
     configs = {name: precision_curves.run_config(name, 0, tmp_path, 50) for name in precision_curves.VARIANTS}
     changed = [set(precision_curves.ablations.changes(configs["fp32"], config)) for config in configs.values()]
     assert set().union(*changed) == {"train.precision", "step.wide_residual", "step.fp8_targets"}
-    assert len({config.output for config in configs.values()}) == len(configs) == 5
+    assert len({config.output for config in configs.values()}) == len(configs) == 4
 
 
 def test_likeness_is_by_block_and_leaves_the_precision_of_the_caller():
@@ -46,7 +45,7 @@ def test_likeness_is_by_block_and_leaves_the_precision_of_the_caller():
         for block in pair["blocks"]:
             assert 0.9 < block["min"] <= block["mean"] < 1 and 0.9 < block["centred_mean"] < 1
     rounded = [pair["blocks"][-1]["mean"] for pair in pairs]
-    assert rounded[0] > rounded[1] and rounded[0] > rounded[2]
+    assert rounded[0] > rounded[1]
 
     cast_weights(encoder, torch.bfloat16)
     same = precision_curves.likeness(encoder, images)
@@ -64,17 +63,12 @@ def made_up(seeds=(0, 1)):
     ]
     block = {"mean": 0.99912, "min": 0.99834, "centred_mean": 0.98765}
     compared = [{"a": "row", "b": "bf16", "blocks": [block, block]}]
-    settings = {"model.depth": 3, "model.embed_dim": 64, "train.steps": 70, "train.batch_size": 32}
-    machine = {"cpu": "CPU", "threads": 1, "cores": 2, "torch": "2.11.0", "python": "3.12.3", "commit": None}
-    likeness = [{"encoder": "ViT-S/16, untrained", "compared": compared}]
     return {
-        "kind": "precision",
-        "file": "precision.json",
-        "machine": machine,
-        "settings": settings,
-        "variants": variants,
-        "likeness": likeness,
-    }
+        "kind": "precision", "file": "precision.json", "variants": variants,
+        "machine": {"cpu": "CPU", "threads": 1, "cores": 2, "torch": "2.11.0", "python": "3.12.3", "commit": None},
+        "settings": {"model.depth": 3, "model.embed_dim": 64, "train.steps": 70, "train.batch_size": 32},
+        "likeness": [{"encoder": "ViT-S/16, untrained", "compared": compared}],
+    }  # fmt: skip
 
 
 def test_the_page_says_what_the_results_say(tmp_path):
@@ -86,12 +80,6 @@ def test_the_page_says_what_the_results_say(tmp_path):
     assert row in text and "70 steps of 32 images" in text
     single = precision({"precision": [made_up(seeds=(0,))]})
     assert f"| bf16 | {end + 0.01:.4f} |  | 51.0 |  |" in single
-
-
-def test_without_results_it_says_so():
-    assert "not measured yet" in precision({})
-    page = report.pages(ROOT, {})[ROOT / "docs" / "precision.md"]
-    assert "not measured yet" in page and "images/precision.png" not in page
 
 
 @pytest.mark.slow
@@ -106,7 +94,7 @@ def test_command(tmp_path, monkeypatch):
         assert run["seed"] == 3 and [row["step"] for row in run["curve"]] == [10, 20]
         assert all(0 <= run[name] <= 1 for name in ("probe", "knn"))
     ends = [entry["runs"][0]["curve"][-1]["loss"] for entry in found["variants"]]
-    assert len(set(ends)) == 5 and max(ends) - min(ends) < 0.02
+    assert len(set(ends)) == 4 and max(ends) - min(ends) < 0.02
     assert found["likeness"][0]["encoder"] == "trained in bf16, seed 3"
     text = precision({"precision": [found | {"file": "precision.json"}]})
     assert "| bf16, FP8 targets, row |" in text

@@ -139,7 +139,7 @@ def _precision(reports: Sequence[Report], path: Path) -> None:
         entry["variant"]: np.array([[point["loss"] for point in run["curve"]] for run in entry["runs"]])
         for entry in entries
     }
-    for row, (entry, colour) in enumerate(zip(entries, PRECISIONS, strict=True)):
+    for row, (entry, colour) in enumerate(zip(entries, PRECISIONS, strict=False)):
         name, steps = entry["variant"], [point["step"] for point in entry["runs"][0]["curve"]]
         losses.plot(steps, np.mean(curves[name], 0), color=colour, linewidth=1.3, label=name)
         gaps.plot(steps, np.mean(curves[name] - curves["bf16"], 0), color=colour, linewidth=1.3)

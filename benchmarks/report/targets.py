@@ -29,7 +29,6 @@ STEPS = (
     ("vit_h14", "exact", 640, 3.0, 1.15),
     ("vit_h14", "batch_min", 820, 3.0, 1.15),
 )
-FP8 = {"fp8", "fp8row"}  # suffixes of variants whose target encoder computes in 8 bits: they have a target of their own
 FP8_STEPS = (("vit_h14", "exact", 740),)
 CPU_BATCH = 16
 CPU_STEPS = (("vit_small", "batch_min", 0.87), ("vit_small", "exact", 1.2))
@@ -57,7 +56,7 @@ def op_targets(rows: Sequence[Report]) -> Iterator[Target]:
 
 def best_of_ours(results: Report, fp8: bool = False) -> str | None:
     """Name of the fastest variant of ours, with an FP8 target encoder or without."""
-    names = [name for name in results if name.split("+")[0] == "ours" and bool(FP8 & {*name.split("+")}) == fp8]
+    names = [name for name in results if name.split("+")[0] == "ours" and ("fp8" in name.split("+")) == fp8]
     return max(names, key=lambda name: results[name]["images_per_second"], default=None)
 
 
