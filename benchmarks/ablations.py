@@ -189,7 +189,7 @@ def draw(report: dict, path: Path) -> None:
 
 
 def doc_start(results: str) -> str:
-    """What stands before the table of a results file."""
+    """The comment before the table of a results file."""
     return f"<!-- table of {results} -->\n"
 
 

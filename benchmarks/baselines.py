@@ -255,5 +255,5 @@ class Eager(BaselineStep):
 
 
 def load_weights(step: BaselineStep, state: dict[str, Tensor]) -> None:
-    """From the state of an ``ijepa_fast.model.jepa.IJEPA``, whose parameters have the same names."""
+    """Load the state of an ``ijepa_fast.model.jepa.IJEPA``, whose parameters have the same names."""
     step.load_state_dict({name: value.float() for name, value in state.items()})

@@ -93,7 +93,7 @@ class Packed:
 
     @classmethod
     def of(cls, masks: Masks, device: torch.device | str = "cpu") -> Packed:
-        """From the package's masks on the host, with one context per image."""
+        """Pack the package's masks, which are on the host and have one context per image."""
         device, blocks = torch.device(device), masks.num_targets
         context_lengths, target_lengths = masks.context.lengths.long(), masks.targets.lengths.long()
         context_rows = torch.arange(int(context_lengths.sum())).split(context_lengths.tolist())

@@ -57,7 +57,7 @@ def train(folder: str, seed: int, prediction_weight: float) -> dict:
 
 
 def shortfalls(seeds: list[dict]) -> list[str]:
-    """What keeps the results from the bar; empty if nothing does."""
+    """The results that miss the bar, in words; empty if none does."""
     found = []
     for result in seeds:
         probe = result["ours"]["probe"]

@@ -79,7 +79,7 @@ class SideBySide:
         return self.steps
 
     def set_epoch(self, epoch: int) -> None:
-        """What the official loop asks of its sampler."""
+        """Do nothing: the official loop calls this on its sampler."""
 
     def adopt(self, encoder: torch.nn.Module, predictor: torch.nn.Module) -> None:
         """Start from the weights of the official networks."""

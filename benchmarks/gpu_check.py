@@ -250,7 +250,7 @@ def outcome(junit: Path, status: int | None) -> dict[str, Any]:
 
 
 def more(run: Run, entry: Entry) -> None:
-    """As time is left: FP8, second stream and other options, the sanitizer, time per token."""
+    """Run as time is left: FP8, second stream and other options, the sanitizer, time per token."""
     entry["reports"] = []
     run_steps(run, entry, [] if run.tiny else STEPS[WHOLE_STEPS:MORE_STEPS])
     sanitizer(run, entry)
@@ -281,7 +281,7 @@ JUDGING_SECONDS = 120
 
 
 def accuracy(run: Run, entry: Entry) -> None:
-    """What training buys, on the images that --data names."""
+    """Accuracy for a given time of training, on the images that --data names."""
     entry["reports"] = []
     build_extension(run, entry)
     data = (("demo", "rendered"),) if run.tiny else run.data
@@ -316,7 +316,7 @@ PARTS: dict[str, Callable[[Run, Entry], None]] = {
 
 
 def faults(parts: dict[str, Entry]) -> Iterator[str]:
-    """What went wrong, in words."""
+    """Everything that went wrong, in words."""
     for part, entry in parts.items():
         if "error" in entry:
             yield f"{part}: {entry['error']}"
@@ -336,7 +336,7 @@ def faults(parts: dict[str, Entry]) -> Iterator[str]:
 
 
 def figures(parts: dict[str, Entry]) -> Iterator[str]:
-    """What was measured, in a line each."""
+    """The measured figures, one line each."""
     for part, entry in parts.items():
         if "passed" in entry:
             yield f"{part}: {entry['passed']} tests passed"

@@ -126,14 +126,8 @@ class Case:
             self.state = {name: value.cpu() for name, value in model.build(Objective()).state_dict().items()}
         self.schedules = Schedules(total_steps=1000, warmup_steps=10)
 
-    @property
-    def compared_bytes(self) -> int:
-        """What ``check_agreement`` keeps beside the implementations: gradients of two of them, in fp32."""
-        fixed = ("target_encoder.", "context_encoder.pos_embed", "predictor.predictor_pos_embed")
-        return 2 * 4 * sum(value.numel() for name, value in self.state.items() if not name.startswith(fixed))
-
     def make(self, name: str) -> Candidate:
-        """From the same weights every time.
+        """An implementation that starts from the case's weights.
 
         Raises:
             ValueError: of ``parse``, or options that do not fit together or run on this device.

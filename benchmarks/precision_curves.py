@@ -1,4 +1,4 @@
-"""What the precision options do to training and to targets, measured without a GPU.
+"""The effect of the precision options on training and on targets, measured without a GPU.
 
     python -m benchmarks.precision_curves [--seeds 0 1 2] [--jobs 2] [--out runs/precision] [--json FILE]
 
@@ -43,7 +43,7 @@ from ijepa_fast.weights.runs import load_run
 RECIPE = "ablations/baseline"
 BATCH, STEPS, LOG_EVERY = 32, 400, 10
 WARMUP = 0.13
-"""Of the steps, as in the demo."""
+"""Share of the steps, as in the demo."""
 VARIANTS = {
     "fp32": ("fp32", StepOptions()),
     "bf16": ("bf16", StepOptions()),
@@ -148,7 +148,7 @@ def untrained_likeness(size: str, count: int) -> list[dict[str, Any]]:
 
 
 def measure(seeds: list[int], out: Path, jobs: int, steps: int, sizes: list[str]) -> dict[str, Any]:
-    """What the results file holds."""
+    """The contents of the results file."""
     made_on = machine("cpu") | {"threads": 1}  # before hours pass, and the checkout moves on
     configs = {name: [run_config(name, seed, out, steps) for seed in seeds] for name in VARIANTS}
     with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), torch.set_num_threads, (1,)) as pool:

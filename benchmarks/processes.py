@@ -114,5 +114,5 @@ class Run:
         return found
 
     def log(self, name: str) -> Path:
-        """What a command printed."""
+        """The file with the output of a command."""
         return self.scratch / f"{re.sub('[^A-Za-z0-9]+', '-', name)}.log"

@@ -96,31 +96,21 @@ def measure_point(case: Case, name: str, rounds: int, warm_up: int) -> dict[str,
     }
 
 
-def points(
-    model: str,
-    name: str,
-    sizes: Sequence[int],
-    batches: Sequence[int],
-    device: torch.device,
-    precision: str,
-    *,
-    rounds: int,
-    warm_up: int,
-    seconds: float,
-) -> Iterator[dict[str, Any]]:
+def points(options: argparse.Namespace, device: torch.device, precision: str) -> Iterator[dict[str, Any]]:
     """One after another, smallest first; what was not measured has "not_run", with the reason."""
-    until = time.monotonic() + seconds
-    for img_size in sizes:
+    until = time.monotonic() + options.seconds
+    for img_size in options.sizes:
         full = False
-        for batch in sorted(batches):
+        for batch in sorted(options.batches):
             place = {"img_size": img_size, "batch": batch}
             if full or time.monotonic() > until:
-                yield place | {"not_run": "a smaller batch did not fit" if full else f"no time after {seconds:.0f} s"}
+                reason = "a smaller batch did not fit" if full else f"no time after {options.seconds:.0f} s"
+                yield place | {"not_run": reason}
                 continue
             try:
-                config = model_config(model, img_size)
-                case = Case(config, batch, "exact", device, precision, steps=rounds + warm_up)
-                found = measure_point(case, name, rounds, warm_up)
+                config = model_config(options.model, img_size)
+                case = Case(config, batch, "exact", device, precision, steps=options.rounds + options.warm_up)
+                found = measure_point(case, options.impl, options.rounds, options.warm_up)
             except torch.OutOfMemoryError:
                 full, found = True, {"not_run": "does not fit into memory"}
             case = None
@@ -161,17 +151,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     settings = {name: getattr(options, name) for name in ("model", "impl", "rounds", "warm_up")}
     settings |= {"masks": "exact", "precision": precision}
     report = results("scaling", device, settings=settings, points=[], spread=None)
-    for point in points(
-        options.model,
-        options.impl,
-        options.sizes,
-        options.batches,
-        device,
-        precision,
-        rounds=options.rounds,
-        warm_up=options.warm_up,
-        seconds=options.seconds,
-    ):
+    for point in points(options, device, precision):
         report["points"].append(point)
         report["spread"] = spread(report["points"])
         save(options.json, report)

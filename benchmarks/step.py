@@ -9,8 +9,8 @@ weights; the ratio of two is the median over rounds. ``eager`` can only use mask
 the official truncated ones, while ``ours`` and ``compiled`` run those that --masks names. On the CPU the report also
 has ratios of CPU time, which busy neighbours disturb less.
 
-On a GPU each is first run alone, for its peak memory. Those that do not fit on it together are timed in groups, each
-beside the first one named; the report is written after every group.
+On a GPU each is first run alone, for its peak memory, and then timed beside the first one named, because not all of
+them fit on it together; the report is written after each.
 
 Drawing masks is part of our step. The others are handed theirs (``eager_mask_loop_ms`` in the report is what the
 published loop over images takes), and normalised images, as from DataLoader workers.
@@ -28,7 +28,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -83,45 +83,16 @@ def ratios(seconds: dict[str, list[float]]) -> dict[str, float]:
     }
 
 
-class Memory(NamedTuple):
-    """Bytes at the peak of a step, weights and optimizer included, and what stays between two steps."""
-
-    peak: int
-    kept: int
-
-
-def memory_alone(case: Case, name: str) -> Memory:
-    """Of an implementation that has the GPU to itself."""
-    _tidy(case.device)
+def peak_memory(case: Case, name: str) -> int:
+    """Bytes at the peak of a step, weights and optimizer included, of an implementation that has the GPU to itself."""
     torch.cuda.reset_peak_memory_stats()
     allocated, reserved = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
     candidate = case.make(name)
     warm(candidate, case, len(REHEARSAL))
     torch.cuda.synchronize()
-    if not candidate.captured:
-        return Memory(torch.cuda.max_memory_allocated() - allocated, torch.cuda.memory_allocated() - allocated)
     # What a replay writes lies in the graphs' pool, which only counts as reserved.
-    peak = torch.cuda.max_memory_reserved() - reserved
-    torch.cuda.empty_cache()
-    return Memory(peak, torch.cuda.memory_reserved() - reserved)
-
-
-USABLE = 0.9
-"""Share of the GPU's memory that a group may fill by its members' own figures and the gradients that are compared;
-fragments take the rest."""
-
-
-def groups(names: Sequence[str], memory: dict[str, Memory], available: float) -> list[list[str]]:
-    """Names that fit into ``available`` bytes together, the first one in every group."""
-    first, *others = names
-    found = [[first]]
-    for name in others:
-        together = [memory[member] for member in (*found[-1], name)]
-        needed = sum(m.kept for m in together) + max(m.peak - m.kept for m in together)
-        if needed > available and len(found[-1]) > 1:
-            found.append([first])
-        found[-1].append(name)
-    return found
+    captured = candidate.captured
+    return torch.cuda.max_memory_reserved() - reserved if captured else torch.cuda.max_memory_allocated() - allocated
 
 
 def warm(candidate: Candidate, case: Case, warm_up: int) -> None:
@@ -132,9 +103,11 @@ def warm(candidate: Candidate, case: Case, warm_up: int) -> None:
         candidate.run(number)
 
 
-def measure_group(case: Case, names: Sequence[str], rounds: int, warm_up: int, report: dict[str, Any]) -> None:
+def measure_together(
+    case: Case, names: Sequence[str], rounds: int, warm_up: int, report: dict[str, Any], memory: dict[str, int]
+) -> None:
     """Check, warm up, then time ``rounds`` steps of each, one after another in turn. The results go into ``report``;
-    of what an earlier group measured, only the ratios to it are new."""
+    of those that were measured before, only the ratios are new."""
     candidates = [case.make(name) for name in names]
     agreement, wrong = check_agreement(case, candidates)
     report["agreement"] |= agreement
@@ -142,19 +115,16 @@ def measure_group(case: Case, names: Sequence[str], rounds: int, warm_up: int, r
     candidates = [candidate for candidate in candidates if candidate.name not in report["failed"]]
     for candidate in candidates:
         warm(candidate, case, warm_up)
-    if not candidates:
-        return
     peaks: list[float] = []
     calls = {candidate.name: candidate.run for candidate in candidates}
     took = in_turns(calls, rounds, case.device, first=warm_up, before=lambda: peaks.append(matmul_rate(case.device)))
-    for candidate in candidates:
-        if candidate.name not in report["implementations"]:
-            measured = result(case, candidate, took[candidate.name], statistics.median(peaks))
-            report["implementations"][candidate.name] = measured
+    for candidate in (candidate for candidate in candidates if candidate.name not in report["implementations"]):
+        measured = result(case, candidate, took[candidate.name], statistics.median(peaks))
+        report["implementations"][candidate.name] = measured | {"peak_memory_bytes": memory.get(candidate.name)}
     report["matmul_tflops"] = report["matmul_tflops"] or statistics.median(peaks) / 1e12
     report["ratio"] |= ratios({name: [each.wall for each in of] for name, of in took.items()})
     if case.device.type == "cpu":
-        report["cpu_time_ratio"] = ratios({name: [each.cpu for each in of] for name, of in took.items()})
+        report["cpu_time_ratio"] |= ratios({name: [each.cpu for each in of] for name, of in took.items()})
 
 
 def result(case: Case, candidate: Candidate, took: Sequence[Took], peak: float) -> dict[str, Any]:
@@ -174,64 +144,45 @@ def result(case: Case, candidate: Candidate, took: Sequence[Took], peak: float) 
         "useful_gflops_per_image": candidate.flops.total / 1e9,
         "useful_tflops": rate / 1e12,
         "share_of_matmul_peak": rate / peak,
-        "peak_memory_bytes": None,  # known where there is a GPU, from ``plan``
     }
 
 
 def measure(
     case: Case, names: Sequence[str], rounds: int, warm_up: int, save: Callable[[dict[str, Any]], None] = lambda _: None
 ) -> dict[str, Any]:
-    """The report on these implementations; ``save`` gets it after every group. The case has ``rounds + warm_up`` steps.
+    """The report on these implementations; ``save`` gets it after each. The case has ``rounds + warm_up`` steps.
 
-    "failed" names those that do not run on this GPU, or do not train what the others do, with the reason.
+    On the CPU all are timed together. On a GPU, where memory would not do, each is timed beside the first one.
+    "failed" names those that do not run, or do not train what the others do, with the reason.
     """
+    on_gpu, (first, *others) = case.device.type == "cuda", names
     report: dict[str, Any] = {"agreement": {}, "failed": {}, "matmul_tflops": None}
-    report |= {"implementations": {}, "ratio": {}}
+    report |= {"implementations": {}, "ratio": {}} | ({} if on_gpu else {"cpu_time_ratio": {}})
     if "eager" in names:
         generator = torch.Generator().manual_seed(SEED)
         took = repeat(lambda _: draw_masks(case.batch, case.grid, generator), warm_up=0)
         report["eager_mask_loop_ms"] = statistics.median(each.wall for each in took) * 1e3
-    memory, together = plan(case, names, report["failed"])
-    waiting = deque(together)
+    pairs = [[first, other] for other in others]
+    waiting, memory = deque(pairs or [[first]]) if on_gpu or not pairs else deque([list(names)]), {}
     while waiting:
-        group = waiting.popleft()
+        together = waiting.popleft()
         try:
-            measure_group(case, group, rounds, warm_up, report)
+            for name in (name for name in together if on_gpu and name not in memory):
+                _tidy(case.device)
+                memory[name] = peak_memory(case, name)
+            measure_together(case, together, rounds, warm_up, report, memory)
         except Exception as problem:  # of one implementation: the others' results are worth having
-            missing = [name for name in group if name not in report["implementations"]]
-            if len(group) > 2:
-                waiting.extend([group[0], name] for name in missing if name != group[0])
+            if len(together) > 2:
+                waiting.extend(pairs)
             else:
-                report["failed"][group[-1]] = f"together with {', '.join(group)}: {in_words(problem)}"
-        for name, found in report["implementations"].items():
-            found["peak_memory_bytes"] = memory[name].peak if memory else None
+                report["failed"][together[-1]] = f"together with {first}: {in_words(problem)}"
         save(report)
-        with contextlib.suppress(Exception):  # the GPU may answer nothing any more, as in ``plan``
+        with contextlib.suppress(Exception):  # after an illegal access the GPU answers nothing any more
             _tidy(case.device)
-    if names[0] not in report["implementations"]:
-        report["failed"].setdefault(names[0], "nothing ran beside it")
+    if first not in report["implementations"]:
+        report["failed"].setdefault(first, "nothing ran beside it")
         save(report)
     return report
-
-
-def plan(case: Case, names: Sequence[str], failed: dict[str, str]) -> tuple[dict[str, Memory], list[list[str]]]:
-    """Memory of each implementation that runs on this GPU, and the groups to time them in; the others go to
-    ``failed``. On the CPU nothing is run beforehand, and all are one group."""
-    if case.device.type == "cpu":
-        return {}, [list(names)]
-    memory = {}
-    for name in names:
-        try:
-            memory[name] = memory_alone(case, name)
-        except Exception as problem:  # of one implementation: the others' results are worth having
-            failed[name] = in_words(problem)
-    try:
-        _tidy(case.device)
-        free, _ = torch.cuda.mem_get_info()
-    except Exception as problem:  # after an illegal access, which ``failed`` names, the GPU answers nothing any more
-        failed.setdefault(names[0], in_words(problem))
-        return {}, []
-    return memory, groups(list(memory), memory, USABLE * free - case.compared_bytes) if memory else []
 
 
 def _tidy(device: torch.device) -> None:
@@ -260,7 +211,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--warm-up", type=int, default=2)
     parser.add_argument("--threads", type=int, help="of torch on the CPU")
-    parser.add_argument("--json", type=Path, help="write the report here, whole after every group")
+    parser.add_argument("--json", type=Path, help="write the report here, whole after each")
     options = parser.parse_args(arguments)
     names = list(dict.fromkeys(options.impl.split(",")))
     device = torch.device(options.device)

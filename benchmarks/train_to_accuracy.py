@@ -56,7 +56,7 @@ CONTROL = "no_prediction"
 COMPARISONS = ("time", "epochs")
 WARM_UP, RATED = 2, 9  # steps: not timed, and timed, to find the rate
 WARM_UP_SHARE = 0.1
-"""Of a run, at most: the recipes' warm-ups are made for longer ones."""
+"""Largest share of a run that is warm-up: the recipes' warm-ups are made for longer runs."""
 SIZES = ("img_size", "patch_size", "embed_dim", "depth", "predictor_embed_dim", "predictor_depth")
 
 
@@ -131,7 +131,7 @@ def build(name: str, config: RunConfig, steps: int, per_epoch: int, device: torc
 
 
 def _regulariser(objective: Objective) -> Callable[[Tensor], Tensor]:
-    """What ``Objective`` adds to the prediction loss, of context features [B, K, D]."""
+    """The term that ``Objective`` adds to the prediction loss, a function of context features [B, K, D]."""
 
     def loss(context: Tensor) -> Tensor:
         terms = variance_covariance(context.float().mean(1), objective.target_std, objective.variance_eps)
@@ -219,7 +219,7 @@ def runs(
 
 
 def started(path: Path | None, settings: dict[str, Any]) -> dict[str, Any]:
-    """What an earlier start of the same command found, or nothing."""
+    """The report of an earlier start of the same command, or an empty one."""
     if path is None or not path.exists():
         return {}
     found = json.loads(path.read_text())

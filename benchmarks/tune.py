@@ -257,7 +257,7 @@ def candidates(row: Any, options: Sequence[Sequence | None]) -> list:
 
 
 def broken_rules(tunable: Tunable, slot: Slot, row: Any, arch: str) -> list[str]:
-    """What ``ijepa_fast.kernels.compile`` says against the kernels that a row changes; needs no GPU."""
+    """Objections of ``ijepa_fast.kernels.compile`` to the kernels that a row changes; needs no GPU."""
     from ijepa_fast.kernels.compile import compile_spec
 
     def specs() -> dict[str, Any]:

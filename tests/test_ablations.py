@@ -9,7 +9,7 @@ import yaml
 from image_files import write_folder
 from tiny import tiny_run
 
-from benchmarks import ablations, mask_quality
+from benchmarks import ablations
 from ijepa_fast import cli
 from ijepa_fast.config import RunConfig, as_dict, from_dict, read_recipe, recipes
 from ijepa_fast.masks.sampler import MaskSampler
@@ -164,17 +164,6 @@ def test_a_document_without_a_place_for_the_table_is_left_alone(tmp_path):
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def test_the_documentation_shows_the_committed_figures_of_mask_quality():
-    report = json.loads((ROOT / "benchmarks" / "results" / "mask_quality.json").read_text())
-    table = mask_quality.DOC_START + mask_quality.markdown_table(report) + mask_quality.DOC_END
-    assert table in (ROOT / "docs" / "ablations.md").read_text()
-    assert [run["seed"] for run in report["runs"]["exact"]] == [0, 1, 2]
-    # Equal time: as many steps as the measured times of a step say.
-    seconds, steps = report["step_seconds"], report["steps"]
-    longer = steps["batch_min_time"] * seconds["batch_min"] - steps["exact"] * seconds["exact"]
-    assert abs(longer) <= seconds["batch_min"] and steps["batch_min"] == steps["exact"]
-
-
 @pytest.mark.parametrize("contexts", [False, True])
 def test_the_documentation_shows_the_committed_results(contexts):
     """Recipes that change the context are compared in a file and a section of their own."""
@@ -190,28 +179,3 @@ def test_the_documentation_shows_the_committed_results(contexts):
         changes = ablations.changes(baseline, ablations.run_config(entry["recipe"], 0, ROOT))
         assert entry["changes"] == json.loads(json.dumps(changes))
         assert [run["seed"] for run in entry["runs"]] == [0, 1, 2]
-
-
-def test_mask_quality_from_images_to_the_table(tmp_path, monkeypatch):
-    """The whole command on a few images, with steps so few that only the bookkeeping is seen."""
-    write_folder(tmp_path / "data" / "train", 70, size=(32, 32))
-    write_folder(tmp_path / "data" / "val", 10, size=(32, 32))
-    monkeypatch.setattr(mask_quality, "BATCH", 4)
-    monkeypatch.setitem(mask_quality.MASKS["batch_min"], "group_size", 4)
-    monkeypatch.setattr(mask_quality, "TIMED_STEPS", 2)
-    document = tmp_path / "doc.md"
-    document.write_text(mask_quality.DOC_START + mask_quality.DOC_END)
-    out = tmp_path / "out"
-    out.mkdir()
-    (out / "step_seconds.json").write_text('{"exact": 0.3, "batch_min": 0.2}')
-    flags = ["--seeds", "4", "--steps", "2", "--out", str(out), "--json", str(out / "x.json"), "--doc", str(document)]
-    monkeypatch.setattr("sys.argv", ["mask_quality", str(tmp_path / "data"), *flags])
-    assert mask_quality.main() == 0
-    report = json.loads((out / "x.json").read_text())
-    assert report["steps"] == {"exact": 2, "batch_min": 2, "batch_min_time": 3, "no_prediction": 2}
-    assert [run["steps"] for run in report["runs"]["batch_min_time"]] == [3]
-    assert report["runs"]["exact"] != report["runs"]["untrained"]
-    assert "| batch_min_time | 3 | 0.6 s |" in document.read_text()
-    (out / "step_seconds.json").unlink()
-    measured = mask_quality.step_seconds(str(tmp_path / "data"), out)
-    assert set(measured) == {"exact", "batch_min"} and min(measured.values()) > 0

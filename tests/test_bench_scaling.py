@@ -1,6 +1,7 @@
 """Time per token over batch and image size, on steps small enough for a CPU."""
 
 import json
+from argparse import Namespace
 
 import pytest
 import torch
@@ -54,8 +55,8 @@ def test_points_are_measured_and_written(tmp_path, capsys):
 def test_captured_steps_are_replayed_and_their_update_timed(monkeypatch):
     recorders = []
     monkeypatch.setattr(captured, "CudaGraphs", lambda device: recorders.append(Recorder()) or recorders[-1])
-    found = scaling.points("", "ours+capture", [48], [2], CPU, "fp32", rounds=2, warm_up=1, seconds=100)
-    (point,) = found
+    options = Namespace(model="", impl="ours+capture", sizes=[48], batches=[2], rounds=2, warm_up=1, seconds=100)
+    (point,) = scaling.points(options, CPU, "fp32")
     assert recorders[0].replayed and 0 < point["update_ms"] < point["ms"]
 
 

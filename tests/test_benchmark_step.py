@@ -8,7 +8,7 @@ import torch
 from benchmarks import implementations, step
 from benchmarks.implementations import KINDS, Case, check_agreement, model_config, parse
 from benchmarks.results_files import PHASES
-from benchmarks.step import Memory, groups, main, measure
+from benchmarks.step import main, measure
 from ijepa_fast.config import ModelConfig
 from ijepa_fast.model.fp8 import Fp8Linear
 from ijepa_fast.model.fused_blocks import FusedLayerNorm
@@ -162,47 +162,27 @@ def test_approximate_targets_are_judged_by_their_direction(monkeypatch):
     assert found["ours+rounded/ours"]["targets"] > 0.02 and "ours+rounded" in wrong
 
 
-def test_groups_fit_into_memory_and_begin_with_the_first():
-    memory = {"ours": Memory(80, 10), "eager": Memory(50, 20), "wide": Memory(90, 10), "pool": Memory(150, 80)}
-    assert groups(list(memory), memory, 1000) == [["ours", "eager", "wide", "pool"]]
-    # 10 + 20 kept and 70 in passing; 40 and 80; alone with the first, whatever it takes.
-    assert groups(list(memory), memory, 120) == [["ours", "eager", "wide"], ["ours", "pool"]]
-    assert groups(list(memory), memory, 119) == [["ours", "eager"], ["ours", "wide"], ["ours", "pool"]]
-
-
-def test_groups_leave_room_for_the_gradients_that_are_compared(monkeypatch):
-    case = make_case("exact", steps=1)
-    kept = {}  # alive at the same time: the reference's copies and those of whatever is compared with it
-    for name in ("eager", "ours"):
-        kept[name] = implementations.first_batch(case, case.make(name), case.truncated[0])["gradient"]
-    assert case.compared_bytes == sum(value.nbytes for gradients in kept.values() for value in gradients.values())
-    monkeypatch.setattr(case, "device", torch.device("cuda"))
-    monkeypatch.setattr(step, "_tidy", lambda device: None)
-    monkeypatch.setattr(step, "memory_alone", lambda case, name: Memory(100_000, 50_000))
-    apart = [["ours", "eager"], ["ours", "compiled"]]
-    for free, expected in ((200_000, [["ours", "eager", "compiled"]]), (199_000, apart)):
-        available = (free + case.compared_bytes) / step.USABLE
-        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda available=available: (available, None))
-        assert step.plan(case, ["ours", "eager", "compiled"], {})[1] == expected
-
-
-def test_groups_are_timed_one_after_another_and_written_in_between(monkeypatch):
-    memory = {"ours": Memory(5, 1), "eager": Memory(7, 1), "compiled": Memory(6, 1), "ours+compile": Memory(5, 1)}
-    of = [["ours", "eager"], ["ours", "compiled"], ["ours", "ours+compile"]]
-    monkeypatch.setattr(step, "plan", lambda case, names, failed: (memory, of))
-    group, written = step.measure_group, []
+def test_on_a_gpu_each_is_timed_beside_the_first_and_written(monkeypatch):
+    """With a case on the CPU that says it is on a GPU."""
+    case, names, written, tidied = make_case("exact"), ["ours", "eager", "compiled", "ours+compile"], [], []
+    peaks, together = iter((5, 7, 6, 9)), step.measure_together
 
     def limited(case, names, *rest):
         if "compiled" in names:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        group(case, names, *rest)
+        monkeypatch.setattr(case, "device", CPU)
+        together(case, names, *rest[:2], rest[2] | {"cpu_time_ratio": {}}, rest[3])
+        monkeypatch.setattr(case, "device", torch.device("cuda"))
 
-    monkeypatch.setattr(step, "measure_group", limited)
-    report = measure(make_case("exact"), list(memory), 2, 1, lambda now: written.append(list(now["implementations"])))
+    monkeypatch.setattr(case, "device", torch.device("cuda"))
+    monkeypatch.setattr(step, "_tidy", tidied.append)
+    monkeypatch.setattr(step, "peak_memory", lambda case, name: next(peaks))
+    monkeypatch.setattr(step, "measure_together", limited)
+    report = measure(case, names, 2, 1, lambda now: written.append(list(now["implementations"])))
     assert written == [["ours", "eager"], ["ours", "eager"], ["ours", "eager", "ours+compile"]]
-    assert report["failed"] == {"compiled": "together with ours, compiled: OutOfMemoryError: CUDA out of memory"}
-    assert report["implementations"]["eager"]["peak_memory_bytes"] == 7
-    assert report["ratio"].keys() >= {"ours/eager", "ours+compile/ours"} and "eager/compiled" not in report["ratio"]
+    assert report["failed"] == {"compiled": "together with ours: OutOfMemoryError: CUDA out of memory"}
+    assert [found["peak_memory_bytes"] for found in report["implementations"].values()] == [5, 7, 9] and tidied
+    assert report["ratio"].keys() == {"ours/eager", "eager/ours", "ours/ours+compile", "ours+compile/ours"}
 
 
 def test_report_file_and_errors(tmp_path, monkeypatch, capsys):

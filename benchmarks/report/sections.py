@@ -129,7 +129,7 @@ def phase_table(found: Sequence[Report]) -> str:
 
 
 def fairness_of_eager(report: Report) -> str:
-    """What ``benchmarks/fairness.py`` found, in a sentence."""
+    """The result of ``benchmarks/fairness.py`` in a sentence."""
     settings, ratio, losses = report["settings"], report["eager_over_official"], report["losses"]
     apart = max(abs(a - b) for a, b in zip(losses["official"], losses["eager"], strict=True))
     return (

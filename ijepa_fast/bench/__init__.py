@@ -3,9 +3,8 @@
     ijepa-fast bench
     ijepa-fast fastest
 
-``floors.py`` says what each op must move and compute, in closed form; ``cases.py`` (``linear_cases.py``,
-``attention_cases.py``, ``optimizer_cases.py``) holds its inputs and the ways to compute it; ``measure.py`` times;
-``ops_table.py`` checks every provider against a reference, then times it beside the floors of the same run;
-``training.py`` times whole steps. ``fastest.py`` tries the ``options.py`` of a step, each in a process of its own
-(``apart.py``), and holds it to the step as configured (``agreement.py``).
+``cases/`` holds the inputs of every op, the ways to compute it, and what it must at least move and compute (its
+floors). ``measure.py`` is the timer. ``table.py`` checks every provider against the op's definition, then times it
+beside the floors of the same run. ``steps.py`` runs whole steps and says whether two ways to compute a step train the same.
+``fastest.py`` tries the options of a step, each in a process of its own (``child_process.py``).
 """

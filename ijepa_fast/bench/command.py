@@ -16,7 +16,7 @@ from ijepa_fast.bench.steps import step_rate
 from ijepa_fast.config import RunConfig
 
 RECIPES = {"cuda": "vitb16_in1k_exact", "cpu": "demo"}
-"""What is benchmarked if nothing else is asked for."""
+"""Recipe that is measured by default."""
 IMAGES = {"cuda": 128, "cpu": 16}
 STEP_SHARE = 0.25
 MODES = ("forward", "backward")

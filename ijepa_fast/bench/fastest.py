@@ -40,7 +40,7 @@ LEAST = 5
 LONGEST = 900.0
 """Seconds after which a way is given up, beside those that are timed. torch.compile takes minutes for a large model."""
 MOST_IMAGES = {"cuda": 128, "cpu": 16}
-"""Of a micro-batch, where nothing else is asked for."""
+"""Largest micro-batch by default."""
 
 
 def default_images(config: RunConfig, device: torch.device, gpus: int = 1) -> int:
@@ -152,7 +152,7 @@ def fastest(
 
 
 def choices_on(config: RunConfig, device: torch.device) -> Machine:
-    """What ``device`` offers to the step of ``config``."""
+    """The offer of ``device`` to the step of ``config``."""
     model = config.model
     head_dims = [width // model.num_heads for width in (model.embed_dim, model.predictor_embed_dim)]
     patches = (model.img_size // model.patch_size) ** 2

@@ -78,7 +78,7 @@ def flat(result: Any) -> list[Tensor]:
 
 
 def exact_results(case: Case, mode: str, seed: int, device: torch.device) -> list[Tensor]:
-    """What is right, for the data of ``seed`` as drawn, computed in a wider dtype (fp64 on the CPU, else fp32)."""
+    """Results of the definition in a wider dtype (fp64 on the CPU, else fp32), for the data of ``seed`` as drawn."""
     if case.in_place:
         return flat(prepare(case, Provider(case.reference), mode, seed, device)())
     wide = torch.float64 if device.type == "cpu" else torch.float32
@@ -280,7 +280,7 @@ METHODS = ("graph", "cpu", "events")
 """Device time is the best. Events include what the host takes to launch."""
 
 MOST_SPREAD, MOST_SHARE = 2.0, 1.5
-"""Of steady times: the 80th percentile over the 20th, and the floor's time over the measured one."""
+"""Limits of steady times: the 80th percentile over the 20th, and the floor's time over the measured one."""
 
 
 def best_of(times: Mapping[str, Any]) -> Any:
@@ -329,7 +329,7 @@ def line(row: Mapping[str, Any]) -> str:
 
 
 def remarks(table: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What was not measured, and why; and how many times look disturbed."""
+    """Lines on what was not measured, with the reasons, and on how many times look disturbed."""
     found: dict[str, list[str]] = {}
     for row in table:
         if "unavailable" in row:
