@@ -143,7 +143,7 @@ class Case:
         return self._candidate(name, kind, holder, lambda n: holder(self.normalised, masks[n % self.steps], n), drawn)
 
     def _ours(self, name: str, suffixes: Sequence[str]) -> Candidate:
-        config = replace(run_config(suffixes, self.batch, self.precision, self.device.type), model=self.model)
+        config = replace(run_config(suffixes, self.batch, self.precision), model=self.model)
         with self.device:
             model = config.model.build(config.objective)
         model.load_state_dict(self.state)

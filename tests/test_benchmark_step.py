@@ -73,7 +73,7 @@ def test_variants_of_ours_are_timed_side_by_side(monkeypatch):
     monkeypatch.setattr(step, "matmul_rate", counted)
     report = measure(make_case("exact"), names, rounds=2, warm_up=2)
     assert set(report["implementations"]) == set(names) and not report["failed"]
-    assert len(compiled) == 2 * 3 and set(report["agreement"]) == {f"{name}/ours" for name in names[1:]}
+    assert len(compiled) == 2 * 6 and set(report["agreement"]) == {f"{name}/ours" for name in names[1:]}
     assert all(apart.keys() == {"loss", "gradient", "losses"} for apart in report["agreement"].values())
     replayed = report["implementations"]["ours+compile+capture"]
     assert replayed["phases_ms"] is None and "replayed" in replayed["no_phases"]
