@@ -72,7 +72,6 @@ class Tunable:
         table: "module.NAME", within ``ijepa_fast.kernels``.
         options: per field of a row the values it may take; None leaves the field as it is.
         work: of a scale, a slot and a size: the cases to time.
-        modules: those whose ``compile_specs`` depend on the table.
         sizes: for tables with a row per size, bound -> a size in use that reads its row.
         parts: fields of a row that are rows of their own.
     """
@@ -80,7 +79,6 @@ class Tunable:
     table: str
     options: tuple[Sequence | None, ...]
     work: Callable[[Scale, Slot, int], Work]
-    modules: tuple[str, ...]
     sizes: Mapping[int, int] | None = None
     parts: tuple[str | None, ...] = (None,)
 
@@ -164,58 +162,39 @@ PRODUCT_TILE = ((64, 128), (64, 128, 256), (32, 64), (4, 8), (2, 3, 4), (None, 1
 COLUMNS = {64: 192, 128: 384, 256: 1280}  # widths that are cut into so many columns
 ROWS = {512: 384, 1024: 768, 1536: 1280, 2048: 1280}  # widths of whole rows, in the first bound that holds them
 INNER = {512: 384, 65536: 1280}  # widths of the predictor's and ViT-H's rows that are multiplied
+ATTENTION_TILE = ((32, 64, 128), (32, 64, 128), (4, 8), (None, 128, 168), (1, 2, 3))
+_norm = rows.layer_norm_with_residual
 TUNABLES = {
-    "gather_patches": Tunable(
-        "gather_patches.CONFIGS", ((4, 8, 16, 32, 64), WARPS), _patches, ("gather_patches",), {64: 8, 256: 14}
-    ),
-    "gather_add": Tunable(
-        "gather_add.CONFIGS", COLUMN_TILE, _rows(rows.gather_add, part="context"), ("gather_add",), COLUMNS
-    ),
+    "gather_patches": Tunable("gather_patches.CONFIGS", ((4, 8, 16, 32, 64), WARPS), _patches, {64: 8, 256: 14}),
+    "gather_add": Tunable("gather_add.CONFIGS", COLUMN_TILE, _rows(rows.gather_add, part="context"), COLUMNS),
     "predictor_tokens": Tunable(
-        "predictor_tokens.CONFIGS",
-        COLUMN_TILE,
-        _rows(rows.predictor_tokens, width="predictor_embed_dim"),
-        ("predictor_tokens",),
-        COLUMNS,
+        "predictor_tokens.CONFIGS", COLUMN_TILE, _rows(rows.predictor_tokens, width="predictor_embed_dim"), COLUMNS
     ),
-    "target_loss": Tunable("target_loss.CONFIGS", (WARPS,), _rows(rows.target_loss), ("target_loss",), ROWS),
-    "layer_norm": Tunable(
-        "layer_norm.CONFIGS", (WARPS,), _rows(rows.layer_norm_with_residual, "forward"), ("layer_norm",), ROWS
-    ),
+    "target_loss": Tunable("target_loss.CONFIGS", (WARPS,), _rows(rows.target_loss), ROWS),
+    "layer_norm": Tunable("layer_norm.CONFIGS", (WARPS,), _rows(_norm, "forward"), ROWS),
     "layer_norm_backward": Tunable(
-        "layer_norm.BACKWARD_CONFIGS",
-        (WARPS, (1, 2, 3, 4)),
-        _rows(rows.layer_norm_with_residual, "backward"),
-        ("layer_norm",),
-        ROWS,
+        "layer_norm.BACKWARD_CONFIGS", (WARPS, (1, 2, 3, 4)), _rows(_norm, "backward"), ROWS
     ),
-    "quantize_fp8": Tunable("quantize_fp8.CONFIGS", (WARPS,), _quantize, ("quantize_fp8",), {1536: 1280, 8192: 5120}),
+    "quantize_fp8": Tunable("quantize_fp8.CONFIGS", (WARPS,), _quantize, {1536: 1280, 8192: 5120}),
     "linear_gelu": Tunable(
-        "linear_tiles.GELU_CONFIGS",
-        PRODUCT_TILE,
-        _product(products.linear_gelu, (True,), (False,)),
-        ("linear_gelu",),
-        INNER,
+        "linear_tiles.GELU_CONFIGS", PRODUCT_TILE, _product(products.linear_gelu, (True,), (False,)), INNER
     ),
     "hidden_gradient": Tunable(
-        "linear_tiles.HIDDEN_GRADIENT_CONFIGS",
-        PRODUCT_TILE,
-        _product(products.hidden_gradient),
-        ("linear_gelu",),
-        INNER,
+        "linear_tiles.HIDDEN_GRADIENT_CONFIGS", PRODUCT_TILE, _product(products.hidden_gradient), INNER
     ),
-    "weight_gradient": Tunable("weight_gradient.CONFIGS", PRODUCT_TILE, _weight_gradients, ("weight_gradient",)),
+    "weight_gradient": Tunable("weight_gradient.CONFIGS", PRODUCT_TILE, _weight_gradients),
     "varlen_attention": Tunable(
-        "varlen_attention_launch.CONFIGS",
-        ((32, 64, 128), (32, 64, 128), (4, 8), (None, 128, 168), (1, 2, 3)),
-        _attention,
-        ("varlen_attention", "varlen_attention_backward"),
-        parts=("forward", "dq", "dkdv"),
+        "varlen_attention_launch.CONFIGS", ATTENTION_TILE, _attention, None, ("forward", "dq", "dkdv")
     ),
-    "grad_norm": Tunable("grad_norm.CONFIGS", LAUNCH, _parameters(optimizer.grad_norm), ("grad_norm",)),
-    "ema_": Tunable("ema.CONFIGS", LAUNCH, _parameters(optimizer.ema), ("ema",)),
-    "adamw_ema_": Tunable("adamw_ema.CONFIGS", LAUNCH, _parameters(optimizer.adamw_ema), ("adamw_ema",)),
+    "grad_norm": Tunable("grad_norm.CONFIGS", LAUNCH, _parameters(optimizer.grad_norm)),
+    "ema_": Tunable("ema.CONFIGS", LAUNCH, _parameters(optimizer.ema)),
+    "adamw_ema_": Tunable("adamw_ema.CONFIGS", LAUNCH, _parameters(optimizer.adamw_ema)),
 }
+MODULES = {
+    "linear_tiles": ("linear_gelu",),
+    "varlen_attention_launch": ("varlen_attention", "varlen_attention_backward"),
+}
+"""Modules whose ``compile_specs`` depend on a table that is not their own."""
 
 
 def row_at(rows: Mapping, slot: Slot) -> Any:
@@ -261,7 +240,8 @@ def broken_rules(tunable: Tunable, slot: Slot, row: Any, arch: str) -> list[str]
     from ijepa_fast.kernels.compile import compile_spec
 
     def specs() -> dict[str, Any]:
-        modules = (import_module(f"ijepa_fast.kernels.{name}") for name in tunable.modules)
+        own, _ = tunable.table.split(".")
+        modules = (import_module(f"ijepa_fast.kernels.{name}") for name in MODULES.get(own, (own,)))
         return {repr(spec): spec for module in modules for spec in module.compile_specs(arch)}
 
     known = specs()

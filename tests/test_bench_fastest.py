@@ -15,7 +15,7 @@ from ijepa_fast.bench.fastest import check, choices_on, default_images, differin
 from ijepa_fast.bench.steps import gradient_difference, random_step
 from ijepa_fast.config import RunConfig, TrainConfig, flags, flatten, from_dict, nested, with_settings
 from ijepa_fast.masks.sampler import MaskConfig
-from ijepa_fast.optim.step_tensors import Plan
+from ijepa_fast.optim.step_tensors import StepTensors
 from ijepa_fast.step import options
 from ijepa_fast.step.options import Machine, StepOptions
 from tests.tiny import tiny_run
@@ -199,7 +199,7 @@ def test_every_gradient_counts(configured):
 def test_updates_that_do_not_reach_weights_or_averages_are_seen(configured, monkeypatch, broken):
     """Their losses hardly tell."""
     common, base = configured
-    update = Plan.update
+    update = StepTensors.update
 
     def partly(self, *arguments):
         before = [value.clone() for value in self._tensors[broken]]
@@ -207,7 +207,7 @@ def test_updates_that_do_not_reach_weights_or_averages_are_seen(configured, monk
         for value, old in zip(self._tensors[broken], before, strict=True):
             value.copy_(old)
 
-    monkeypatch.setattr(Plan, "update", partly)
+    monkeypatch.setattr(StepTensors, "update", partly)
     with pytest.raises(ValueError, match="does not train the same: .*moved"):
         try_way(TINY, *common, base)
 
