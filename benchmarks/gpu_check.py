@@ -274,27 +274,6 @@ def scaling(run: Run, entry: Entry) -> None:
         run.measure(entry, f"scaling {model}", command, limit=seconds)
 
 
-TRAININGS = 8
-"""Time of a contest over that of its first contender: three of them for that time, and as many epochs of each; the
-published algorithm takes several times as long for these."""
-JUDGING_SECONDS = 120
-
-
-def accuracy(run: Run, entry: Entry) -> None:
-    """Accuracy for a given time of training, on the images that --data names."""
-    entry["reports"] = []
-    build_extension(run, entry)
-    data = (("demo", "rendered"),) if run.tiny else run.data
-    for number, (recipe, path) in enumerate(data):
-        seconds = run.left() / (len(data) - number)
-        minutes = max((seconds - JUDGING_SECONDS) / TRAININGS / 60, 0.2)
-        command = python("benchmarks.train_to_accuracy", "--recipe", recipe, "--data", path, "--name", recipe)
-        command += ["--regularised", "--device", run.device]
-        tiny = "--steps 2 --equal epochs --batch 8 --threads 1".split()
-        command += tiny if run.tiny else ["--minutes", f"{minutes:.2f}"]
-        run.measure(entry, f"accuracy {recipe}", command, limit=seconds)
-
-
 def tune(run: Run, entry: Entry) -> None:
     """Proposals for the kernels' tables."""
     entry["report"] = run.measure(entry, "tune", python("benchmarks.tune"), "tune.json")
@@ -310,7 +289,6 @@ PARTS: dict[str, Callable[[Run, Entry], None]] = {
     "more": more,
     "sanitizer": sanitizer,
     "scaling": scaling,
-    "accuracy": accuracy,
     "tune": tune,
 }
 
@@ -366,17 +344,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the results file")
     parser.add_argument("--seconds", type=float, default=WHOLE_SECONDS, help="for everything")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    help_data = "for part accuracy: image folders with train/ and val/"
-    parser.add_argument("--data", nargs="+", default=[], metavar="RECIPE=PATH", help=help_data)
     help_steps = 'for part step: only those with these words in "MODEL BATCH MASKS IMPLEMENTATIONS", such as "compile"'
     parser.add_argument("--steps", default="", metavar="WORDS", help=help_steps)
     parser.add_argument("--tiny", action="store_true", help="a small version of every part; all that a CPU can do")
     options = parser.parse_args(argv)
-    data = [tuple(pair.split("=", 1)) for pair in options.data]
-    if bad := [pair for pair, split in zip(options.data, data, strict=True) if len(split) != 2 or not all(split)]:
-        parser.error(f"--data takes RECIPE=PATH, got {bad[0]!r}")
-    if "accuracy" in options.part and not (data or options.tiny):
-        parser.error("--part accuracy needs --data RECIPE=PATH, e.g. imagenette=PATH")
     if not any(options.steps in " ".join(map(str, step)) for step in STEPS):
         parser.error(f"--steps {options.steps!r} names none of the whole steps")
     if options.device == "cuda" and not torch.cuda.is_available():
@@ -391,7 +362,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     whole = "all" in options.part
     wanted = tuple(WHOLE_RUN) if whole else tuple(part for part in PARTS if part in options.part)
     with tempfile.TemporaryDirectory() as scratch:
-        run = Run(options.device, options.tiny, path, Path(scratch), data, options.steps, whole)
+        run = Run(options.device, options.tiny, path, Path(scratch), options.steps, whole)
         run.report = json.loads(path.read_text()) if path.exists() else {"schema": 1, "kind": "gpu_check", "parts": {}}
         for part in wanted:
             seconds = min(WHOLE_RUN[part] if whole else options.seconds, max(until - time.monotonic(), LEAST_SECONDS))

@@ -3,13 +3,12 @@
 # checkout, holds every op to its definition and runs the step as it is by default (quick), times whole steps, the hottest
 # ops and masks, runs the tests marked gpu, and more as time is left. It writes benchmarks/results/gpu-<name>.json after
 # every command, and prints a summary, failures first. A part that is run again replaces that part of the file in --out
-# and keeps the others, so give every run the same. --part step and ops run all there are; scaling (time per token),
-# accuracy (what training buys) and tune (proposals for the kernels) are no parts of a whole run. Without the tests of its
-# GPU and commit, no time of a file is shown.
+# and keeps the others, so give every run the same. --part step and ops run all there are; scaling (time per token) and
+# tune (proposals for the kernels) are no parts of a whole run, and accuracy has a command of its own
+# (benchmarks.train_to_accuracy). Without the tests of its GPU and commit, no time of a file is shown.
 #
-#   benchmarks/gpu_check.sh [--part all|quick|step|ops|masks|tests|more|scaling|accuracy|tune ...] [--out DIR] [--seconds N]
+#   benchmarks/gpu_check.sh [--part all|quick|step|ops|masks|tests|more|scaling|tune ...] [--out DIR] [--seconds N]
 #   benchmarks/gpu_check.sh --part step --steps compile --seconds 590
-#   benchmarks/gpu_check.sh --part accuracy --data cifar10_vits4=PATH imagenette=PATH --seconds 7200
 #   benchmarks/gpu_check.sh --device cpu --tiny      the same chain, small, on a machine without a GPU
 #
 # PYTHON names the Python that has torch (python3). IJEPA_FAST_COMMIT names the commit where the checkout has no .git.

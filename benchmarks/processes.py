@@ -31,7 +31,6 @@ class Run:
         report: what is written to ``path``.
         deadline: of the current part, by ``time.monotonic``.
         scratch: folder for what processes leave behind: logs, their own JSON, test reports.
-        data: (recipe, folder of images) pairs to train on.
         steps: words that the whole steps to time must have.
         whole: whether this part is one of a whole run.
         earlier: the entry of the current part that an earlier run left; empty if there is none.
@@ -41,7 +40,6 @@ class Run:
     tiny: bool
     path: Path
     scratch: Path
-    data: Sequence[tuple[str, str]] = ()
     steps: str = ""
     whole: bool = False
     earlier: dict[str, Any] = field(default_factory=dict)

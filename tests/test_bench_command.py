@@ -1,12 +1,7 @@
 """``ijepa-fast bench`` as it is typed."""
 
 import json
-import shutil
-import subprocess
-import sys
-import zipfile
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,7 +14,6 @@ from ijepa_fast.config import TrainConfig, find_recipe
 from tests.tiny import tiny_run
 
 CPU = torch.device("cpu")
-NOT_SOURCE = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "*.so", "build", "dist", "runs", "results")
 TINY = {
     "model": {
         "img_size": 24, "patch_size": 4, "embed_dim": 16, "depth": 1, "num_heads": 2,
@@ -61,23 +55,3 @@ def test_a_loss_that_is_not_finite_is_no_rate(monkeypatch):
     monkeypatch.setattr(type(config.model), "build", spoiled)
     with pytest.raises(RuntimeError, match="the loss of step 0 was not finite"):
         step_rate(broken, CPU, 2, seconds=0)
-
-
-@pytest.mark.slow
-def test_it_runs_from_the_wheel_alone(tmp_path):
-    """No module of the checkout is on the path, neither benchmarks nor tests."""
-    copy = tmp_path / "checkout"
-    shutil.copytree(Path(__file__).resolve().parents[1], copy, ignore=NOT_SOURCE)
-    pip = "-m pip wheel . --no-deps --no-build-isolation --no-cache-dir --wheel-dir".split()
-    done = subprocess.run([sys.executable, *pip, str(tmp_path)], cwd=copy, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    (wheel,) = tmp_path.glob("*.whl")
-    site = tmp_path / "site"
-    with zipfile.ZipFile(wheel) as archive:
-        archive.extractall(site)
-    (tmp_path / "small.yaml").write_text(yaml.safe_dump(TINY))
-    code = "import sys; from ijepa_fast import cli; print(cli.__file__); sys.exit(cli.main(sys.argv[1:]))"
-    command = [sys.executable, "-c", code, "bench", "--config", "small.yaml", "--images", "2", "--seconds", "5"]
-    done = subprocess.run(command, cwd=tmp_path, env={"PYTHONPATH": str(site)}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith(str(site / "ijepa_fast" / "cli.py")) and "images/s in steps of 2" in done.stdout
