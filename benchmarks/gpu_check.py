@@ -55,7 +55,7 @@ def install(run: Run, entry: Entry) -> None:
 
 def build_extension(run: Run, entry: Entry) -> int | None:
     """Build csrc/ if it is not built: steps would be timed with the slower sampler."""
-    if extension.library_path() is not None and not run.tiny:
+    if extension.library_path() is not None:
         return 0
     return run.execute(entry, "build csrc", [sys.executable, "tools/build_extension.py"], **this_gpu_only(entry))
 
@@ -151,7 +151,8 @@ def step(run: Run, entry: Entry) -> None:
     earlier = run.earlier if run.steps and same else {}
     entry["reports"], entry["commands"] = earlier.get("reports", []), earlier.get("commands", {})
     run.save()
-    build_extension(run, entry)
+    if not run.tiny:
+        build_extension(run, entry)
     chosen = [step for step in STEPS if run.steps in " ".join(map(str, step))]
     run_steps(run, entry, TINY_STEPS if run.tiny else chosen[:WHOLE_STEPS] if run.whole else chosen)
 
@@ -263,7 +264,8 @@ SCALING_MODELS = ("vit_h14", "vit_b16")
 def scaling(run: Run, entry: Entry) -> None:
     """Time per token over batch and image size."""
     entry.setdefault("reports", [])
-    build_extension(run, entry)
+    if not run.tiny:
+        build_extension(run, entry)
     models = ("vit_tiny",) if run.tiny else SCALING_MODELS
     for number, model in enumerate(models):
         seconds = run.left() / (len(models) - number)
