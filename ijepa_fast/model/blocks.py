@@ -109,11 +109,10 @@ class Mlp(nn.Module):
         self.fc2 = Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        parts = 1
-        if x.is_cpu and not torch.compiler.is_compiling():
-            parts = max(1, -(-x.shape[0] * self.fc1.out_features // CPU_HIDDEN))
-        out = [self.fc2(F.gelu(self.fc1(part))) for part in x.chunk(parts)]
-        return out[0] if len(out) == 1 else torch.cat(out)
+        hidden = x.shape[0] * self.fc1.out_features
+        if x.is_cpu and hidden > CPU_HIDDEN and not torch.compiler.is_compiling():
+            return torch.cat([self.fc2(F.gelu(self.fc1(part))) for part in x.chunk(-(-hidden // CPU_HIDDEN))])
+        return self.fc2(F.gelu(self.fc1(x)))
 
 
 class Block(nn.Module):
