@@ -295,19 +295,7 @@ def did_you_mean(name: str, names: Iterable[str]) -> str:
 
 def present_sections(values: dict) -> dict:
     """``present`` of settings as a YAML file holds them."""
-    return nested(present(_dotted(values)))
-
-
-def _dotted(values: dict) -> dict[str, object]:
-    """Inverse of ``nested``."""
-    flat = {}
-    for section, value in values.items():
-        flat |= (
-            {f"{section}.{name}": inner for name, inner in value.items()}
-            if isinstance(value, dict)
-            else {section: value}
-        )
-    return flat
+    return nested(present(flatten(values)))
 
 
 def nested(settings: dict[str, object]) -> dict:
