@@ -17,7 +17,7 @@ from ijepa_fast.kernels.multi_tensor import Columns, Launch, build_tables, eleme
 from ijepa_fast.kernels.specs import ARCHITECTURES, CompileSpec, architecture, record_specs
 
 CONFIGS = dict.fromkeys(ARCHITECTURES, Launch(block=1024, num_warps=4, narrow=256))
-# Columns of the table, and what stands behind them.
+# Columns of the tensor table.
 PARAM, GRAD, EXP_AVG, EXP_AVG_SQ, COPY, EMA, EMA_COPY, SIZE, KIND, GROUP = map(tl.constexpr, range(10))
 ENTRY = tl.constexpr(10)
 # Columns of the settings of a group.
@@ -58,6 +58,7 @@ def update_block(
     wide: tl.constexpr = element(KINDS, NUMBER, PARAM)
     lanes = tl.arange(0, BLOCK)
     if VECTOR:
+        # Changes nothing, but tells the compiler that the mask ends on a multiple of 16, so that accesses stay wide.
         count = count // 16 * 16
     mask = lanes < count
     offsets = start + lanes
@@ -83,6 +84,7 @@ def update_block(
     correction1, correction2 = bias_corrections(beta1, beta2, step)
     rate = lr.to(wide) / correction1.to(wide)
     grad *= grad_scale.to(wide)
+    # What is subtracted from 1 is fp64 and rounded after: 1 - momentum in fp32 is off by 0.1 % at momentum 0.99997.
     exp_avg += (grad - exp_avg) * (1 - beta1).to(wide)
     exp_avg_sq = exp_avg_sq * beta2.to(wide) + grad * grad * (1 - beta2).to(wide)
     denominator = tl.sqrt(exp_avg_sq) / tl.sqrt(correction2.to(wide)) + eps.to(wide)
@@ -118,6 +120,7 @@ def adamw_ema_kernel(
     block = tl.load(program_table + 2 * program + 1)
     momentum = tl.load(momentum).to(tl.float64)
     grad_scale = tl.load(grad_scale).to(tl.float64)
+    # Only the device knows whether the step is taken (gradients may have overflowed), and nobody waits to be told.
     if tl.load(apply) == 0:
         return
     entry = tensor_table + tensor * ENTRY
@@ -138,6 +141,7 @@ def adamw_ema_kernel(
     start = block.to(tl.int64) * BLOCK
     count = tl.minimum(size - start, BLOCK).to(tl.int32)
     vector = (kind % 2 == 1) & (count % 16 == 0)
+    # One body per kind of tensor; the branch is the same for a whole program.
     for number in tl.static_range(len(KINDS)):
         if kind // 2 == number:
             if vector:

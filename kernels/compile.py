@@ -89,7 +89,7 @@ def judge(
     code: Disassembly,
     overwritten: int = 0,
 ) -> list[str]:
-    """What is wrong with a kernel.
+    """Faults of a compiled kernel, in words.
 
     Args:
         shared: bytes of shared memory; the compiler itself does not object when they are too many.

@@ -14,7 +14,7 @@ from ijepa_fast.kernels.row_tiles import accumulator
 from ijepa_fast.kernels.specs import ARCHITECTURES, CompileSpec, architecture, record_specs
 
 CONFIGS = dict.fromkeys(ARCHITECTURES, Launch(block=2048, num_warps=4, narrow=512))
-# Columns of the table.
+# Columns of the tensor table.
 TARGET, SOURCE, SIZE, KIND = map(tl.constexpr, range(4))
 ENTRY = tl.constexpr(5)
 
@@ -26,6 +26,7 @@ def average_block(
     """Elements start <= i < start + min(count, BLOCK) of one tensor. With VECTOR, 16 divides count."""
     lanes = tl.arange(0, BLOCK)
     if VECTOR:
+        # Changes nothing, but tells the compiler that the mask ends on a multiple of 16, so that accesses stay wide.
         count = count // 16 * 16
     mask = lanes < count
     targets = places(tl.load(entry + TARGET), element(KINDS, NUMBER, TARGET), start + lanes, VECTOR)
@@ -33,6 +34,7 @@ def average_block(
     wide: tl.constexpr = accumulator(targets)
     target = tl.load(targets, mask=mask, other=0).to(wide)
     source = tl.load(sources, mask=mask, other=0).to(wide)
+    # This form leaves a target that equals its source as it is, whatever the momentum.
     tl.store(targets, target + (source - target) * (1 - momentum).to(wide), mask=mask)
 
 

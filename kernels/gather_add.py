@@ -40,17 +40,20 @@ def gather_add_kernel(
     # 64 bits: T * D can pass 2 ** 31.
     t = (program // column_blocks).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     d = (program % column_blocks) * BLOCK_D + tl.arange(0, BLOCK_D)
+    # Padding rows have token -1: they load nothing and are stored as zeros, because weight gradients sum over all rows.
     token = tl.load(indices + t, mask=t < num_rows, other=-1)
     mask = (token >= 0)[:, None] & (d < D)[None, :]
     values = tl.load(x + t[:, None] * D + d[None, :], mask=mask, other=0)
+    # A token index counts through the images of the batch, all of which have the same positions.
     positions = tl.load(table + (token % num_positions)[:, None] * D + d[None, :], mask=mask, other=0)
-    # The position is rounded to the dtype of x first, as the reference does.
+    # The position is rounded to the dtype of x first, as the definition does.
     total = values.to(accumulator(x)) + positions.to(values.dtype).to(accumulator(x))
     tl.store(out + t[:, None] * D + d[None, :], total, mask=(t < num_rows)[:, None] & (d < D)[None, :])
 
 
 @triton.jit(do_not_specialize=["num_rows"])
 def masked_copy_kernel(x, indices, out, num_rows, D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr):
+    """``x`` with zeros in its padding rows, whose gradient from above may be anything."""
     column_blocks: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
     program = tl.program_id(0)
     t = (program // column_blocks).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)

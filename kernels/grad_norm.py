@@ -18,7 +18,7 @@ from ijepa_fast.kernels.specs import ARCHITECTURES, CompileSpec, architecture, r
 
 CONFIGS = dict.fromkeys(ARCHITECTURES, Launch(block=8192, num_warps=8, narrow=1024))
 PARTIALS_PER_ROUND, PARTIALS_WARPS = 8192, 16
-# Columns of the table.
+# Columns of the tensor table.
 GRAD, SIZE, KIND = map(tl.constexpr, range(3))
 ENTRY = tl.constexpr(4)
 
@@ -30,6 +30,7 @@ def sum_of_squares(
     """Sum of squares of elements start <= i < start + min(count, BLOCK) of a tensor. With VECTOR, 16 divides count."""
     lanes = tl.arange(0, BLOCK)
     if VECTOR:
+        # Changes nothing, but tells the compiler that the mask ends on a multiple of 16, so that accesses stay wide.
         count = count // 16 * 16
     grads = places(tl.load(entry + GRAD), element(KINDS, NUMBER, GRAD), start + lanes, VECTOR, 8)
     wide: tl.constexpr = accumulator(grads)
@@ -62,6 +63,7 @@ def block_norms_kernel(
 
 @triton.jit(do_not_specialize=["num_partials"])
 def root_of_sum_kernel(partials, out, num_partials, BLOCK: tl.constexpr):
+    # One program suffices: there is one partial sum per 8,192 gradients.
     lanes = tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], partials.dtype.element_ty)
     for first in range(0, num_partials, BLOCK):

@@ -69,6 +69,8 @@ def layer_norm_kernel(
         tl.store(h + t * D + b, rounded_b, mask=b < D)
         value_a, value_b = rounded_a.to(wide), rounded_b.to(wide)
     mean = (tl.sum(value_a) + tl.sum(value_b)) / D
+    # The variance is that of centred values, which cannot cancel as E[x^2] - mean^2 does. Columns beyond D, 0 so far,
+    # would be -mean.
     value_a, value_b = tl.where(a < D, value_a - mean, 0), tl.where(b < D, value_b - mean, 0)
     rstd = 1 / tl.sqrt((tl.sum(value_a * value_a) + tl.sum(value_b * value_b)) / D + EPS)
     value_a *= rstd
@@ -118,6 +120,7 @@ def layer_norm_backward_kernel(
         tl.zeros([BLOCK_D], wide),
         tl.zeros([BLOCK_D], wide),
     )
+    # Sums over rows stay in registers until the program's last row; ``sum_rows`` adds those of all programs in order.
     first = p * rows_per_program
     for t in tl.range(first, tl.minimum(first + rows_per_program, num_rows), num_stages=STAGES):
         # Beyond D the gradient is 0: these columns add nothing to sums over a row.
@@ -127,9 +130,11 @@ def layer_norm_backward_kernel(
         slope = grad_out * weights
         along, average = tl.sum(slope * normal) / D, tl.sum(slope) / D
         total = (slope - normal * along - average) * rstd
+        # h goes on beside its norm, as the residual stream of what follows: the gradients of both add up.
         if grad_h_in is not None:
             total += _part(grad_h_in, t * D, d, D, wide)
         tl.store(grad_h + t * D + d, total, mask=d < D)
+        # The same in the dtype of x, where the residual stream is wider than x.
         if grad_x is not None:
             tl.store(grad_x + t * D + d, total, mask=d < D)
         weight_sum += grad_out * normal
@@ -203,6 +208,7 @@ def layer_norm_backward(
     grad_total = h.new_empty(rows, width)
     grad_x = grad.new_empty(rows, width) if grad.dtype != h.dtype else None
     needed = (need_weight, need_bias, need_x_bias)
+    # Partial sums that nobody needs take no place, so that no memory is written for them.
     places = [sum(needed[:i]) if need else -1 for i, need in enumerate(needed)]
     programs = min(rows, BACKWARD_PROGRAMS[architecture()])
     partials = mean.new_empty(programs, sum(needed), width)

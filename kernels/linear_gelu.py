@@ -69,6 +69,7 @@ def linear_gelu_kernel(
 ):
     wide: tl.constexpr = accumulator(x)
     row, column = grouped_tile(tl.program_id(0), row_tiles, (N + BLOCK_N - 1) // BLOCK_N, GROUP)
+    # The tile's start is 64-bit, because T * N can pass 2 ** 31; offsets within the tile stay 32-bit.
     start = (row * BLOCK_T).to(tl.int64)
     rows_left = num_rows - row * BLOCK_T
     t, n = tl.arange(0, BLOCK_T), column * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -107,7 +108,7 @@ def hidden_gradient_kernel(
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """``partials`` [tiles of rows, N]: sums over the rows of a tile."""
+    """Writes into ``partials`` [tiles of rows, N] the sums over the rows of each tile, unless it is None."""
     wide: tl.constexpr = accumulator(pre)
     row, column = grouped_tile(tl.program_id(0), row_tiles, (N + BLOCK_N - 1) // BLOCK_N, GROUP)
     start = (row * BLOCK_T).to(tl.int64)
@@ -126,6 +127,7 @@ def hidden_gradient_kernel(
         value = halves[half] * (cumulative + h * density)
         tl.store(grad_pre + start * N + offsets, value.to(grad_pre.dtype.element_ty), mask=mask)
         if partials is not None:
+            # Rows past the last repeat it in the product, so they must not be summed.
             sums = tl.sum(tl.where((t < rows_left)[:, None], value, 0), axis=0)
             tl.store(partials + row.to(tl.int64) * N + n, sums, mask=n < N)
 

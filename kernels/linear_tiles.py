@@ -1,4 +1,4 @@
-"""What the kernels around matrix products share: tile tables, the loop of a product, and checks.
+"""Shared parts of the kernels around matrix products: tile tables, the loop of a product, and checks.
 
 Legend: T packed rows, N output features, K input features.
 """
@@ -44,7 +44,7 @@ GELU_CONFIGS = {(arch, 2): rows for arch, rows in _TILES.items()}
 """(architecture, itemsize) -> (largest K, tile of ``linear_gelu``)."""
 
 HIDDEN_GRADIENT_CONFIGS = {(arch, 2): rows for arch, rows in _TILES.items()}
-"""The same of ``hidden_gradient``, where K is the second layer's width."""
+"""(architecture, itemsize) -> (largest K, tile of ``hidden_gradient``); K is the second layer's width."""
 
 GROUP = 8
 """Tiles of rows that are computed before the next columns: they share the weights that the L2 cache holds."""
@@ -79,9 +79,10 @@ def check_products(op: str, tensors: dict[str, Tensor], shapes: dict[str, tuple[
 @triton.jit
 def grouped_tile(program, row_tiles, COLUMN_TILES: tl.constexpr, GROUP: tl.constexpr):
     """(tile of rows, tile of columns) of a program: GROUP tiles of rows, then the next columns."""
+    # Column after column, GROUP tiles of rows each: programs that run at one time share columns of the weights.
     group = program // (GROUP * COLUMN_TILES)
     first = group * GROUP
-    size = tl.minimum(row_tiles - first, GROUP)
+    size = tl.minimum(row_tiles - first, GROUP)  # the last group may be smaller
     place = program - group * (GROUP * COLUMN_TILES)
     return first + place % size, place // size
 
@@ -108,6 +109,7 @@ def rows_times_matrix(
     as a number that the compiler does not know, or it would unroll the whole loop.
     """
     k = tl.arange(0, BLOCK_K)
+    # Row numbers are cut off at the last row instead of masked: the loop's loads need no mask then if K divides evenly.
     left = rows + tl.minimum(tl.arange(0, BLOCK_T), last_row)[:, None] * K + k[None, :]
     right = matrix + k[:, None] * STRIDE_K + n[None, :] * STRIDE_N
     total = tl.zeros([BLOCK_T, BLOCK_N], ACCUMULATE)

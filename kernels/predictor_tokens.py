@@ -66,6 +66,8 @@ def sum_copies_kernel(
     d = (program % column_blocks) * BLOCK_D + tl.arange(0, BLOCK_D)
     inside, column = t < num_rows, (d < D)[None, :]
     total = tl.zeros([BLOCK_T, BLOCK_D], accumulator(grad))
+    # A context row gathers its copies, instead of the copies adding to it: no atomics, and a fixed order. Unrolled, so
+    # that the loads of all copies are in flight together.
     for m in tl.static_range(M):
         row = tl.load(copies + t * M + m, mask=inside, other=-1).to(tl.int64)
         total += tl.load(grad + row[:, None] * D + d[None, :], mask=(row >= 0)[:, None] & column, other=0)
@@ -94,7 +96,7 @@ def sum_mask_tokens_kernel(
         t = (p * TILES + tile) * BLOCK_T + tl.arange(0, BLOCK_T)
         inside = t < num_rows
         token = tl.load(indices + t, mask=inside, other=-1)
-        source = tl.load(sources + t, mask=inside, other=0)
+        source = tl.load(sources + t, mask=inside, other=0)  # past the end: a copy, which is not summed
         taken = (token >= 0) & (source < 0)
         total += tl.load(grad + t[:, None] * D + d[None, :], mask=taken[:, None] & (d < D)[None, :], other=0)
     tl.store(partials + p * D + d, tl.sum(total, axis=0), mask=d < D)

@@ -38,6 +38,7 @@ def quantize_fp8_kernel(x, amax, values, scales, D: tl.constexpr, A: tl.constexp
         largest = tl.load(amax)
     # NaN must not become a small number: the values would be cut off at 448, and look healthy.
     largest = tl.maximum(largest, SMALLEST_AMAX, tl.PropagateNan.ALL)
+    # Correctly rounded, because Triton's own division is approximate and the values would differ from the definition's.
     inverse = tl.div_rn(LARGEST, largest)
     tl.store(values + t * D + a, (x_a * inverse).to(tl.float8e4nv), mask=a < D)
     tl.store(values + t * D + b, (x_b * inverse).to(tl.float8e4nv), mask=b < D)

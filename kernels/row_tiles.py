@@ -1,4 +1,4 @@
-"""What the kernels that work row by row share: tiles, accumulators, argument checks and the sum of partial rows.
+"""Shared parts of the kernels that work row by row: tiles, accumulators, argument checks and the sum of partial rows.
 
 Legend: T rows, D width, P partial rows.
 """
@@ -22,7 +22,7 @@ FLOATING = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 class RowTile(NamedTuple):
-    """What one program works on."""
+    """Rows and columns that one program works on, and its warps."""
 
     rows: int
     columns: int
@@ -55,7 +55,7 @@ def split_width(width: int) -> tuple[int, int]:
 
 @triton.constexpr_function
 def accumulator(pointer):
-    """Type in which values behind a pointer are computed with: fp32, or fp64 for fp64."""
+    """Type that values behind a pointer are computed in: fp32, or fp64 for fp64."""
     return tl.float64 if pointer.dtype.element_ty == tl.float64 else tl.float32
 
 
@@ -93,12 +93,14 @@ def sum_rows_kernel(
 ):
     which = tl.program_id(1)
     d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    # Sums stay apart by their place in the block until the end: one reduction across threads instead of one per round.
     total = tl.zeros([BLOCK_P, BLOCK_D], accumulator(partials))
     for first in range(0, num_partials, BLOCK_P):
         p = first + tl.arange(0, BLOCK_P)
         mask = (p < num_partials)[:, None] & (d < D)[None, :]
         total += tl.load(partials + (p * SUMS + which)[:, None] * D + d[None, :], mask=mask, other=0)
     result = tl.sum(total, axis=0)
+    # The outputs are separate tensors, and Triton cannot choose a pointer by a number it learns at run time.
     if which == 0:
         tl.store(out_0 + d, result, mask=d < D)
     if SUMS > 1:
@@ -110,13 +112,14 @@ def sum_rows_kernel(
 
 
 def sum_rows(partials: Tensor) -> list[Tensor]:
-    """Of [P, n, D] with n up to 3 the n sums over P, each [D]: the second stage of sums over rows.
+    """Sums over P of partial rows [P, n, D], n up to 3, as n tensors [D]: the second stage of sums over rows.
 
     Their order depends on P and D alone.
     """
     num_partials, sums, width = partials.shape
     outs = [partials.new_empty(width) for _ in range(sums)]
     if width and sums:
+        # 16 columns a program: at width 1,280 these are 80 programs, and each walks a few hundred rows.
         sum_rows_kernel[triton.cdiv(width, 16), sums](
             partials,
             *outs,

@@ -1,4 +1,4 @@
-"""What NVIDIA's disassembler says of a compiled kernel: registers, stack, instructions and loops.
+"""Reading NVIDIA's disassembler on a compiled kernel: registers, stack, instructions and loops.
 
 ``cuobjdump`` comes with Triton's wheel, so no CUDA toolkit is needed.
 """
@@ -95,7 +95,7 @@ class Disassembly:
 
     @cached_property
     def matrix_loop_spills(self) -> int:
-        """Those among them that stand in a loop with matrix-unit instructions."""
+        """Spills inside loops with matrix-unit instructions."""
         inside = set()
         for first, last in self._loops():
             body = [i for i in self.instructions if first <= i.address <= last]

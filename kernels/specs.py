@@ -1,4 +1,4 @@
-"""What the launchers launch, written down: architectures, launch configurations and how to record them.
+"""Architectures, launch configurations, and a record of the compilations that a launcher causes.
 
 No launcher tunes itself while it runs: that would change bits between runs and break the capture of CUDA graphs. Each
 kernel file holds a fixed table ``CONFIGS`` instead, and a function ``compile_specs(arch)`` that lists the exact
@@ -19,7 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
-"""Those that the tables hold rows for."""
+"""Architectures that the tables hold rows for."""
 
 Row = TypeVar("Row")
 

@@ -25,7 +25,8 @@ SUM_BLOCK, SUM_WARPS = 8192, 8
 @triton.jit
 def _row_weight(cu_seqlens, t, num_sequences, search_steps, D: tl.constexpr, dtype: tl.constexpr):
     """1 / (length of the block that holds row t * S * D)."""
-    low, high = num_sequences * 0, num_sequences
+    # A search instead of a table of blocks per row: its few reads hit the cache, and there is nothing to build.
+    low, high = num_sequences * 0, num_sequences  # 0 as a number of run time, since the loop changes it
     for _ in range(search_steps):  # the first block that ends behind t
         middle = tl.minimum((low + high) // 2, num_sequences - 1)
         ends_before = tl.load(cu_seqlens + middle + 1) <= t
@@ -63,6 +64,7 @@ def _differences(
         rstd = 1 / tl.sqrt((tl.sum(target_a * target_a) + tl.sum(target_b * target_b)) / D + EPS)
         target_a *= rstd
         target_b *= rstd
+    # Columns beyond D are 0 on both sides and add nothing to any loss.
     return prediction_a - target_a, prediction_b - target_b
 
 
@@ -105,7 +107,7 @@ def target_loss_kernel(
     t = tl.program_id(0).to(tl.int64)
     row = tl.load(rows + t)
     loss = tl.zeros([], accumulator(prediction))
-    if row >= 0:
+    if row >= 0:  # a program is one row, so padding rows cost no loads
         difference_a, difference_b = _differences(prediction, target, t, row, NORMALIZE, EPS, D, A, B)
         weight = _row_weight(cu_seqlens, t, num_sequences, search_steps, D, loss.dtype)
         loss = (tl.sum(_distance(difference_a, KIND)) + tl.sum(_distance(difference_b, KIND))) * weight
@@ -114,6 +116,7 @@ def target_loss_kernel(
 
 @triton.jit
 def sum_kernel(values, out, num_values, BLOCK: tl.constexpr):
+    """Sum of one number per row, by one program: T numbers are kilobytes, and their order is fixed."""
     total = tl.zeros([BLOCK], accumulator(values))
     for first in range(0, num_values, BLOCK):
         place = first + tl.arange(0, BLOCK)

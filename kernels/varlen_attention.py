@@ -72,6 +72,7 @@ def forward_kernel(
     start_q, length_q = row_range(cu_q_ptr, sequence, num_sequences)
     start_k, length_k = row_range(cu_k_ptr, sequence, num_sequences)
     first_query = tl.program_id(0) * BLOCK_Q
+    # Only the device knows where padding begins; the programs of one more sequence share out its rows.
     if sequence == num_sequences:
         first, step = start_q + first_query, tl.num_programs(0) * BLOCK_Q
         zero_rows(out_ptr, out_stride, head, first, num_rows, step, BLOCK_Q, WIDTH, REST, HEAD_DIM)
@@ -98,12 +99,14 @@ def forward_kernel(
         if REST > 0:
             k_rest = load_tile(k_rows, kv_stride, first_key, length_k, BLOCK_K, WIDTH, REST, HEAD_DIM)
             scores = tl.dot(q_rest, tl.trans(k_rest), scores, out_dtype=ACCUMULATE)
+        # Keys past the end get weight 0. Every block holds at least one key, so the maximum is finite after the first.
         scores = tl.where(tl.arange(0, BLOCK_K)[None, :] < length_k - first_key, scores, float("-inf"))
         new_maximum = tl.maximum(maximum, tl.max(scores, 1))
         weights = tl.exp2(scores * scale - (new_maximum * scale)[:, None])
         rescale = tl.exp2((maximum - new_maximum) * scale)
         maximum = new_maximum
         total = total * rescale + tl.sum(weights, 1)
+        # Their sum is of the unrounded weights; the matrix unit takes the rounded ones.
         weights = weights.to(v_ptr.dtype.element_ty)
         v = load_tile(v_rows, kv_stride, first_key, length_k, BLOCK_K, 0, WIDTH, HEAD_DIM)
         out = tl.dot(weights, v, out * rescale[:, None], out_dtype=ACCUMULATE)

@@ -27,7 +27,7 @@ from ijepa_fast.kernels.varlen_attention_launch import (
 from ijepa_fast.kernels.varlen_attention_tiles import LOG2_E, head_pointer, load_tile, row_range, store_tile, zero_rows
 
 # Per query and head 4 places: 0 holds the log-sum-exp in base 2, DELTA holds D. The other two make a block of 32
-# queries 128 elements: of a tile with fewer elements than threads, Triton 3.6 loads every element once for each thread
+# queries 128 elements: if a tile has fewer elements than threads, Triton 3.6 loads every element once for each thread
 # that needs it.
 STATISTICS = tl.constexpr(4)
 DELTA = tl.constexpr(2)
@@ -99,6 +99,7 @@ def dq_kernel(
         dq_rest = tl.zeros([BLOCK_Q, REST], ACCUMULATE)
     queries = first_query + tl.arange(0, BLOCK_Q)
     row_heads = (start_q.to(tl.int64) + queries) * tl.num_programs(1) + head
+    # Queries past the end get lse 0, so that their weights, of scores 0, are finite.
     lse = LOG2_E * tl.load(lse_ptr + row_heads, mask=queries < length_q, other=0.0)
     tl.store(statistics_ptr + row_heads * STATISTICS, lse, mask=queries < length_q)
     tl.store(statistics_ptr + row_heads * STATISTICS + DELTA, delta, mask=queries < length_q)

@@ -28,7 +28,7 @@ MAX_ROW_STRIDE = 2**31 // MAX_SEQLEN
 
 
 class AttentionTile(NamedTuple):
-    """What one program works on at a time, and how."""
+    """Queries and keys that one program works on at a time, and Triton's options."""
 
     block_q: int
     block_k: int
@@ -192,7 +192,8 @@ def launch(
     num_rows, num_heads, head_dim = rows_of.shape
     num_sequences = tensors[-1].shape[0] - 1
     width, rest = HEAD_DIM_PARTS[head_dim]
-    blocks = max(1, triton.cdiv(max_seqlen, block))
+    blocks = max(1, triton.cdiv(max_seqlen, block))  # one at least, to write zeros to the padding rows
+    # A grid's third axis is limited, so many short sequences take several launches.
     for first_sequence in range(0, num_sequences + 1, MAX_GRID_Z):
         kernel[blocks, num_heads, min(num_sequences + 1 - first_sequence, MAX_GRID_Z)](
             *tensors,

@@ -98,7 +98,7 @@ def zero_rows(
 
 @triton.jit
 def zero_lse(pointer, head, first_row, last_row, step, ROWS: tl.constexpr):
-    """As ``zero_rows``, for the log-sum-exp [T, H]."""
+    """Zeros in the log-sum-exp [T, H] of the rows that ``zero_rows`` clears."""
     while first_row < last_row:
         rows = first_row.to(tl.int64) + tl.arange(0, ROWS)
         tl.store(pointer + rows * tl.num_programs(1) + head, tl.zeros([ROWS], tl.float32), mask=rows < last_row)

@@ -28,7 +28,7 @@ CONFIGS = {
 """(architecture, itemsize) -> tile; its depth is rows at a time. Chosen from compiled code, not yet from times."""
 
 PROGRAMS = {"sm_80": 216, "sm_90": 264, "sm_100": 296}
-"""How many programs there should be: two on each multiprocessor of an A100, H100 or B200. Not measured yet."""
+"""Number of programs to aim at: two on each multiprocessor of an A100, H100 or B200. Not measured yet."""
 
 LEAST_ROWS = 512
 """Rows of a split: shorter sums are not worth the writing of their results."""
@@ -58,8 +58,10 @@ def _grad_times_x(
     total = tl.zeros([BLOCK_N, BLOCK_K], wide)
     sums = tl.zeros([BLOCK_N], wide)
     grad_offsets, x_offsets = t[:, None] * N + n[None, :], t[:, None] * K + k[None, :]
+    # Rows are counted in 32 bits by the loop, and once more in 64 bits for addresses: T * N can pass 2 ** 31.
     start = tl.zeros([], tl.int64) + first_row
     for row in range(first_row, last_row, BLOCK_T):
+        # Rows past the split's last must be zero here: they would be part of the sum.
         inside = (t < last_row - row)[:, None]
         grad_mask, x_mask = inside, inside
         if N % BLOCK_N != 0:
@@ -148,6 +150,7 @@ def weight_gradient(grad: Tensor, x: Tensor, need_bias: bool) -> tuple[Tensor, T
     tile = CONFIGS[architecture(), 2]
     splits, per_split = split_rows(rows, outputs, inputs, tile, PROGRAMS[architecture()])
     if splits == 1:
+        # The tiles alone fill the GPU. Nothing is left to a second stage, and cuBLAS multiplies large matrices faster.
         with torch.autocast(x.device.type, enabled=False):
             product = grad.t() @ x
         return product, grad.sum(0, dtype=wide) if need_bias else x.new_empty(0, dtype=wide)

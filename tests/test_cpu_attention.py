@@ -20,7 +20,7 @@ def prefix_sums(lengths):
 @pytest.fixture
 def calls(monkeypatch):
     """Shapes of the queries of each call of torch's kernels. No plan of another test is at hand."""
-    cpu_attention._plan_of.cache_clear()
+    cpu_attention._order_of.cache_clear()
     seen = []
 
     def counted(kernel, place):
@@ -29,7 +29,7 @@ def calls(monkeypatch):
     monkeypatch.setattr(cpu_attention, "_forward", counted(cpu_attention._forward, 0))
     monkeypatch.setattr(cpu_attention, "_backward", counted(cpu_attention._backward, 1))
     yield seen
-    cpu_attention._plan_of.cache_clear()
+    cpu_attention._order_of.cache_clear()
 
 
 def cross_attention(gradients=True):
@@ -65,7 +65,7 @@ def test_one_call_takes_all_sequences_of_a_length_and_changes_no_bit(attend, in_
     ordered = attend()
     assert sorted(calls) == sorted(2 * in_order)  # forward and backward
     calls.clear()
-    cpu_attention._plan_of.cache_clear()
+    cpu_attention._order_of.cache_clear()
     monkeypatch.setattr(cpu_attention, "CALL", 0)  # nothing is worth bringing in order
     packed = attend()
     assert len(calls) == 2 * as_packed
@@ -83,7 +83,7 @@ def test_long_sequences_stay_where_they_are(calls):
     assert torch.equal(out[:100], first)
 
 
-def test_a_plan_made_in_inference_mode_serves_training(calls):
+def test_an_order_made_in_inference_mode_serves_training(calls):
     with torch.inference_mode():
         without = cross_attention(gradients=False)
     for got, want in zip(cross_attention(), without, strict=False):

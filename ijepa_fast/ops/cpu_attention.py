@@ -40,39 +40,39 @@ class _Run(NamedTuple):
 _NO_ROWS = _Run(0, slice(0, 0), slice(0, 0))
 
 
-class _Plan(NamedTuple):
-    """How sequences are gone through.
+class _Order(NamedTuple):
+    """Order in which sequences are attended to, in runs of equal lengths.
 
     Attributes:
-        runs: of the rows once they are in order.
-        order_q, order_k: int64 [Tq], [Tk]; which packed row each of these is. None: rows are taken as they are packed.
+        runs: the rows once they are in order, one entry for each run of equal lengths.
+        rows_q, rows_k: int64 [Tq], [Tk]; the packed row of each row in order; None if rows are taken as packed.
     """
 
     runs: tuple[_Run, ...]
-    order_q: Tensor | None
-    order_k: Tensor | None
+    rows_q: Tensor | None
+    rows_k: Tensor | None
 
 
-def _plan(q: Tensor, k: Tensor, cu_q: Tensor, cu_k: Tensor) -> _Plan:
+def _order(q: Tensor, k: Tensor, cu_q: Tensor, cu_k: Tensor) -> _Order:
     # Padding is one more sequence, to be left in its place.
-    return _plan_of((*cu_q.tolist(), q.shape[0]), (*cu_k.tolist(), k.shape[0]), q.shape[1] * q.shape[2])
+    return _order_of((*cu_q.tolist(), q.shape[0]), (*cu_k.tolist(), k.shape[0]), q.shape[1] * q.shape[2])
 
 
 @lru_cache(maxsize=8)  # every layer asks, forward and backward
-def _plan_of(bounds_q: tuple[int, ...], bounds_k: tuple[int, ...], width: int) -> _Plan:
+def _order_of(bounds_q: tuple[int, ...], bounds_k: tuple[int, ...], width: int) -> _Order:
     lengths = [[stop - start for start, stop in pairwise(bounds)] for bounds in (bounds_q, bounds_k)]
     pairs = list(zip(*lengths, strict=True))[:-1]
     runs = _runs(pairs)
     if (len(runs) - len(set(pairs))) * CALL <= (bounds_q[-1] + bounds_k[-1]) * width:
-        return _Plan(runs, None, None)
+        return _Order(runs, None, None)
     order = sorted(range(len(pairs)), key=pairs.__getitem__)
-    order_q = _rows(bounds_q, [*order, len(order)])
-    order_k = order_q if bounds_k == bounds_q else _rows(bounds_k, [*order, len(order)])
-    return _Plan(_runs([pairs[i] for i in order]), order_q, order_k)
+    rows_q = _rows(bounds_q, [*order, len(order)])
+    rows_k = rows_q if bounds_k == bounds_q else _rows(bounds_k, [*order, len(order)])
+    return _Order(_runs([pairs[i] for i in order]), rows_q, rows_k)
 
 
 def _runs(pairs: list[tuple[int, int]]) -> tuple[_Run, ...]:
-    """Of sequences with these lengths of queries and keys, one after another."""
+    """Runs of equal lengths among sequences with these lengths of queries and keys, one after another."""
     runs, start_q, start_k = [], 0, 0
     for (length_q, length_k), equal in groupby(pairs):
         count = len(list(equal))
@@ -108,16 +108,16 @@ def varlen_attention(
     q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int
 ) -> tuple[Tensor, Tensor]:
     """What ``ops.varlen_attention`` computes, for tensors on the CPU."""
-    plan = _plan(q, k, cu_q, cu_k)
-    out, lse = _attend(_ordered(q, plan.order_q), _ordered(k, plan.order_k), _ordered(v, plan.order_k), plan.runs)
-    return _packed(out, plan.order_q), _packed(lse, plan.order_q)
+    order = _order(q, k, cu_q, cu_k)
+    out, lse = _attend(_ordered(q, order.rows_q), _ordered(k, order.rows_k), _ordered(v, order.rows_k), order.runs)
+    return _packed(out, order.rows_q), _packed(lse, order.rows_q)
 
 
 def varlen_self_attention(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> tuple[Tensor, Tensor]:
     """What ``ops.varlen_self_attention`` computes, for tensors on the CPU."""
-    plan = _plan(qkv[:, 0], qkv[:, 1], cu_seqlens, cu_seqlens)
-    out, lse = _attend(*_ordered(qkv, plan.order_q).unbind(1), plan.runs)
-    return _packed(out, plan.order_q), _packed(lse, plan.order_q)
+    order = _order(qkv[:, 0], qkv[:, 1], cu_seqlens, cu_seqlens)
+    out, lse = _attend(*_ordered(qkv, order.rows_q).unbind(1), order.runs)
+    return _packed(out, order.rows_q), _packed(lse, order.rows_q)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, runs: tuple[_Run, ...]) -> tuple[Tensor, Tensor]:
@@ -152,12 +152,12 @@ def varlen_attention_backward(
     max_k: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What ``ops.varlen_attention_backward`` computes, for tensors on the CPU."""
-    plan = _plan(q, k, cu_q, cu_k)
+    order = _order(q, k, cu_q, cu_k)
     grads = tuple(torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v))
-    inputs = _ordered(q, plan.order_q), _ordered(k, plan.order_k), _ordered(v, plan.order_k)
-    outputs = (_ordered(x, plan.order_q) for x in (grad, out, lse))
-    _write_gradients(grads, inputs, *outputs, plan.runs)
-    orders = (plan.order_q, plan.order_k, plan.order_k)
+    inputs = _ordered(q, order.rows_q), _ordered(k, order.rows_k), _ordered(v, order.rows_k)
+    outputs = (_ordered(x, order.rows_q) for x in (grad, out, lse))
+    _write_gradients(grads, inputs, *outputs, order.runs)
+    orders = (order.rows_q, order.rows_k, order.rows_k)
     return tuple(_packed(x, order) for x, order in zip(grads, orders, strict=True))
 
 
@@ -165,11 +165,11 @@ def varlen_self_attention_backward(
     grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor, max_seqlen: int
 ) -> Tensor:
     """What ``ops.varlen_self_attention_backward`` computes, for tensors on the CPU."""
-    plan = _plan(qkv[:, 0], qkv[:, 1], cu_seqlens, cu_seqlens)
+    order = _order(qkv[:, 0], qkv[:, 1], cu_seqlens, cu_seqlens)
     grad_qkv = torch.empty(qkv.shape, dtype=qkv.dtype)
-    outputs = (_ordered(x, plan.order_q) for x in (grad, out, lse))
-    _write_gradients(grad_qkv.unbind(1), _ordered(qkv, plan.order_q).unbind(1), *outputs, plan.runs)
-    return _packed(grad_qkv, plan.order_q)
+    outputs = (_ordered(x, order.rows_q) for x in (grad, out, lse))
+    _write_gradients(grad_qkv.unbind(1), _ordered(qkv, order.rows_q).unbind(1), *outputs, order.runs)
+    return _packed(grad_qkv, order.rows_q)
 
 
 def _write_gradients(
