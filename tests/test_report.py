@@ -278,8 +278,8 @@ class TestChart:
         assert thinned(line[:100]) == line[:100]
 
     def test_numbers_are_short(self):
-        shown = [compact(v) for v in (0, 0.30881, 12, 1234.5, 9999, 12_000, 300_000, 2_500_000, 1e-6, -0.5)]
-        assert shown == ["0", "0.3088", "12", "1234", "9999", "12k", "300k", "2.5M", "1e-06", "-0.5"]
+        shown = [compact(v) for v in (0, 0.30881, 12, 1234.5, 9999, 12_000, 300_000, 2_500_000, 1e-6, 2.75e-4, -0.5)]
+        assert shown == ["0", "0.3088", "12", "1234", "9999", "12k", "300k", "2.5M", "1e-6", "2.75e-4", "-0.5"]
 
 
 class TestFindings:

@@ -111,4 +111,6 @@ def nearest_neighbours(features: Tensor, queries: Sequence[int], k: int) -> tupl
 
 
 def _short(name: str) -> str:
+    # Bytes of a folder's name that are not UTF-8 cannot be drawn.
+    name = name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
     return name if len(name) <= _NAME_LENGTH else name[: _NAME_LENGTH - 1] + "…"

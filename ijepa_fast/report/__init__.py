@@ -132,7 +132,7 @@ def _facts(run: RunRecord, trained: Trained | None, sources: Sources | None) -> 
         facts["training images"] = f"{len(sources.train):,}"
         if sources.test is not None:
             facts["held-out images"] = f"{len(sources.test):,}"
-    for name, key in (("context", "context_tokens_per_image"), ("targets", "target_tokens_per_image")):
+    for name, key in (("context", "context_tokens_per_image"), ("target", "target_tokens_per_image")):
         if line := run.series(key):
             facts[f"{name} tokens per image"] = f"{sum(value for _, value in line) / len(line):.1f}"
     return facts

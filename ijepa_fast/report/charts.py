@@ -66,7 +66,10 @@ def chart(title: str, lines: dict[str, Points]) -> str:
 
 
 def compact(value: float) -> str:
-    """A number in at most four significant digits; thousands and millions as k and M."""
+    """A number in at most four significant digits; thousands and millions as k and M, small ones as 2.75e-4."""
+    if 0 < abs(value) < 1e-2:
+        digits, exponent = f"{value:.3e}".split("e")
+        return f"{float(digits):g}e{int(exponent)}"
     for size, suffix in ((1e6, "M"), (1e4, "k")):
         if abs(value) >= size:
             return f"{value / (1e3 if suffix == 'k' else size):.4g}{suffix}"
