@@ -7,7 +7,9 @@ import contextlib
 import difflib
 import json
 import logging
+import os
 import re
+import shlex
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -201,7 +203,9 @@ def _run_config(parser, argv: list[str]):
 
 def _pretrain(argv: list[str]) -> int:
     parser = _run_parser("pretrain", "Train an encoder with I-JEPA.")
-    config, _ = _run_config(parser, argv)
+    config, parsed = _run_config(parser, argv)
+    if parsed.config is None:
+        config, _ = _run_config(parser, [*_unasked(config), *argv])
     import yaml
 
     from ijepa_fast.config import as_dict
@@ -215,6 +219,29 @@ def _pretrain(argv: list[str]) -> int:
     if summary:
         print(_table(summary, config.output))
     return 0
+
+
+def _unasked(config) -> list[str]:
+    """Flags that stand in for a recipe where none is named: the run's own settings, or what fits images and device."""
+    from ijepa_fast.config import flags, from_dict, read_recipe
+    from ijepa_fast.data.datasets import open_sources
+    from ijepa_fast.data.remote import RemoteShards
+    from ijepa_fast.ranks import pick_device
+    from ijepa_fast.run.auto import RECIPE, look_at, own_images, product_rate
+
+    written = Path(config.output, "config.yaml")
+    if written.exists() and config.resume != "never":
+        return ["--config", str(written)]
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UsageError(f"several processes need a recipe: --config NAME, for example --config {RECIPE}")
+    source = open_sources(config.data, max_pixels=config.loader.max_pixels).train
+    if isinstance(source, RemoteShards):
+        raise UsageError("images at URLs are not counted, so a recipe is needed: --config NAME")
+    device = pick_device(config.train.device, 0)
+    settings = own_images(from_dict(read_recipe(RECIPE)), look_at(source), device, product_rate)
+    chosen = f"--config {RECIPE} {flags(settings)}"
+    print(f"no --config is given; for these images on this machine: {chosen}", file=sys.stderr)
+    return shlex.split(chosen)
 
 
 def _table(summary: dict, output: str) -> str:

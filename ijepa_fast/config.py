@@ -53,7 +53,8 @@ class TrainConfig:
         epochs: passes over the data; ignored if steps is given.
         steps: length of the run in steps instead of epochs.
         accumulate: micro-batches per step and rank; saves memory.
-        precision: fp32, bf16 (bf16 weights with fp32 masters) or fp16 (the same, with loss scaling).
+        precision: fp32, bf16 (bf16 weights with fp32 masters), fp16 (the same, with loss scaling) or auto (bf16 where
+            the hardware multiplies it, else fp32). A run writes down which one it took.
         device: auto (a GPU if there is one), cpu or cuda.
         log_every: steps between log lines, the only moments the host waits for the device.
         save_every: steps between checkpoints; one is always written at the end.
@@ -65,7 +66,7 @@ class TrainConfig:
     epochs: float = common(300.0)
     steps: int | None = common(None)
     accumulate: int = common(1)
-    precision: Literal["fp32", "bf16", "fp16"] = common("bf16")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = common("auto")
     device: Literal["auto", "cpu", "cuda"] = common("auto")
     log_every: int = 50
     save_every: int = 1000

@@ -27,6 +27,7 @@ from ijepa_fast.plots.run import draw_run
 from ijepa_fast.ranks import Ranks, ranks
 from ijepa_fast.run import checkpoint as checkpoints
 from ijepa_fast.run import folder as run_folder
+from ijepa_fast.run.auto import resolved
 from ijepa_fast.run.build import make_optimizer, make_scaler, make_step, prepare, use_deterministic
 from ijepa_fast.run.checkpoint import Checkpoint
 from ijepa_fast.run.environment import describe
@@ -73,7 +74,7 @@ def pretrain(config: RunConfig, to_yaml: Callable[[RunConfig], str] | None = Non
         NotFinite: the loss was not finite; the checkpoints on disk are from before.
     """
     with heard(), ranks(config.train.device) as me:
-        run = setup(config, me)
+        run = setup(resolved(config, me.device), me)
         with run_folder.locked(run.folder) if me.is_main else nullcontext():
             begin(run, to_yaml or (lambda config: json.dumps(as_dict(config), indent=2)))
             train(run)

@@ -14,6 +14,7 @@ from ijepa_fast.bench import table as ops_table
 from ijepa_fast.bench.measure import results, save
 from ijepa_fast.bench.steps import step_rate
 from ijepa_fast.config import RunConfig
+from ijepa_fast.run.auto import resolved
 
 RECIPES = {"cuda": "vitb16_in1k_exact", "cpu": "demo"}
 """Recipe that is measured by default."""
@@ -50,9 +51,10 @@ def bench(
     if images < 1:
         raise ValueError(f"images must be positive, got {images}")
     until = time.monotonic() + seconds
-    if device.type == "cpu" and config.train.precision != "fp32":
-        # The CPU has no fast 16-bit arithmetic, and the ops are measured in fp32 there.
+    if device.type == "cpu":
+        # The ops are measured in fp32 there.
         config = replace(config, train=replace(config.train, precision="fp32"))
+    config = resolved(config, device)
     report = results("bench", device, name=name)
     described = report["machine"]
     say(f"{described.get('gpu', described['cpu'])}, torch {described['torch']}, triton {described['triton']}")

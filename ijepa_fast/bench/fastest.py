@@ -21,6 +21,7 @@ from ijepa_fast.bench.child_process import Failed, call_apart
 from ijepa_fast.bench.measure import SCHEMA, Times, repeat, save
 from ijepa_fast.bench.steps import LIMITS, differences, disagreement, gradients_of, random_step, rate
 from ijepa_fast.config import RunConfig, flatten, value_text, with_settings
+from ijepa_fast.run.auto import resolved
 from ijepa_fast.run.build import use_deterministic
 from ijepa_fast.run.environment import machine
 from ijepa_fast.step.options import Machine, alternatives, machine_of
@@ -95,6 +96,7 @@ def fastest(
         ValueError: of ``check``.
         Failed: the step as configured does not run.
     """
+    config = resolved(config, device)
     check(config, images, seconds, gpus)
     report: dict[str, Any] = {"schema": SCHEMA, "kind": "fastest", "name": name, "images": images, "gpus": gpus}
     report |= {"precision": config.train.precision, "ways": [], "settings": {}, "gain": 1.0}

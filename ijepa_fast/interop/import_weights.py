@@ -13,6 +13,8 @@ from ijepa_fast.config import ModelConfig, RunConfig
 from ijepa_fast.interop.official.checkpoint import OfficialCheckpoint, is_official, parse
 from ijepa_fast.interop.official.training_state import moments_of
 from ijepa_fast.model.vit import VisionTransformer
+from ijepa_fast.ranks import pick_device
+from ijepa_fast.run.auto import resolved
 from ijepa_fast.weights.encoder_file import KEY, build_arguments, load_encoder
 from ijepa_fast.weights.reading import (
     LAYER_NORM_EPS,
@@ -76,6 +78,7 @@ def import_weights(
     """
     imported = read_any(source)
     config = replace(config, output=str(out), model=_model_config(imported, config.model, num_heads))
+    config = resolved(config, pick_device(config.train.device, 0))
     torch.manual_seed(config.seed)
     model = config.model.build(config.objective)
     load_weights(model.context_encoder, imported.context, f"context encoder of {source}")

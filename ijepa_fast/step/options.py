@@ -137,10 +137,10 @@ class StepOptions:
         """Raise ValueError where an option excludes what else is known of a run.
 
         Args:
-            device: "cpu" or "cuda"; "auto" while it is not known.
+            precision, device: "auto" while they are not known.
             ranks: number of processes.
         """
-        if self.fp8_targets and precision != "bf16":
+        if self.fp8_targets and precision not in ("auto", "bf16"):
             raise ValueError(f"step.fp8_targets needs train.precision bf16, got {precision}")
         if self.fused and device == "cuda" and precision == "fp32":
             raise ValueError("step.blocks fused on a GPU needs train.precision bf16 or fp16, got fp32")
