@@ -44,7 +44,7 @@ kernels:
 	@$(in_environment) --extras train,test -- tools/kernel_check.py $(ARGS)
 
 bench: test
-	@$(in_environment) --extras train,test -- -m benchmarks.ops $(ARGS)
+	@$(in_environment) --extras train,test -- -m pytest benchmarks --benchmark-only $(ARGS)
 
 ext:
 	@$(in_environment) --extras train,test -- tools/build_extension.py $(ARGS)

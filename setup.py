@@ -127,6 +127,7 @@ EXTRAS["test"] = [
     *EXTRAS["lightning"],
     "hypothesis>=6.100",
     "pytest>=8",
+    "pytest-benchmark>=4",
     "setuptools>=70.1",
 ]
 # The attention libraries are left out: each fits certain CUDA and torch builds only.
