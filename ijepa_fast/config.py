@@ -214,16 +214,26 @@ def present(settings: dict[str, object]) -> dict[str, object]:
 
 
 def present_flags(arguments: list[str]) -> list[str]:
-    """Command-line arguments with the settings of earlier versions under their present names, at the end."""
-    kept, old, rest = [], {}, iter(arguments)
-    for argument in rest:
+    """Command-line arguments with the settings of earlier versions under their present names, where the last one stood.
+
+    Raises:
+        ValueError: one of them has no value.
+    """
+    kept, old, place, rest = [], {}, 0, list(arguments)
+    while rest:
+        argument = rest.pop(0)
         name, equals, value = argument.removeprefix("--").partition("=")
         if not argument.startswith("--") or name not in RENAMED:
             kept.append(argument)
             continue
-        value = value if equals else next(rest, "")
+        if not equals:
+            if not rest or rest[0].startswith("--"):
+                raise ValueError(f"--{name} needs a value")
+            value = rest.pop(0)
         old[name] = {"true": True, "false": False}.get(value.lower(), value)
-    return kept + [part for name, value in present(old).items() for part in (f"--{name}", value_text(value))]
+        place = len(kept)
+    renamed = [part for name, value in present(old).items() for part in (f"--{name}", value_text(value))]
+    return kept[:place] + renamed + kept[place:]
 
 
 def common_settings(kind: type = RunConfig, prefix: str = "") -> set[str]:
@@ -305,7 +315,8 @@ def nested(settings: dict[str, object]) -> dict:
     for dotted, value in settings.items():
         section, dot, name = dotted.partition(".")
         if dot:
-            sections.setdefault(section, {})[name] = value
+            # An empty section of a YAML file is null.
+            sections[section] = (sections.get(section) or {}) | {name: value}
         else:
             sections[section] = value
     return sections
@@ -370,6 +381,8 @@ def read_recipe(name: str, above: tuple[Path, ...] = ()) -> dict:
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold settings (name: value), got {type(values).__name__}")
     base = values.pop("base", None)
+    # Before it is merged: a setting's old name in one file and its new one in the other are the same setting.
+    values = present_sections(values)
     if base is None:
         return values
     return _merged(read_recipe(base if base in recipes() else str(path.parent / base), (*above, path)), values)

@@ -19,12 +19,15 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
     [(CPU, (False, False), "fp32"), (CPU, (True, False), "bf16"), (CPU, (False, True), "bf16")]
     + [(CUDA, (7, 5), "fp32"), (CUDA, (8, 0), "bf16"), (CUDA, (9, 0), "bf16")],
 )
-def test_precision_is_what_the_hardware_multiplies(monkeypatch, device, hardware, precision):
+def test_precision_is_what_the_hardware_multiplies(monkeypatch, tmp_path, device, hardware, precision):
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: hardware[0])
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: hardware[1])
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: hardware)
     assert auto.supported_precision(device)[0] == precision
     assert auto.resolved(RunConfig(), device).train.precision == precision
+    (tmp_path / "config.yaml").write_text("train: {precision: fp16}")
+    earlier = with_settings(RunConfig(), {"output": str(tmp_path)})
+    assert auto.resolved(earlier, device).train.precision == "fp16"  # the run to continue has one already
     asked = with_settings(RunConfig(), {"train.precision": "fp16"})
     assert auto.resolved(asked, device) is asked
 

@@ -176,5 +176,41 @@ def test_settings_of_earlier_versions(old, now):
     for flag, value in zip(typed, values, strict=True):
         joined.append(f"{flag}={value}")
         parts += [flag, value]
-    assert present_flags(joined)[-2:] == present_flags(parts)[-2:]
+    assert " ".join(present_flags(joined)).replace("=", " ") == " ".join(present_flags(parts))
     assert not RENAMED.keys() & {part.removeprefix("--") for part in present_flags(parts)}
+
+
+@pytest.mark.parametrize(
+    ("typed", "understood"),
+    [
+        (["--train.compile", "true", "--train.fused", "true"], ["--step.blocks", "fused+compile"]),
+        (["--train.compile=true", "--seed", "1"], ["--step.blocks", "compile", "--seed", "1"]),
+        (["--model.attention", "triton", "--config", "x"], ["--step.attention", "triton", "--config", "x"]),
+    ],
+)
+def test_flags_of_earlier_versions_keep_their_place(typed, understood):
+    assert present_flags(typed) == understood
+
+
+@pytest.mark.parametrize("typed", [["--train.compile"], ["--train.compile", "--train.fused", "true"]])
+def test_a_flag_of_an_earlier_version_without_a_value_is_an_error(typed):
+    with pytest.raises(ValueError, match="--train.compile needs a value"):
+        present_flags(typed)
+
+
+def test_a_file_with_old_names_changes_a_base_with_new_ones(tmp_path):
+    (tmp_path / "base.yaml").write_text("step: {blocks: compile}")
+    (tmp_path / "child.yaml").write_text("base: base.yaml\nstep:\ntrain: {compile: false}")
+    assert from_dict(read_recipe(str(tmp_path / "child.yaml"))).step.blocks == "plain"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"attention": "flsh"}, "step.attention must be auto or one of .*, got 'flsh'"),
+        ({"activation_checkpointing": "off"}, "step.activation_checkpointing must be .*, got 'off'"),
+    ],
+)
+def test_options_of_the_step_are_checked_when_they_are_read(settings, message):
+    with pytest.raises(ValueError, match=message):
+        from_dict({"step": settings})

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -38,10 +40,17 @@ def supported_precision(device: torch.device) -> tuple[str, str]:
 
 
 def resolved(config: RunConfig, device: torch.device) -> RunConfig:
-    """The configuration with the precision that ``auto`` stands for on this device."""
+    """The configuration with the precision that ``auto`` stands for: that of the run to continue, or the device's."""
     if config.train.precision != "auto":
         return config
     precision, reason = supported_precision(device)
+    written = Path(config.output, "config.yaml")
+    if config.resume != "never" and written.is_file():
+        import yaml
+
+        with contextlib.suppress(yaml.YAMLError, KeyError, TypeError):  # the checkpoint has the last word
+            earlier = yaml.safe_load(written.read_text(encoding="utf-8"))["train"]["precision"]
+            precision, reason = earlier, "as the run that is continued"
     log.info("precision %s: %s", precision, reason)
     return replace(config, train=replace(config.train, precision=precision))
 

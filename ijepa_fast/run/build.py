@@ -12,6 +12,7 @@ from ijepa_fast.masks.sampler import MaskSampler
 from ijepa_fast.model.jepa import IJEPA
 from ijepa_fast.optim import FusedAdamW, parameter_groups
 from ijepa_fast.optim.schedules import Schedules
+from ijepa_fast.run.auto import resolved
 from ijepa_fast.step.captured import CapturedStep
 from ijepa_fast.step.options import apply
 from ijepa_fast.step.train_step import TrainStep
@@ -31,7 +32,7 @@ def prepare(model: IJEPA, config: RunConfig, images: int, device: torch.device) 
         config.step,
         model,
         device=device,
-        precision=config.train.precision,
+        precision=resolved(config, device).train.precision,
         sizes=config.model,
         masks=config.masks,
         images=images,

@@ -124,6 +124,12 @@ class StepOptions:
     def __post_init__(self) -> None:
         if self.blocks not in get_args(Blocks):
             raise ValueError(f"step.blocks must be one of {', '.join(get_args(Blocks))}, got {self.blocks!r}")
+        if self.attention not in ("auto", *BACKENDS):
+            raise ValueError(f"step.attention must be auto or one of {', '.join(BACKENDS)}, got {self.attention!r}")
+        if self.activation_checkpointing not in (True, False, "auto"):
+            raise ValueError(
+                f"step.activation_checkpointing must be true, false or auto, got {self.activation_checkpointing!r}"
+            )
 
     @property
     def fused(self) -> bool:
