@@ -1,5 +1,7 @@
 """Settings that are chosen where nobody names them."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import yaml
@@ -26,7 +28,7 @@ def test_precision_is_what_the_hardware_multiplies(monkeypatch, tmp_path, device
     assert auto.supported_precision(device)[0] == precision
     assert auto.resolved(RunConfig(), device).train.precision == precision
     (tmp_path / "config.yaml").write_text("train: {precision: fp16}")
-    earlier = with_settings(RunConfig(), {"output": str(tmp_path)})
+    earlier = replace(RunConfig(), output=str(tmp_path))
     assert auto.resolved(earlier, device).train.precision == "fp16"  # the run to continue has one already
     asked = with_settings(RunConfig(), {"train.precision": "fp16"})
     assert auto.resolved(asked, device) is asked
