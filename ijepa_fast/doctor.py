@@ -53,6 +53,7 @@ def report() -> dict:
         return found
     from ijepa_fast.masks import extension
 
+    versions["torch"] = str(torch.__version__)  # names the build, which the package's metadata may not
     found["gpus"] = _gpus(torch)
     found["gpu"] = _why_no_gpu(torch)
     found["triton"] = _why_no_triton(found["gpus"])

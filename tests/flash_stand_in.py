@@ -90,17 +90,35 @@ def _backward(ctx, grad):
 flash_attention_2.register_autograd(_backward, setup_context=_setup_context)
 
 
+def cudnn_attention(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int) -> Tensor:
+    """cuDNN promises nothing of rows outside the sequences, nor of sequences without queries or keys."""
+    whole = (cu_q.diff() > 0) & (cu_k.diff() > 0)
+    written = torch.zeros(len(q), dtype=torch.bool)
+    for begin, end in zip(cu_q[:-1][whole].tolist(), cu_q[1:][whole].tolist(), strict=True):
+        written[begin:end] = True
+    return torch.where(written[:, None, None], flash_attention_2(q, k, v, cu_q, cu_k, max_q, max_k), math.nan)
+
+
 def loaded(
-    name: str, attend: Callable[..., Tensor] = flash_attention_2, module: str = "flash_attn", version: str = "2.8.3"
+    name: str,
+    attend: Callable[..., Tensor] = flash_attention_2,
+    module: str = "flash_attn",
+    version: str = "2.8.3",
+    cudnn: Callable[..., Tensor] | None = None,
 ) -> Callable:
     """What the loader of a backend puts around ``attend``, which stands for the library's function.
 
-    Of flash-attn, 3 and 4 are told apart by the ``module`` that they are imported from.
+    Of flash-attn, 3 and 4 are told apart by the ``module`` that they are imported from. torch's function takes
+    ``cudnn``, if there is one, unless it is given a window.
     """
+
+    def varlen_attn(*arguments, window_size=(-1, -1)):
+        return (attend if cudnn is None or window_size != (-1, -1) else cudnn)(*arguments)
+
     modules = dict.fromkeys(("flash_attn.cute", "flash_attn_interface", "flash_attn"))  # whose import fails
     modules[module] = SimpleNamespace(flash_attn_varlen_func=attend, __version__=version)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.nn.attention.varlen, "varlen_attn", attend)
+        patch.setattr(torch.nn.attention.varlen, "varlen_attn", varlen_attn)
         for known, content in modules.items():
             patch.setitem(sys.modules, known, content)
         return BACKENDS[name].load()

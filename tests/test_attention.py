@@ -7,8 +7,6 @@ import logging
 import math
 import re
 import sys
-from dataclasses import astuple
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -288,11 +286,15 @@ def test_cudnn_compiles_in_one_graph(monkeypatch, nothing_loaded):
     """Its checks and the choice of the kernel, with the kernel that a CPU has in its place."""
     torch.compiler.reset()
     backend, refuse = BACKENDS["cudnn"], BACKENDS["cudnn"].refuse
-    monkeypatch.setattr(backend, "refuse", lambda r: refuse(Request(CUDA, torch.bfloat16, *astuple(r)[2:])))
+
+    def on_cuda(request):
+        return refuse(Request(CUDA, torch.bfloat16, request.head_dim, request.max_seqlen, request.uniform))
+
+    monkeypatch.setattr(backend, "refuse", on_cuda)
     monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
     with monkeypatch.context() as patch:
-        math_kernel = torch.nn.attention.SDPBackend.MATH
-        patch.setattr(torch.nn.attention, "SDPBackend", SimpleNamespace(CUDNN_ATTENTION=math_kernel))
+        choice = type("SDPBackend", (), {"CUDNN_ATTENTION": torch.nn.attention.SDPBackend.MATH})
+        patch.setattr(torch.nn.attention, "SDPBackend", choice)
         assert backend.reason() is None
     compiled = torch.compile(varlen_self_attention, fullgraph=True, backend="aot_eager")
     for length in (3, 4, 5):

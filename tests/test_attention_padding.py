@@ -1,11 +1,14 @@
 """Padding rows around the attention of other libraries. ``test_attention.py`` has what holds for every backend."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from attention_oracle import AttentionCase, plain, prefix_sums
-from flash_stand_in import flash_attention_2, loaded
+from flash_stand_in import cudnn_attention, flash_attention_2, loaded
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from ijepa_fast.attention.backends import WHOLE_WINDOW
 from ijepa_fast.attention.dispatch import BACKENDS, varlen_self_attention
 from ijepa_fast.attention.padding import FLASH_BLOCK, covered, guarded
 
@@ -148,16 +151,41 @@ def test_torchs_flash_attention_2_gets_further_sequences():
     assert covers("torch_varlen")
 
 
-@pytest.mark.parametrize("version", ["2.10.0", "2.13.1+cu130"])
+@pytest.mark.parametrize("version", ["2.10.0", "2.13.1+cu130", "2.14.1"])
 def test_it_is_known_in_these_versions(version, monkeypatch):
     monkeypatch.setattr(torch, "__version__", version)
     assert covers("torch_varlen")
 
 
-@pytest.mark.parametrize("version", ["2.14.0.dev20260901", "2.14.0", "3.0.0"])
+@pytest.mark.parametrize("version", ["2.15.0.dev20261201", "2.15.0", "3.0.0"])
 def test_what_later_versions_take_gets_copies(version, monkeypatch):
     monkeypatch.setattr(torch, "__version__", version)
     assert not covers("torch_varlen")
+
+
+@pytest.mark.parametrize(("version", "cudnn"), [("2.14.1", False), ("2.15.0", True)])
+def test_padding_rows_where_torch_would_take_cudnn(version, cudnn, monkeypatch):
+    """2.14 is told to take FlashAttention-2; what later versions take is not known, and need not be."""
+    monkeypatch.setattr(torch, "__version__", version)
+    seen = []
+    attend = loaded("torch_varlen", cudnn=lambda *arguments: seen.append(1) or cudnn_attention(*arguments))
+    check(lambda *arguments: attend(*arguments, False), CASES["more padding than bound"])
+    assert bool(seen) == cudnn
+
+
+@pytest.mark.parametrize("tokens", [64, 256, 1024])
+def test_torchs_rule_leaves_windows_to_flash_attention_2(tokens, monkeypatch):
+    """In both directions: backward is asked with the window alone."""
+    from torch.nn.attention import varlen
+
+    if not hasattr(varlen, "_can_use_cudnn"):
+        pytest.skip("this torch never takes cuDNN")
+    monkeypatch.setattr(varlen, "_should_use_cudnn", lambda device_index: True)
+    shape = torch.zeros(0, 2, 80, dtype=torch.bfloat16)
+    rows = SimpleNamespace(is_cuda=True, device=torch.device("cuda:0"), dtype=shape.dtype, shape=shape.shape)
+    rows.size = shape.size
+    assert varlen._can_use_cudnn(rows, rows, rows, tokens, [-1, -1]) == (tokens > FLASH_BLOCK)
+    assert not varlen._can_use_cudnn(rows, rows, rows, tokens, list(WHOLE_WINDOW))
 
 
 def test_another_flash_attention_that_torch_is_told_to_take_gets_copies(monkeypatch):

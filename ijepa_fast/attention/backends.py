@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from importlib import import_module
 
 import torch
@@ -22,6 +23,9 @@ HALF = (torch.float16, torch.bfloat16)
 KERNEL_HEAD_DIMS = (24, 32, 64, 80, 88, 96, 128)
 KERNEL_MAX_SEQLEN = 1024
 """What the package's own kernels are made for. Said here too, because their file cannot be read without Triton."""
+WHOLE_WINDOW = (2**30, 2**30)
+"""Keys before and after a query that it attends to. FlashAttention-2 takes windows as long as a set for none at all
+(``mha_varlen_fwd``, ``mha_varlen_bwd``)."""
 
 
 class BackendUnavailable(RuntimeError):
@@ -169,10 +173,14 @@ def _load_torch_varlen() -> Callable[..., Tensor]:
     from torch.nn.attention import current_flash_attention_impl
     from torch.nn.attention.varlen import varlen_attn
 
-    with_sequences, with_copies = covered(varlen_attn), guarded(varlen_attn)
-    # On AMD GPUs the kernels are others. After torch 2.13 varlen_attn takes cuDNN where it can, by rules that change.
-    if torch.version.hip is not None or _version(torch.__version__) > (2, 13):
+    with_copies = guarded(varlen_attn)
+    version = _version(torch.__version__)
+    # On AMD GPUs the kernels are others; which of them later versions take has not been read.
+    if torch.version.hip is not None or version > (2, 14):
         return with_copies
+    # torch 2.14 takes cuDNN where it can, but not for windows; 2.10 has none. num_splits would do for forward alone.
+    flash = varlen_attn if version < (2, 14) else partial(varlen_attn, window_size=WHOLE_WINDOW)
+    with_sequences = covered(flash)
 
     def attend(*arguments):
         return (with_sequences if current_flash_attention_impl() is None else with_copies)(*arguments)
