@@ -78,7 +78,8 @@ def import_weights(
     """
     imported = read_any(source)
     config = replace(config, output=str(out), model=_model_config(imported, config.model, num_heads))
-    config = resolved(config, pick_device(config.train.device, 0))
+    if config.train.precision == "auto":
+        config = resolved(config, pick_device(config.train.device, 0))
     torch.manual_seed(config.seed)
     model = config.model.build(config.objective)
     load_weights(model.context_encoder, imported.context, f"context encoder of {source}")

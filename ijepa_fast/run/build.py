@@ -89,6 +89,7 @@ def assemble(
         model: networks as ``config.model.build`` makes them.
         images: number of images of a step.
     """
+    config = resolved(config, device)
     prepare(model, config, images // config.train.accumulate, device)
     scaler = make_scaler(config, device)
     return make_step(model, make_optimizer(model, config), sampler, schedules, config, scaler=scaler)

@@ -12,7 +12,9 @@ from ijepa_fast.config import RunConfig, as_dict, flatten, from_dict
 from ijepa_fast.model.jepa import IJEPA
 from ijepa_fast.model.vit import cast_weights
 from ijepa_fast.optim import FusedAdamW, parameter_groups
+from ijepa_fast.ranks import pick_device
 from ijepa_fast.run import checkpoint as checkpoints
+from ijepa_fast.run.auto import resolved
 from ijepa_fast.run.checkpoint import Checkpoint, CheckpointDamaged, CheckpointError
 from ijepa_fast.step.train_step import PRECISION_DTYPES
 from ijepa_fast.weights.reading import WeightsError, load_weights
@@ -97,7 +99,8 @@ def check_training(
     if health.dim() != 2 or health.shape[1] != width or health.dtype != torch.float32:
         raise CheckpointDamaged(f"{path} does not fit its run: its health.features are no rows of {width} features")
     checkpoints.check_tensors(state.tensors, training_tensors(model, optimizer), path)
-    if state.step > total_steps:
+    # Weights that were imported may come from a longer run: nothing is left to do then.
+    if state.step > total_steps and "imported" not in state.extra:
         raise CheckpointDamaged(f"{path} says that it was written after step {state.step} of {total_steps}")
     if scaler is not None:
         kept, wanted = state.extra["scaler"] or {}, scaler.state_dict()
@@ -132,7 +135,7 @@ def save_run(
     Args:
         folder: of the run; the file goes to its checkpoints/.
         model: fp32, on the CPU; to train on, its weights are cast to the run's precision here.
-        config: of the run.
+        config: of the run; the precision that "auto" stands for is that of this machine.
         step: steps done.
         moments: dotted parameter name -> exp_avg and exp_avg_sq; by default zero, as at the start of a run.
         data: fingerprint of the training images. None: a checkpoint to evaluate, in fp32 and without
@@ -148,6 +151,8 @@ def save_run(
     folder = Path(folder)
     if checkpoints.list_steps(folder / "checkpoints"):
         raise WeightsError(f"{folder} already holds a run; give another folder")
+    if config.train.precision == "auto":
+        config = resolved(config, pick_device(config.train.device, 0))
     scaler = torch.amp.GradScaler("cpu") if config.train.precision == "fp16" else None
     extra = about_run(config, data, scaler) | {"bad_files": {}, "imported": dict(about or {})}
     state = {}
