@@ -205,7 +205,7 @@ def _pretrain(argv: list[str]) -> int:
     parser = _run_parser("pretrain", "Train an encoder with I-JEPA.")
     config, parsed = _run_config(parser, argv)
     if parsed.config is None:
-        config, _ = _run_config(parser, [*_unasked(config), *argv])
+        config, _ = _run_config(parser, [*_unasked(config, argv), *argv])
     import yaml
 
     from ijepa_fast.config import as_dict
@@ -221,24 +221,32 @@ def _pretrain(argv: list[str]) -> int:
     return 0
 
 
-def _unasked(config) -> list[str]:
-    """Flags that stand in for a recipe where none is named: the run's own settings, or what fits images and device."""
-    from ijepa_fast.config import flags, from_dict, read_recipe
+def _unasked(config, argv: list[str]) -> list[str]:
+    """Flags that stand in for a recipe where none is named: the run's own settings, or what fits images and device.
+
+    ``config`` has the settings of ``argv``, which win over these.
+    """
+    from ijepa_fast.config import flags, flatten, from_dict, read_recipe, value_text
     from ijepa_fast.data.datasets import open_sources
     from ijepa_fast.data.remote import RemoteShards
     from ijepa_fast.ranks import pick_device
     from ijepa_fast.run.auto import RECIPE, look_at, own_images, product_rate
+    from ijepa_fast.run.checkpoint import list_steps
 
     written = Path(config.output, "config.yaml")
-    if written.exists() and config.resume != "never":
-        return ["--config", str(written)]
+    if written.exists() and config.resume != "never" and list_steps(written.parent / "checkpoints"):
+        # The folder may have been moved, and the run may have begun with --resume never --overwrite true.
+        now = {"output": config.output, "resume": config.resume, "overwrite": config.overwrite}
+        return ["--config", str(written), *(f"--{name}={value_text(value)}" for name, value in now.items())]
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UsageError(f"several processes need a recipe: --config NAME, for example --config {RECIPE}")
     source = open_sources(config.data, max_pixels=config.loader.max_pixels).train
     if isinstance(source, RemoteShards):
         raise UsageError("images at URLs are not counted, so a recipe is needed: --config NAME")
     device = pick_device(config.train.device, 0)
-    settings = own_images(from_dict(read_recipe(RECIPE)), look_at(source), device, product_rate)
+    named = {argument[2:].partition("=")[0] for argument in argv if argument.startswith("--")}
+    given = {name: value for name, value in flatten(config).items() if name in named}
+    settings = own_images(from_dict(read_recipe(RECIPE)), look_at(source), device, product_rate, given)
     chosen = f"--config {RECIPE} {flags(settings)}"
     print(f"no --config is given; for these images on this machine: {chosen}", file=sys.stderr)
     return shlex.split(chosen)
@@ -405,7 +413,8 @@ def _ended_by_signals():
     if threading.current_thread() is not threading.main_thread():  # which alone gets signals
         yield
         return
-    before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGHUP)}
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]  # Windows has one
+    before = {number: signal.signal(number, end) for number in numbers}
     try:
         yield
     finally:

@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -74,7 +74,8 @@ def pretrain(config: RunConfig, to_yaml: Callable[[RunConfig], str] | None = Non
         NotFinite: the loss was not finite; the checkpoints on disk are from before.
     """
     with heard(), ranks(config.train.device) as me:
-        run = setup(resolved(config, me.device), me)
+        # Hosts may differ: the first rank's choice is everybody's.
+        run = setup(me.from_main(_with_precision(config, me) if me.is_main else None), me)
         with run_folder.locked(run.folder) if me.is_main else nullcontext():
             begin(run, to_yaml or (lambda config: json.dumps(as_dict(config), indent=2)))
             train(run)
@@ -125,6 +126,14 @@ class Run:
     @property
     def images_per_rank(self) -> int:
         return self.config.train.batch_size // self.me.world_size
+
+
+def _with_precision(config: RunConfig, me: Ranks) -> RunConfig:
+    """Where it is left to us, the precision of the run that is continued, else what the device multiplies."""
+    if config.train.precision == "auto" and config.resume != "never":
+        before = run_folder.precision_of(Path(config.output)) or "auto"
+        config = replace(config, train=replace(config.train, precision=before))
+    return resolved(config, me.device)
 
 
 def setup(config: RunConfig, me: Ranks) -> Run:
@@ -188,7 +197,8 @@ def begin(run: Run, to_yaml: Callable[[RunConfig], str]) -> None:
             check_training(state, path, run.model, run.optimizer, run.scaler, run.total_steps)
 
         state = run_folder.claim(config, run.sources.train.fingerprint, check)
-        write_text(folder / "config.yaml", to_yaml(config))
+        # Whoever starts from this file continues the run; it must not say again that the run is to be removed.
+        write_text(folder / "config.yaml", to_yaml(replace(config, resume="auto", overwrite=False)))
         write_json(folder / "environment.json", describe())
         _say_what_starts(run)
         if state is None:

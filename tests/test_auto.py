@@ -1,7 +1,5 @@
 """Settings that are chosen where nobody names them."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 import yaml
@@ -10,6 +8,8 @@ from ijepa_fast import cli
 from ijepa_fast.config import RunConfig, from_dict, read_recipe, with_settings
 from ijepa_fast.data import ImageFolder
 from ijepa_fast.run import auto
+from ijepa_fast.train import pretrain
+from tests.tiny import tiny_run
 
 TINY = "--model.embed_dim 16 --model.depth 1 --model.num_heads 2 --model.predictor_embed_dim 8 --train.steps 2".split()
 BASE = from_dict(read_recipe(auto.RECIPE))
@@ -21,15 +21,12 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
     [(CPU, (False, False), "fp32"), (CPU, (True, False), "bf16"), (CPU, (False, True), "bf16")]
     + [(CUDA, (7, 5), "fp32"), (CUDA, (8, 0), "bf16"), (CUDA, (9, 0), "bf16")],
 )
-def test_precision_is_what_the_hardware_multiplies(monkeypatch, tmp_path, device, hardware, precision):
+def test_precision_is_what_the_hardware_multiplies(monkeypatch, device, hardware, precision):
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: hardware[0])
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: hardware[1])
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: hardware)
     assert auto.supported_precision(device)[0] == precision
     assert auto.resolved(RunConfig(), device).train.precision == precision
-    (tmp_path / "config.yaml").write_text("train: {precision: fp16}")
-    earlier = replace(RunConfig(), output=str(tmp_path))
-    assert auto.resolved(earlier, device).train.precision == "fp16"  # the run to continue has one already
     asked = with_settings(RunConfig(), {"train.precision": "fp16"})
     assert auto.resolved(asked, device) is asked
 
@@ -56,6 +53,31 @@ def test_on_a_gpu_it_is_a_vit_s_of_the_images_size():
     assert config.train.steps == pytest.approx(300 * 9469 / 256, abs=100)
 
 
+def test_length_and_warm_up_follow_what_is_named():
+    def settled(**given):
+        given = {f"train.{name}": value for name, value in given.items()}
+        chosen = auto.own_images(BASE, auto.Images(600, 96), CPU, lambda device: 1e11, given)
+        config = with_settings(BASE, chosen | given)
+        per_epoch = 600 // config.train.batch_size
+        total = config.train.total_steps(per_epoch)
+        assert config.optim.schedules(total, per_epoch).warmup_steps == pytest.approx(total / 10, abs=2, rel=0.1)
+        return config.train.batch_size, total
+
+    assert settled(steps=20) == (64, 20)
+    assert settled(epochs=5.0) == (64, 45)
+    assert settled(epochs=5.0, steps=30)[1] == 30
+    assert settled(batch_size=8)[0] == 8
+
+
+def test_a_run_keeps_its_precision_where_none_is_named(data, tmp_path, monkeypatch, caplog):
+    caplog.set_level("INFO")
+    config = tiny_run(data, tmp_path / "run", steps=2)
+    pretrain(config)
+    monkeypatch.setattr(auto, "supported_precision", lambda device: ("bf16", "a test says so"))
+    pretrain(with_settings(config, {"train.precision": "auto"}))
+    assert "is trained: all 2 steps are done" in caplog.text
+
+
 def test_too_few_images_are_an_error_with_their_number():
     with pytest.raises(ValueError, match="there are 15 images"):
         auto.own_images(BASE, auto.Images(15, 96), CPU, lambda device: 1e11)
@@ -69,12 +91,16 @@ def test_images_alone_are_enough_and_the_same_command_continues(data, tmp_path, 
     caplog.set_level("INFO")
     out = tmp_path / "run"
     few = ["--evaluation.before_and_after", "false", "--evaluation.pictures", "false", "--optim.warmup_epochs", "0.1"]
-    assert cli.main(["pretrain", "--data", str(data), "--output", str(out), *TINY, *few]) == 0
+    anew = ["--resume", "never", "--overwrite", "true"]
+    assert cli.main(["pretrain", "--data", str(data), "--output", str(out), *TINY, *few, *anew]) == 0
     said = capsys.readouterr().err
     assert "for these images on this machine: --config own_images --model.img_size" in said
     written = yaml.safe_load((out / "config.yaml").read_text())
     assert written["train"]["precision"] in ("fp32", "bf16")
     assert written["model"]["embed_dim"] == 16  # a flag wins over what was chosen
+    assert (written["resume"], written["overwrite"]) == ("auto", False)  # the file continues the run
+    # Earlier versions wrote what was asked for, which must not remove the run now.
+    (out / "config.yaml").write_text(yaml.safe_dump(written | {"resume": "never", "overwrite": True, "output": "old"}))
     # Its own settings stand in for a recipe now: nothing is chosen anew, and nothing has changed.
     monkeypatch.setattr(auto, "product_rate", None)
     assert cli.main(["pretrain", "--data", str(data), "--output", str(out)]) == 0

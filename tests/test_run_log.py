@@ -11,6 +11,7 @@ import sys
 import termios
 import time
 
+import pytest
 import torch
 
 from ijepa_fast.ranks import Ranks
@@ -58,20 +59,23 @@ def test_a_tensorboard_that_cannot_be_imported_ends_nothing(tmp_path, monkeypatc
 
 BAR = """
 import logging, pathlib, sys, time
-from ijepa_fast.run.log import RunLog
-logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-log = RunLog(pathlib.Path(sys.argv[1]), 100, 0, "run")
-log.advance()
-logging.getLogger("ijepa_fast.any").info("attention with heads of width 7 takes sdpa")
-time.sleep(2.5)
-log.close()
+from ijepa_fast.run.log import RunLog, heard
+if sys.argv[2] == "command":
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+with heard():
+    log = RunLog(pathlib.Path(sys.argv[1]), 100, 0, "run")
+    log.advance()
+    logging.getLogger("ijepa_fast.any").info("attention with heads of width 7 takes sdpa")
+    time.sleep(2.5)
+    log.close()
 """
 
 
-def test_log_lines_stand_above_the_bar_and_its_clock_moves(tmp_path):
+@pytest.mark.parametrize("by", ["command", "python"])
+def test_log_lines_stand_once_above_the_bar_and_its_clock_moves(tmp_path, by):
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 24, 100, 0, 0))
-    subprocess.run([sys.executable, "-c", BAR, str(tmp_path)], stderr=theirs, check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", BAR, str(tmp_path), by], stderr=theirs, check=True, timeout=120)
     os.close(theirs)
     text = b""
     try:
@@ -81,6 +85,7 @@ def test_log_lines_stand_above_the_bar_and_its_clock_moves(tmp_path):
         pass
     os.close(ours)
     written = text.decode()
+    assert written.count("takes sdpa") == 1, written
     before, _, after = written.partition("attention with heads of width 7 takes sdpa")
     assert before.endswith("\r") and after.startswith("\r\n"), written
     assert "[00:02<" in after, written

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -40,17 +38,10 @@ def supported_precision(device: torch.device) -> tuple[str, str]:
 
 
 def resolved(config: RunConfig, device: torch.device) -> RunConfig:
-    """The configuration with the precision that ``auto`` stands for: that of the run to continue, or the device's."""
+    """The configuration with the precision that ``auto`` stands for on this device."""
     if config.train.precision != "auto":
         return config
     precision, reason = supported_precision(device)
-    written = Path(config.output, "config.yaml")
-    if config.resume != "never" and written.is_file():
-        import yaml
-
-        with contextlib.suppress(yaml.YAMLError, KeyError, TypeError):  # the checkpoint has the last word
-            earlier = yaml.safe_load(written.read_text(encoding="utf-8"))["train"]["precision"]
-            precision, reason = earlier, "as the run that is continued"
     log.info("precision %s: %s", precision, reason)
     return replace(config, train=replace(config.train, precision=precision))
 
@@ -81,7 +72,11 @@ def look_at(source) -> Images:
 
 
 def own_images(
-    base: RunConfig, images: Images, device: torch.device, rate: Callable[[torch.device], float]
+    base: RunConfig,
+    images: Images,
+    device: torch.device,
+    rate: Callable[[torch.device], float],
+    given: Mapping[str, object] | None = None,
 ) -> dict[str, object]:
     """Settings (dotted names) that fit a recipe for small sets to these images and this device.
 
@@ -90,12 +85,14 @@ def own_images(
         images: number and size.
         device: where the run will be.
         rate: multiplications and additions of matrix products that the device does in a second.
+        given: settings that people name; length and warm-up follow the batch, steps and epochs among them.
 
     Raises:
         ValueError: fewer than 16 images.
     """
     if images.count < 16:
         raise ValueError(f"there are {images.count} images; pretraining needs at least 16, and learns from thousands")
+    given = given or {}
     # A batch is at most a quarter of the set, so that an epoch has several steps.
     most = max(4, images.count // 4)
     if device.type == "cuda":
@@ -110,13 +107,13 @@ def own_images(
             "model.num_heads": 6,
             "model.predictor_embed_dim": 192,
             "model.predictor_depth": 6,
-            "train.batch_size": _power_of_two(min(256, most)),
+            "train.batch_size": given.get("train.batch_size", _power_of_two(min(256, most))),
         }
         steps = round(min(300.0, max(20.0, 30e6 / images.count)) * images.count / settings["train.batch_size"])
     else:
         # 64 patches whatever the size: what a CPU can do, and all three cost the same.
         size = next((size for size in (96, 64) if images.side >= size), 32)
-        batch = _power_of_two(min(base.train.batch_size, most))
+        batch = given.get("train.batch_size", _power_of_two(min(base.train.batch_size, most)))
         model = replace(base.model, img_size=size, patch_size=size // 8)
         flops = step_flops(model, TokenCounts.expected(base.masks, (8, 8), draws=16)).total
         seconds = flops * batch / (rate(device) * SHARE_OF_PRODUCTS)
@@ -126,8 +123,10 @@ def own_images(
             "train.batch_size": batch,
         }
         steps = CPU_MINUTES * 60 / seconds
-    steps = max(100, int(round(steps, -2)))
+    steps = given.get("train.steps") or max(100, int(round(steps, -2)))
     warmup = steps / 10 * settings["train.batch_size"] / images.count
+    if "train.epochs" in given and "train.steps" not in given:
+        steps, warmup = None, given["train.epochs"] / 10
     settings |= {"train.steps": steps, "optim.warmup_epochs": float(f"{warmup:.3g}")}
     if images.side >= 2 * settings["model.img_size"]:
         return settings

@@ -32,7 +32,7 @@ def prepare(model: IJEPA, config: RunConfig, images: int, device: torch.device) 
         config.step,
         model,
         device=device,
-        precision=resolved(config, device).train.precision,
+        precision=config.train.precision,
         sizes=config.model,
         masks=config.masks,
         images=images,

@@ -91,6 +91,13 @@ def _settings_of_run(path: Path) -> dict | None:
     return values if of_run else None
 
 
+def precision_of(folder: Path) -> str | None:
+    """The train.precision of the run in a folder that has checkpoints; None where there is none."""
+    if not checkpoints.list_steps(folder / "checkpoints"):
+        return None
+    return (_settings_of_run(folder / "config.yaml") or {}).get("train", {}).get("precision")
+
+
 def remove_run(folder: Path) -> int:
     """Remove what a run wrote from its folder, and nothing else. Returns the number of files."""
     found = [path for pattern in RUN_FILES for path in sorted(folder.glob(pattern)) if not path.is_dir()]

@@ -56,7 +56,9 @@ class RunLog:
             )
         )
         if not self._bar.disable:
-            self._open.enter_context(logging_redirect_tqdm())
+            # Each logger gets a handler that writes above the bar: where there is none, lines would appear twice.
+            loggers = (logging.root, logging.getLogger("ijepa_fast"))
+            self._open.enter_context(logging_redirect_tqdm([logger for logger in loggers if logger.handlers]))
             self._open.enter_context(_ticking(self._bar))
 
     def advance(self) -> None:
