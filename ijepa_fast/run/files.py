@@ -32,7 +32,8 @@ def write_whole(path: Path, write: Callable[[Path], object], size: int | None = 
         temporary.touch()
         mode = temporary.stat().st_mode  # as the umask has it; some libraries make files for their owner alone
         write(temporary)
-        os.chmod(temporary, mode)
+        with contextlib.suppress(OSError):  # file systems without permissions refuse it
+            os.chmod(temporary, mode)
         flush(temporary)
         os.replace(temporary, path)
         flush(path.parent)

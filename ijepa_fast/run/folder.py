@@ -219,6 +219,9 @@ def _refuse_other_runs(state: Checkpoint, config: RunConfig, data: str) -> None:
     for name, (old, new) in allowed.items():
         if name not in ("resume", "overwrite"):
             log.info("continuing with %s changed from %r to %r", name, old, new)
+    if data.startswith("stream:") and "loader.workers" in allowed:
+        old = allowed["loader.workers"][0]
+        log.warning("the order of images from URLs depends on loader.workers; --loader.workers %s keeps it", old)
 
 
 def _drop_figures_of_others(config: RunConfig, folder: Path) -> None:
