@@ -136,11 +136,19 @@ class TestAccelerate:
             ({"capture": True}, "capture needs a step that has the optimizer"),
             ({"activation_checkpointing": "auto"}, "activation_checkpointing must be true or false"),
             ({"fp8_targets": True}, "step.fp8_targets needs train.precision bf16, got fp32"),
+            ({"precision": "float16"}, "precision must be one of fp32, bf16, fp16, got 'float16'"),
         ],
     )
     def test_what_cannot_be_is_refused(self, options, words):
         with pytest.raises(ValueError, match=re.escape(words)):
             tiny().accelerate(device="cpu", **options)
+
+    def test_weights_of_other_types_and_a_second_call_are_refused(self):
+        with pytest.raises(ValueError, match="weights must be fp32, bf16 or fp16, but these are torch.float64"):
+            tiny().double().accelerate(device="cpu", precision="fp32")
+        model = copy.deepcopy(tiny().accelerate(device="cpu", blocks="fused"))
+        with pytest.raises(ValueError, match="accelerate was called before"):
+            model.accelerate(device="cpu", blocks="plain")
 
 
 class TestFusedBlocks:

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from tiny_jepa import images, same, tiny, train, trained, weights
 from torch import nn
 
-from ijepa_fast import FusedAdamW, JEPAModel, parameter_groups
+from ijepa_fast import FusedAdamW, JEPAModel, cast_weights, parameter_groups
 from ijepa_fast.jepa_model.following import holds
 from ijepa_fast.optim.schedules import Schedules
 
@@ -176,10 +176,53 @@ class TestTargetEncoder:
     def test_a_cast_is_no_step(self):
         model = tiny()
         model(images())
-        for cast in (model.double, model.bfloat16, model.float):
+        for cast in (
+            model.double,
+            model.bfloat16,
+            model.float,
+            lambda: model.to(torch.bfloat16).float(),
+            lambda: model.accelerate(device="cpu", precision="bf16"),
+            lambda: cast_weights(model, torch.float32),
+            lambda: cast_weights(model, torch.float16),
+            model.context_encoder.bfloat16,
+        ):
             cast()
             model.update_target()
-        assert int(model.updates) == 0
+            assert int(model.updates) == 0
+
+    def test_a_step_before_a_cast_counts(self):
+        model, expected = stepped()
+        model.double()
+        for ours, theirs in zip(model.target_encoder.parameters(), expected, strict=True):
+            torch.testing.assert_close(ours.detach(), theirs.double())
+        assert int(model.updates) == 1
+
+    def test_a_channels_last_step_is_seen(self):
+        model = tiny().to(memory_format=torch.channels_last)
+        train(model, torch.optim.SGD([model.context_encoder.patch_embed.proj.weight], 0.1), range(2))
+        model.update_target()
+        assert int(model.updates) == 2
+
+    def test_a_loop_without_calls_of_the_model_updates_by_hand(self):
+        model = tiny()
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        for step in range(2):
+            masks = model.draw_masks(images(step))
+            model.losses(model.predict(images(step), masks), masks)[0].total.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            model.update_target()
+            assert int(model.updates) == step + 1
+
+    @pytest.mark.parametrize("follow", [False, True])
+    def test_a_step_that_changes_nothing_counts_where_it_is_followed(self, follow):
+        model = tiny()
+        optimizer = torch.optim.SGD(model.parameters(), 0.0)
+        if follow:
+            model.follow(optimizer)
+        train(model, optimizer, range(2))
+        model.update_target()
+        assert int(model.updates) == 2 * follow
 
 
 class TestFollow:
@@ -227,6 +270,34 @@ class TestFollow:
         model.update_target()
         assert int(model.updates) == 2
 
+    @pytest.mark.parametrize("read", ["state_dict", "update_target"])
+    def test_its_last_step_counts_when_it_is_gone(self, read):
+        model = tiny()
+
+        def loop():
+            optimizer = torch.optim.AdamW(model.parameters())
+            model.follow(optimizer)
+            train(model, optimizer, range(3))
+
+        loop()
+        gc.collect()
+        getattr(model, read)()
+        assert int(model.updates) == 3
+        train(model, torch.optim.SGD(model.parameters(), 0.1), range(2))
+        model.update_target()
+        assert int(model.updates) == 5
+
+    def test_all_or_none_average_by_themselves(self):
+        model = tiny()
+        source, target = model.context_encoder, model.target_encoder
+        ours = FusedAdamW(source.blocks.parameters(), ema=target.blocks.parameters())
+        rest = torch.optim.AdamW(source.norm.parameters())
+        with pytest.raises(ValueError, match="all or none must average by themselves .*, got AdamW, FusedAdamW"):
+            model.follow(ours, rest)
+        model.follow(ours)
+        with pytest.raises(ValueError, match="all or none"):
+            model.follow(rest)
+
     def test_loading_other_weights_forgets_the_step(self):
         model = tiny()
         optimizer = torch.optim.SGD(model.parameters(), 0.1)
@@ -272,6 +343,35 @@ class TestNothingIsMissed:
             torch.testing.assert_close(found[name], theirs)
         assert int(model.updates) == 1
 
+    @pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])
+    def test_a_loaded_target_is_averaged_on(self, precision):
+        model = tiny(ema_momentum=0.5).to(precision)
+        optimizer = torch.optim.AdamW(model.parameters())
+        train(model, optimizer, range(2))
+        model.load_state_dict({name: torch.full_like(value, 7) for name, value in model.state_dict().items()})
+        model.update_target()
+        with torch.no_grad():
+            for parameter in model.context_encoder.parameters():
+                parameter += 1
+        model.update_target()
+        assert all(torch.equal(w, torch.full_like(w, 7.5)) for w in weights(model.target_encoder))
+
+    def test_a_step_before_the_context_encoder_alone_is_loaded_counts(self):
+        for load in (
+            lambda model, state: model.context_encoder.load_state_dict(state),
+            lambda model, state: model.load_state_dict({f"context_encoder.{k}": state[k] for k in state}, strict=False),
+        ):
+            model, expected = stepped()
+            load(model, tiny(encoder_heads=2).context_encoder.state_dict())
+            for ours, theirs in zip(model.target_encoder.parameters(), expected, strict=True):
+                torch.testing.assert_close(ours.detach(), theirs)
+            assert int(model.updates) == 1
+
+    def test_an_encoder_is_copied_alone(self):
+        encoder = pickle.loads(pickle.dumps(copy.deepcopy(tiny().context_encoder)))
+        assert encoder.model is None
+        encoder.load_state_dict(encoder.state_dict())
+
     @pytest.mark.parametrize("whole", [False, True])
     def test_loading_other_weights_is_no_step(self, whole):
         model, _ = stepped()
@@ -281,10 +381,11 @@ class TestNothingIsMissed:
         if whole:
             model.load_state_dict(loaded.state_dict())
         assert same(model.target_encoder.parameters(), loaded.target_encoder.parameters())
-        assert int(model.updates) == 0
+        updates = 0 if whole else 1  # of the step before
+        assert int(model.updates) == updates
         train(model, torch.optim.SGD(model.parameters(), 0.1), range(1))
         model.update_target()
-        assert int(model.updates) == 1
+        assert int(model.updates) == updates + 1
 
 
 def cut(state: dict, prefix: str = "") -> dict:

@@ -49,8 +49,7 @@ class JEPAConfig:
             ``update_target`` is called.
         seed: seed of the masks. Weights come from torch's global generator.
         mean, std: mean and standard deviation of each channel, for images in [0, 1]; uint8 images are normalised with
-            them. By default ImageNet's for
-            three channels, otherwise 0.5.
+            them. By default ImageNet's for three channels, otherwise 0.5.
         init: initialisation, flat (std 0.02 at all depths) or depth_scaled.
         attention: backend of variable-length attention, see ``ijepa-fast doctor``.
         activation_checkpointing: recompute blocks in the backward pass to save memory.

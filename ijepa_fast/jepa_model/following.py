@@ -2,32 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ijepa_fast.optim import FusedAdamW
-from ijepa_fast.optim.step_tensors import local
 
 _VALUES = 8
 """Values of each parameter that are compared; a step changes some of them."""
 
 
-@torch.no_grad()
-def first_values(module: nn.Module) -> Tensor:
-    """A few values of every parameter (of this rank's shard, under FSDP2), copied into one vector."""
-    return torch.cat([local(p).reshape(-1)[:_VALUES] for p in module.parameters()])
+def first_values(tensor: Tensor) -> Tensor:
+    """A few values of a tensor, as a view."""
+    rows = torch.atleast_1d(tensor.detach())
+    return rows[(slice(1),) * (rows.ndim - 1) + (slice(_VALUES),)].reshape(-1)
 
 
-def differ(now: Tensor, then: Tensor) -> Tensor:
-    """Whether values have changed, as a bool scalar on their device, so that the host does not wait.
+def as_cast(noted: Tensor, values: Sequence[Tensor]) -> Tensor:
+    """Noted values rounded and moved as the weights were since, for that is no step.
 
-    A cast or a move to another device is no change. Values of parameters that have been sharded since cannot be
-    compared; they count as unchanged.
+    Values of parameters that were sharded since cannot be compared; they count as unchanged.
     """
-    if now.shape != then.shape:
-        return torch.zeros((), dtype=torch.bool, device=now.device)
-    return (now != then.to(now)).any()
+    sizes = [value.numel() for value in values]
+    if len(noted) != sum(sizes):
+        return torch.cat(values)
+    return torch.cat([old.to(value) for old, value in zip(noted.split(sizes), values, strict=True)])
 
 
 def holds(optimizer: Optimizer, module: nn.Module) -> bool:

@@ -6,6 +6,7 @@ Legend: B images, N patches per image, D width, T packed rows.
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
@@ -25,14 +26,18 @@ class Encoder(VisionTransformer):
     """``VisionTransformer`` that also takes a mask of patches.
 
     Attributes:
-        loads: how many times weights were loaded, so that loading is not taken for an optimizer's step.
+        model: a weak reference to the ``JEPAModel`` that it is in, which is told before weights are loaded.
     """
 
-    loads = 0
+    model: weakref.ref | None = None
 
     def _load_from_state_dict(self, *args, **kwargs) -> None:
+        if self.model is not None and (model := self.model()) is not None:
+            model._before_loading()
         super()._load_from_state_dict(*args, **kwargs)
-        self.loads += 1
+
+    def __getstate__(self) -> dict:
+        return {name: value for name, value in super().__getstate__().items() if name != "model"}
 
     def forward(
         self,

@@ -18,11 +18,12 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ijepa_fast.jepa_model.config import JEPAConfig, refuse_unknown
-from ijepa_fast.jepa_model.following import averages_into, differ, first_values, holds, performed
+from ijepa_fast.jepa_model.following import as_cast, averages_into, first_values, holds, performed
 from ijepa_fast.jepa_model.metrics import Encoder, Metrics, cosine_similarity, warn_of_range
 from ijepa_fast.masks.sampler import Masks, MaskSampler
 from ijepa_fast.model.jepa import IJEPA, Losses
 from ijepa_fast.optim import EMA
+from ijepa_fast.optim.step_tensors import local
 from ijepa_fast.run.files import write_tensors
 from ijepa_fast.step.options import StepOptions, apply
 from ijepa_fast.step.train_step import PRECISION_DTYPES
@@ -31,7 +32,7 @@ from ijepa_fast.weights.reading import WeightsError, check_fit, description_in, 
 FORMAT = "ijepa_fast-jepa_model-1"
 _EVALUATION_STEP = 2**32 - 1
 """The step whose masks are drawn in eval mode: the last one, which no training call gets to."""
-_OF_THE_WATCH = ("_ema", "_addresses", "_followed", "_noted", "_stepped", "_performed", "_averaged")
+_OF_THE_WATCH = ("_ema", "_addresses", "_values", "_followed", "_noted", "_stepped", "_performed", "_averaged")
 """Attributes that are not copied with a model."""
 
 
@@ -62,6 +63,8 @@ class JEPAModel(IJEPA):
         ValueError: unknown keys (with the nearest known ones), or values that do not fit together.
     """
 
+    _accelerated = False
+
     def __init__(self, config: Mapping[str, Any] | None = None, **settings: Any):
         config = JEPAConfig.from_keys({**(config or {}), **settings}).resolved()
         encoder, predictor, objective = config.build()
@@ -89,8 +92,11 @@ class JEPAModel(IJEPA):
             The model itself.
 
         Raises:
-            ValueError: an unknown option, or one that the model, the device or a loop of your own does not allow.
+            ValueError: an unknown option, or one that the model, the device or a loop of your own does not allow; a
+                second call.
         """
+        if self._accelerated:
+            raise ValueError("accelerate was called before: call it once, on a new model or one from JEPAModel.load")
         refuse_unknown(options, [f.name for f in fields(StepOptions)], "accelerate")
         kept = {name: getattr(self.config, name) for name in ("attention", "activation_checkpointing")}
         chosen = StepOptions(**kept | options)
@@ -100,9 +106,15 @@ class JEPAModel(IJEPA):
             raise ValueError("activation_checkpointing must be true or false: the size of the batches is not known")
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         names = {dtype: name for name, dtype in PRECISION_DTYPES.items()}
-        precision = precision or names.get(self.predictor.predictor_embed.weight.dtype, "fp32")
+        dtype = self.predictor.predictor_embed.weight.dtype
+        if dtype not in names:
+            raise ValueError(f"weights must be fp32, bf16 or fp16, but these are {dtype}: call model.float() before")
+        precision = precision or names[dtype]
+        if precision not in PRECISION_DTYPES:
+            raise ValueError(f"precision must be one of {', '.join(PRECISION_DTYPES)}, got {precision!r}")
         chosen.check(precision=precision, accumulate=1, device=device.type)
         apply(chosen, self, device=device, precision=precision)
+        self._accelerated = True
         return self
 
     # Loss
@@ -111,8 +123,10 @@ class JEPAModel(IJEPA):
     @torch.compiler.disable(recursive=False)
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         self._catch_up()
-        if self.training and torch.is_grad_enabled() and self.config.auto_ema and not self._followed:
-            self._note()
+        watching = self.config.auto_ema and not self._followed
+        if watching and self._noted is None and self.training and torch.is_grad_enabled():
+            self._find()
+            self._noted = torch.cat(self._values)
         self._calling = True
         try:
             return super().__call__(*args, **kwargs)
@@ -205,10 +219,9 @@ class JEPAModel(IJEPA):
         Where the model looks for steps by itself (``auto_ema``) and has been called in training, this averages only
         what has changed since, so that nothing is averaged twice. Otherwise each call is an update.
         """
-        if self._followed or (self.config.auto_ema and self._noted is not None):
-            self._catch_up()
-        else:
-            self._average(True)
+        if self._noted is None and self._performed is False and not self._followed:
+            self._performed = True
+        self._catch_up()
 
     def follow(self, *optimizers: Optimizer) -> None:
         """Average after each step of these optimizers from now on; hooks of their own tell of it.
@@ -218,12 +231,18 @@ class JEPAModel(IJEPA):
         stepped. An optimizer that averages into the target encoder itself is given the momentum.
 
         Raises:
-            ValueError: an optimizer that does not step the context encoder.
+            ValueError: an optimizer that does not step the context encoder, or of several only some average.
         """
-        self._catch_up()  # while the model still looks by itself
         for optimizer in optimizers:
             if not holds(optimizer, self.context_encoder):
                 raise ValueError(f"this {type(optimizer).__name__} holds no parameters of the context encoder")
+        together = {*self._followed, *optimizers}
+        if len({averages_into(optimizer, self._modules["target_encoder"]) for optimizer in together}) > 1:
+            names = ", ".join(sorted(type(optimizer).__name__ for optimizer in together))
+            raise ValueError(f"of the followed optimizers all or none must average by themselves (ema), got {names}")
+        self._catch_up()  # while the model still looks by itself
+        self._noted = None
+        for optimizer in optimizers:
             if optimizer not in self._followed:
                 self._followed.add(optimizer)
                 optimizer.register_step_pre_hook(self._before_step)
@@ -245,61 +264,74 @@ class JEPAModel(IJEPA):
         self._averaged = averages_into(optimizer, self._modules["target_encoder"])
 
     @torch.compiler.disable
+    @torch.no_grad()
     def _catch_up(self) -> None:
         """Average if the context encoder was stepped since the last time."""
         source, target = self.context_encoder, self._modules["target_encoder"]
         for module in (self, source, target):
             if hasattr(module, "reshard"):  # FSDP2 leaves gathered parameters behind after a call without gradients
                 module.reshard()
-        if self._loads != source.loads + target.loads:
-            self._forget_steps()
-        if self._followed:
-            if self._performed is not False:
-                self._average(self._performed, self._averaged)
+        if self._performed is not False:
+            if not self._averaged:
+                self._find()
+            self._average(self._performed, self._averaged)
         elif self._noted is not None:
-            of_source, of_target = self._noted
-            moved, averaged = differ(first_values(source), of_source), differ(first_values(target), of_target)
+            self._find()
+            moved, averaged = (torch.cat(self._values) != self._noted).view(2, -1).any(1)
             # On the CPU nothing is lost by looking. Elsewhere the host does not wait: see `_average`.
             if moved.device.type != "cpu" or moved:
                 self._average(moved, averaged)
-            self._note()
+            self._noted = torch.cat(self._values)
 
     @torch.compiler.disable
     @torch.inference_mode(False)
     @torch.no_grad()
     def _average(self, performed: Tensor | bool, averaged: Tensor | bool = False) -> None:
         """One update, if a step was ``performed``; only counted, if the optimizer has ``averaged`` by itself."""
-        source, target = self.context_encoder, self._modules["target_encoder"]
         if averaged is not True:
-            addresses = tuple(p.data_ptr() for module in (source, target) for p in module.parameters())
-            if self._ema is None or addresses != self._addresses:  # new, moved to a device, or cast
-                self._ema, self._addresses = EMA(target, source), addresses
+            self._ema = self._ema or EMA(self._modules["target_encoder"], self.context_encoder)
             # Momentum 1 leaves the target as it is, to the bit, and the host need not know.
             pending = performed if averaged is False else performed & ~averaged
             momentum = self.momentum()
             self._ema.update(momentum if pending is True else torch.where(pending, momentum, 1.0))
         self.updates += performed
-        self._stepped, self._performed = set(), False
+        self._stepped, self._performed, self._averaged = set(), False, False
 
     @torch.compiler.disable
-    def _note(self) -> None:
-        """Remember the weights, to see later whether they were stepped."""
-        self._noted = tuple(first_values(self._modules[name]) for name in ("context_encoder", "target_encoder"))
+    @torch.no_grad()
+    def _find(self) -> None:
+        """Know the parameters again that were moved to a device, cast or sharded since the last time."""
+        encoders = (self.context_encoder, self._modules["target_encoder"])
+        parameters = [local(parameter) for encoder in encoders for parameter in encoder.parameters()]
+        addresses = [parameter.data_ptr() for parameter in parameters]
+        if addresses != self._addresses:
+            self._ema, self._addresses, self._values = None, addresses, [first_values(p) for p in parameters]
+            self._noted = None if self._noted is None else as_cast(self._noted, self._values)
+
+    def _apply(self, *args, **kwargs) -> JEPAModel:  # of casts and moves, which are no steps
+        self._catch_up()
+        super()._apply(*args, **kwargs)
+        if self._noted is not None:
+            self._find()
+            self._noted = torch.cat(self._values)
+        return self
 
     def _forget_steps(self) -> None:
         """Start anew: no optimizer is known to have stepped since the last update."""
-        self._noted: tuple[Tensor, ...] | None = None  # of the last training call or update
+        self._ema: EMA | None = None
+        self._addresses: list[int] = []
+        self._values: list[Tensor] = []  # the first of each parameter of the encoders, as views
+        self._noted: Tensor | None = None  # these values at the last training call or update
         self._stepped: set[int] = set()  # ids of the followed optimizers that have stepped since the last update
         self._performed: Tensor | bool = False  # whether one of these steps did anything
         self._averaged = False  # whether they averaged by themselves
-        self._loads = self.context_encoder.loads + self._modules["target_encoder"].loads
 
     def _start_watching(self) -> None:
-        self._ema: EMA | None = None
-        self._addresses: tuple[int, ...] = ()
         self._followed: weakref.WeakSet[Optimizer] = weakref.WeakSet()
         self._calling = self._looked_at_images = False
         self._forget_steps()
+        for name in ("context_encoder", "target_encoder"):
+            self._modules[name].model = weakref.ref(self)
 
     # Saving
 
@@ -316,6 +348,15 @@ class JEPAModel(IJEPA):
         if strict:
             state_dict = check_fit(self, state_dict)
         return super().load_state_dict(state_dict, strict, assign)
+
+    def _before_loading(self) -> None:
+        """Average what is due, so that loading is not taken for a step of an optimizer."""
+        self._catch_up()
+        self._forget_steps()
+
+    def _load_from_state_dict(self, *args, **kwargs) -> None:
+        self._before_loading()
+        super()._load_from_state_dict(*args, **kwargs)
 
     def get_extra_state(self) -> Tensor:
         return torch.tensor(self.calls)
