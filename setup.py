@@ -149,7 +149,7 @@ setup(
     # Hugging Face publishes a package named `kernels`: ours is installed inside ijepa_fast only.
     package_dir={"ijepa_fast.kernels": "kernels"},
     package_data={"ijepa_fast": ["recipes/**/*.yaml"]},
-    # The suite runs with torch 2.10 to 2.14 (CONTRIBUTING.md says what a later one needs).
+    # 2.10 to 2.14 are supported; CONTRIBUTING.md says what a later one needs.
     install_requires=["torch>=2.10", "numpy>=1.26", 'triton>=3.6; platform_system == "Linux"'],
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["ijepa-fast = ijepa_fast.cli:main"]},
