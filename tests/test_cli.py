@@ -193,7 +193,7 @@ def test_ctrl_c_is_one_line(monkeypatch, capsys, data):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(train, "pretrain", interrupted)
-    assert cli.main(["pretrain", "--data", str(data)]) == 130
+    assert cli.main(["pretrain", "--config", "demo", "--data", str(data)]) == 130
     assert capsys.readouterr().err == "\nijepa-fast pretrain: interrupted\n"
 
 
