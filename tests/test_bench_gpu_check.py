@@ -212,7 +212,7 @@ def test_the_whole_chain_on_a_cpu(tmp_path):
     report = json.loads((tmp_path / "gpu-dry-run.json").read_text())["parts"]
     assert all(entry["machine"]["commit"] == "0123456789ab" for entry in report.values())
     assert report["masks"]["report"]["equal"]["comparisons"] > 10
-    assert report["tests"]["passed"] >= 15 and not report["tests"]["failed"]
+    assert report["tests"]["passed"] >= 13 and not report["tests"]["failed"]
     for part, measured in (("quick", "error"), ("ops", "times")):
         rows = report[part]["rows"]
         assert {row["op"] for row in rows} >= {"gather_patches", "varlen_attention", "adamw_ema_", "ema_"}
