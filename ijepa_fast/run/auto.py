@@ -34,7 +34,7 @@ def supported_precision(device: torch.device) -> tuple[str, str]:
         return "fp32", f"bf16 needs compute capability 8.0, the GPU has {major}.{minor}"
     if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported():
         return "bf16", "this CPU multiplies bf16"
-    return "fp32", "this CPU would emulate bf16, about ten times slower"
+    return "fp32", "this CPU would emulate bf16, slowly"
 
 
 def resolved(config: RunConfig, device: torch.device) -> RunConfig:
