@@ -71,7 +71,6 @@ def run_config(recipe: str, seed: int, out: Path, data: str | None = None) -> Ru
         output=str(out / short(recipe) / f"seed{seed}"),
         seed=seed,
         resume="auto",
-        overwrite=False,
         evaluation=replace(config.evaluation, before_and_after=False, pictures=False, bank=0),
     )
 

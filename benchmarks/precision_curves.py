@@ -78,7 +78,7 @@ def run_config(variant: str, seed: int, out: Path, steps: int) -> RunConfig:
         train=train,
         step=options,
         optim=replace(config.optim, warmup_epochs=WARMUP * steps * BATCH / NUM_IMAGES["train"]),
-        evaluation=replace(config.evaluation, bank=4000, monitor_every=1),
+        evaluation=replace(config.evaluation, bank=4000),
     )
 
 

@@ -31,7 +31,7 @@ import yaml
 from benchmarks.ablations import doc_start, draw, write_into
 from benchmarks.results_files import accuracies, table
 from ijepa_fast.bench.measure import save
-from ijepa_fast.config import RunConfig, flatten, from_dict, read_recipe
+from ijepa_fast.config import RunConfig, flatten, from_dict, present, read_recipe
 from ijepa_fast.data.datasets import Sources, open_sources, train_loader
 from ijepa_fast.evaluate.encoder import evaluate
 from ijepa_fast.masks.sampler import MaskSampler
@@ -93,7 +93,6 @@ def train(config: RunConfig, steps: int, teacher: dict | None = None, each_step=
     loader = train_loader(
         sources_of(config.data).train,
         epoch_images=None,
-        shuffle=0,
         image_size=config.model.img_size,
         global_batch=config.train.batch_size,
         seed=config.seed,
@@ -127,7 +126,7 @@ def run(group: dict, name: str, data: str, seed: int) -> dict:
         of = config_of(group, changes["teacher"], data, seed)
         teacher = train(of, round(seconds / seconds_per_step(of, None))).target_encoder.state_dict()
         spent = time.process_time() - started
-        config = replace(config, optim=replace(config.optim, momentum=1.0, final_momentum=1.0))
+        config = replace(config, optim=replace(config.optim, momentum=(1.0, 1.0)))
     result = {"settings": {k: v for k, v in flatten(config).items() if k not in ("data", "output", "seed")}}
     curve, judging, steps, per_step = [], 0.0, 0, 0.0
 
@@ -194,7 +193,7 @@ def _gaps(runs: list[dict], of: list[dict], other: str, figure: str) -> list[flo
 def _verdict(runs: list[dict], of: list[dict], first: str, figure: str) -> str:
     """Above or below, if three seeds agree or, with fewer, if the test images alone cannot explain the gap."""
     gaps = _gaps(runs, of, first, figure)
-    share, images = of[0]["figures"][figure], of[0]["settings"]["evaluation.test_images"]
+    share, images = of[0]["figures"][figure], present(of[0]["settings"], strict=False)["evaluation.images"][1]
     noise = 0.0 if len(gaps) > 2 else 200 * math.sqrt(2 * share * (1 - share) / images)  # two standard errors
     for word, sign in (("above", 1), ("below", -1)):
         if gaps and all(sign * gap > noise for gap in gaps):

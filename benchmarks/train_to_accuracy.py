@@ -71,7 +71,7 @@ def prepare(config: RunConfig, regularised: bool) -> RunConfig:
         return replace(config, objective=plain)
     if not ours.regularised:
         raise ValueError("the recipe has no variance-covariance term: objective.variance_weight is 0")
-    terms = ("variance_weight", "covariance_weight", "target_std", "variance_eps")
+    terms = ("variance_weight", "covariance_weight")
     return replace(config, objective=replace(plain, **{name: getattr(ours, name) for name in terms}))
 
 
@@ -119,7 +119,7 @@ def build(name: str, config: RunConfig, steps: int, per_epoch: int, device: torc
     eager = Eager(config.model, schedules, config.train.precision, context_loss).to(device)
     load_weights(eager, model.state_dict())
     sampler = MaskSampler(official, grid)
-    mean, std = (torch.tensor(values, device=device).view(3, 1, 1) for values in (config.model.mean, config.model.std))
+    mean, std = (torch.tensor(values, device=device).view(3, 1, 1) for values in config.model.mean_std)
 
     def train(images: Tensor, number: int) -> float:
         masks = sampler.sample(len(images), seed=config.seed, step=number)
@@ -134,7 +134,7 @@ def _regulariser(objective: Objective) -> Callable[[Tensor], Tensor]:
     """The term that ``Objective`` adds to the prediction loss, a function of context features [B, K, D]."""
 
     def loss(context: Tensor) -> Tensor:
-        terms = variance_covariance(context.float().mean(1), objective.target_std, objective.variance_eps)
+        terms = variance_covariance(context.float().mean(1))
         return objective.variance_weight * terms[0] + objective.covariance_weight * terms[1]
 
     return loss

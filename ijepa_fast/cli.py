@@ -160,33 +160,27 @@ def _run_config(parser, argv: list[str]):
     """(RunConfig, namespace as parsed) from flags and --config FILE or RECIPE."""
     import yaml
 
-    from ijepa_fast.config import (
-        RunConfig,
-        as_dict,
-        common_settings,
-        flatten,
-        present_flags,
-        present_sections,
-        read_recipe,
-    )
+    from ijepa_fast.config import RunConfig, as_dict, common_settings, flatten, present_flags, read_recipe
 
     sections = {name for name, value in as_dict(RunConfig()).items() if isinstance(value, dict)}
+    named_so_far: dict[str, object] = {}
 
     def text(recipe: str) -> str:
-        settings = present_sections(read_recipe(recipe))
+        settings = read_recipe(recipe, onto=named_so_far)
         for name in sections & settings.keys():
             if not isinstance(settings[name], dict):
                 raise UsageError(f"{name} in {recipe} must hold settings (name: value), got {settings[name]!r}")
+        named_so_far.update(flatten(settings))
         return yaml.safe_dump(settings, sort_keys=False)
 
     named = []
-    argv = present_flags(argv)
     for i, argument in enumerate(argv):
         if i and argv[i - 1] == "--config":
             argument = text(argument)
         elif argument.startswith("--config="):
             argument = f"--config={text(argument.partition('=')[2])}"
         named.append(argument)
+    named = present_flags(named, named_so_far)
     own = [action.dest for action in parser._actions if action.option_strings]
     if "--help-all" in argv:
         parser.print_help()
@@ -234,9 +228,9 @@ def _unasked(config, argv: list[str]) -> list[str]:
     from ijepa_fast.run.checkpoint import list_steps
 
     written = Path(config.output, "config.yaml")
-    if written.exists() and config.resume != "never" and list_steps(written.parent / "checkpoints"):
-        # The folder may have been moved, and the run may have begun with --resume never --overwrite true.
-        now = {"output": config.output, "resume": config.resume, "overwrite": config.overwrite}
+    if written.exists() and config.resume in ("auto", "require") and list_steps(written.parent / "checkpoints"):
+        # The folder may have been moved, and the run may have begun with --resume overwrite.
+        now = {"output": config.output, "resume": config.resume}
         return ["--config", str(written), *(f"--{name}={value_text(value)}" for name, value in now.items())]
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UsageError(f"several processes need a recipe: --config NAME, for example --config {RECIPE}")

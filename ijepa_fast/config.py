@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import json
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from importlib import resources
 from pathlib import Path
@@ -18,7 +19,7 @@ from ijepa_fast.step.options import StepOptions
 
 @dataclass(frozen=True)
 class LoaderConfig:
-    """From image files to uint8 crops.
+    """How image files become uint8 crops.
 
     Args:
         crop_scale: smallest and largest share of the image's area that a crop covers.
@@ -26,27 +27,23 @@ class LoaderConfig:
         flip: probability of a horizontal flip. The official recipe has none.
         workers: decoding processes per rank, at most as many as there are cores for it; "auto" takes that many, up to
             16; 0 decodes in the training process.
-        timeout: seconds after which waiting for a batch is given up and the run ends.
         max_pixels: width times height above which an image counts as undecodable, for it may not fit into memory.
         max_bad_share: share of undecodable images above which the run ends with an error.
         epoch_images: images that count as an epoch where shards come from URLs, which are not counted; needed there.
-        shuffle: images in each worker's shuffle buffer, for shards from URLs.
     """
 
     crop_scale: tuple[float, float] = (0.3, 1.0)
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
     flip: float = 0.0
     workers: int | Literal["auto"] = common("auto")
-    timeout: float = 600.0
     max_pixels: int = 89_478_485  # Pillow's limit
     max_bad_share: float = 0.05
     epoch_images: int | None = None
-    shuffle: int = 1000
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """The loop.
+    """Length of the run, batches, precision, log and checkpoints.
 
     Args:
         batch_size: images per step on all ranks together.
@@ -88,35 +85,26 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """Judging frozen features. Everything here needs labels and is left out without them.
+    """How frozen features are evaluated. Accuracies need labels and are left out without them.
 
     Args:
         data: labelled images to test on; by default the test or val folder beside the training images.
         before_and_after: k-NN and linear probe of the untrained and of the trained target encoder.
-        train_images: at most so many training images are used to fit k-NN and probe.
-        test_images: at most so many images are tested.
+        images: largest number of training images that k-NN and probe are fitted to, and of test images.
         layers: features of the last block, or of the last four concatenated.
         resize_ratio: the shorter side of a test image is resized to this times img_size, then the centre is cut out.
             1 for sets whose images have the size of the crops.
         bank: training features kept for the online k-NN; 0 turns it off.
-        monitor_every: steps from one whose target features are kept for the online rank and k-NN to the next. The
-            others leave out the rows of the target encoder's last block that no prediction reads; 1 leaves out none.
         pictures: draw masks, curves and PCA maps at the end.
     """
 
     data: str | None = common(None)
     before_and_after: bool = True
-    train_images: int = 10_000
-    test_images: int = 10_000
+    images: tuple[int, int] = (10_000, 10_000)
     layers: Literal["last", "last4"] = "last"
     resize_ratio: float = 256 / 224
     bank: int = 20_000
-    monitor_every: int = 8
     pictures: bool = True
-
-    def __post_init__(self) -> None:
-        if self.monitor_every < 1:
-            raise ValueError(f"evaluation.monitor_every must be at least 1, got {self.monitor_every}")
 
 
 @dataclass(frozen=True)
@@ -130,8 +118,7 @@ class RunConfig:
         output: folder of the run: config, metrics, checkpoints, pictures.
         seed: of weights, data order, crops and masks.
         resume: auto continues the run in the output folder if there is one; never refuses a folder that holds one;
-            require refuses one that does not.
-        overwrite: with resume never: remove the run that is in the output folder; files that no run writes stay.
+            overwrite removes it, but no file that no run writes; require refuses a folder that holds none.
         model: encoder and predictor.
         masks: context and target blocks.
         objective: the loss.
@@ -145,8 +132,7 @@ class RunConfig:
     data: str | None = common(None)
     output: str = common("runs/default")
     seed: int = common(0)
-    resume: Literal["auto", "never", "require"] = common("auto")
-    overwrite: bool = common(False)
+    resume: Literal["auto", "never", "overwrite", "require"] = common("auto")
     model: ModelConfig = field(default_factory=ModelConfig)
     masks: MaskConfig = field(default_factory=MaskConfig)
     objective: Objective = field(default_factory=Objective)
@@ -169,9 +155,7 @@ CHANGEABLE = {
     "data",
     "output",
     "resume",
-    "overwrite",
     "loader.workers",
-    "loader.timeout",
     "loader.max_bad_share",
     "train.accumulate",
     "train.device",
@@ -187,52 +171,113 @@ CHANGEABLE = {
 RENAMED = {
     "model.attention": "step.attention",
     "model.activation_checkpointing": "step.activation_checkpointing",
+    "model.mean": ("model.mean_std", 0),
+    "model.std": ("model.mean_std", 1),
+    "model.target_attention": None,
     "train.capture": "step.capture",
     "train.overlap_target": "step.overlap_target",
     "train.wide_residual": "step.wide_residual",
     "train.fp8_targets": "step.fp8_targets",
     "train.compile": "step.blocks",
     "train.fused": "step.blocks",
-    "model.target_attention": None,
+    "overwrite": "resume",
+    "optim.start_lr": ("optim.lr_ends", 0),
+    "optim.final_lr": ("optim.lr_ends", 1),
+    "optim.weight_decay": ("optim.weight_decay", 0),
+    "optim.final_weight_decay": ("optim.weight_decay", 1),
+    "optim.momentum": ("optim.momentum", 0),
+    "optim.final_momentum": ("optim.momentum", 1),
+    "evaluation.train_images": ("evaluation.images", 0),
+    "evaluation.test_images": ("evaluation.images", 1),
+    "evaluation.monitor_every": None,
+    "loader.timeout": None,
 }
-"""Settings of earlier versions -> their present names; None for those without a successor, which are dropped."""
+"""Settings of earlier versions -> their present names, with the place in a pair for what is half of one now; None for
+those that are gone. A number alone for a pair is its first half: ``--optim.momentum 0.99`` leaves the end as it is."""
+
+FIXED = {
+    "model.init": "flat",
+    "objective.target_std": 1.0,
+    "objective.variance_eps": 1e-4,
+    "objective.target_eps": 1e-5,
+    "loader.shuffle": 1000,
+    "optim.weight_decay_shape": "cosine",
+    "optim.momentum_shape": "linear",
+    "optim.schedule_stretch": 1.0,
+    "optim.eps": 1e-8,
+    "optim.layer_decay": 1.0,
+}
+"""Settings of earlier versions that are constants now -> their value."""
 
 
-def present(settings: dict[str, object]) -> dict[str, object]:
-    """Settings by their dotted names, with those of earlier versions under their present names."""
-    found = {name: value for name, value in settings.items() if name not in RENAMED}
-    for old, value in settings.items():
-        name = RENAMED.get(old)
-        if old == "train.fp8_targets":
-            found.setdefault(name, value not in ("off", False))
-        elif old in ("train.fused", "train.compile"):
-            on = [kind for kind in ("fused", "compile") if settings.get(f"train.{kind}")]
-            found.setdefault(name, "+".join(on) or "plain")
-        elif name is not None:
-            found.setdefault(name, value)
-    return found
+def present(settings: Mapping[str, object], base: Mapping[str, object] | None = None, strict: bool = True) -> dict:
+    """Settings by their dotted names, with those of earlier versions under their present names.
 
-
-def present_flags(arguments: list[str]) -> list[str]:
-    """Command-line arguments with the settings of earlier versions under their present names, where the last one stood.
+    Args:
+        base: settings that these change. Of a pair of which they name one half, the other stays as it is there.
+        strict: whether a value other than the constant is an error for a setting in ``FIXED``, or is ignored.
 
     Raises:
-        ValueError: one of them has no value.
+        ValueError: a setting in ``FIXED`` has another value.
+    """
+    for name in FIXED.keys() & settings.keys() if strict else ():
+        if settings[name] != FIXED[name]:
+            raise ValueError(f"{name} is no setting any more and always {FIXED[name]}, got {settings[name]}")
+    now = {name: value for name, value in settings.items() if not _former(name, value)}
+    base = flatten(RunConfig()) | dict(base or {})
+    for old, value in settings.items():
+        name = RENAMED.get(old)
+        if old == "overwrite":
+            if value and settings.get("resume", base["resume"]) == "never":
+                now[name] = "overwrite"
+        elif old == "train.fp8_targets":
+            now.setdefault(name, value not in ("off", False))
+        elif old in ("train.fused", "train.compile"):
+            on = [kind for kind in ("fused", "compile") if settings.get(f"train.{kind}")]
+            now.setdefault(name, "+".join(on) or "plain")
+        elif isinstance(name, tuple) and _former(old, value):
+            pair, half = name
+            now[pair] = list(now.get(pair, base[pair]))
+            now[pair][half] = value
+        elif isinstance(name, str):
+            now.setdefault(name, value)
+    return now
+
+
+def _former(name: str, value: object) -> bool:
+    """Whether it takes ``present`` to understand a setting: one that goes by another name now, or by none."""
+    of_a_pair = isinstance(RENAMED.get(name), tuple) and RENAMED[name][0] == name
+    return not isinstance(value, (list, tuple)) if of_a_pair else name in RENAMED or name in FIXED
+
+
+def present_flags(arguments: list[str], base: Mapping[str, object] | None = None) -> list[str]:
+    """Command-line arguments with the settings of earlier versions under their present names, where the last one stood.
+
+    Args:
+        base: as in ``present``.
+
+    Raises:
+        ValueError: one of them has no value, or one that is in ``FIXED`` another one.
     """
     kept, old, place, rest = [], {}, 0, list(arguments)
+    # Whether to overwrite is half of what --resume says.
+    names = {*RENAMED, *FIXED} | {"resume" for argument in arguments if argument.partition("=")[0] == "--overwrite"}
     while rest:
         argument = rest.pop(0)
         name, equals, value = argument.removeprefix("--").partition("=")
-        if not argument.startswith("--") or name not in RENAMED:
+        if not argument.startswith("--") or name not in names:
             kept.append(argument)
             continue
         if not equals:
             if not rest or rest[0].startswith("--"):
                 raise ValueError(f"--{name} needs a value")
             value = rest.pop(0)
-        old[name] = {"true": True, "false": False}.get(value.lower(), value)
+        try:
+            old[name] = json.loads(value)
+        except json.JSONDecodeError:
+            old[name] = value
         place = len(kept)
-    renamed = [part for name, value in present(old).items() for part in (f"--{name}", value_text(value))]
+    renamed = [part for name, value in present(old, base).items() for part in (f"--{name}", value_text(value))]
     return kept[:place] + renamed + kept[place:]
 
 
@@ -277,14 +322,16 @@ def as_dict(config: RunConfig) -> dict:
     return plain(asdict(config))
 
 
-def from_dict(values: dict, kind: type = RunConfig, where: str = "") -> RunConfig:
-    """Inverse of ``as_dict``.
+def from_dict(values: dict, strict: bool = True) -> RunConfig:
+    """Inverse of ``as_dict``; ``strict`` as in ``present``.
 
     Raises:
         ValueError: an unknown setting, with the nearest name, or a value that its section refuses.
     """
-    if kind is RunConfig:
-        values = present_sections(values)
+    return _section(RunConfig, present_sections(values, strict=strict), "")
+
+
+def _section(kind: type, values: dict, where: str):
     known = {f.name: f for f in fields(kind)}
     for name in values:
         if name not in known:
@@ -293,9 +340,13 @@ def from_dict(values: dict, kind: type = RunConfig, where: str = "") -> RunConfi
     for name, value in values.items():
         default = known[name].default_factory
         if isinstance(value, dict) and is_dataclass(default):
-            value = from_dict(value, default, f"{where}{name}.")
-        arguments[name] = tuple(value) if isinstance(value, list) else value
+            value = _section(default, value, f"{where}{name}.")
+        arguments[name] = _tuples(value)
     return kind(**arguments)
+
+
+def _tuples(value: object) -> object:
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
 def did_you_mean(name: str, names: Iterable[str]) -> str:
@@ -304,9 +355,9 @@ def did_you_mean(name: str, names: Iterable[str]) -> str:
     return f"; did you mean {near[0]}?" if near else ""
 
 
-def present_sections(values: dict) -> dict:
+def present_sections(values: dict, base: Mapping[str, object] | None = None, strict: bool = True) -> dict:
     """``present`` of settings as a YAML file holds them."""
-    return nested(present(flatten(values)))
+    return nested(present(flatten(values), base, strict))
 
 
 def nested(settings: dict[str, object]) -> dict:
@@ -360,11 +411,15 @@ def find_recipe(name: str) -> Path:
     raise ValueError(f"{name!r} is neither a file nor a recipe; {hint}")
 
 
-def read_recipe(name: str, above: tuple[Path, ...] = ()) -> dict:
+def read_recipe(name: str, above: tuple[Path, ...] = (), onto: Mapping[str, object] | None = None) -> dict:
     """Nested settings of a YAML file or shipped recipe: what ``from_dict`` takes.
 
     A file may name a recipe, or another file (relative to its own folder), as its ``base``: it then holds only what
-    differs from that. ``above`` are the files that this one is a base of.
+    differs from that.
+
+    Args:
+        above: files that this one is a base of.
+        onto: settings by their dotted names that it is to change, if it has no base.
 
     Raises:
         ValueError: there is no such file or recipe, it is not YAML with settings, or it is its own base.
@@ -381,11 +436,11 @@ def read_recipe(name: str, above: tuple[Path, ...] = ()) -> dict:
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold settings (name: value), got {type(values).__name__}")
     base = values.pop("base", None)
+    below = {}
+    if base is not None:
+        below = read_recipe(base if base in recipes() else str(path.parent / base), (*above, path), onto)
     # Before it is merged: a setting's old name in one file and its new one in the other are the same setting.
-    values = present_sections(values)
-    if base is None:
-        return values
-    return _merged(read_recipe(base if base in recipes() else str(path.parent / base), (*above, path)), values)
+    return _merged(below, present_sections(values, {**(onto or {}), **flatten(below)}))
 
 
 def _merged(base: dict, changed: dict) -> dict:

@@ -41,6 +41,10 @@ from ijepa_fast.weights.runs import about_run, check_training, load_run, restore
 
 log = logging.getLogger(__name__)
 
+MONITOR_EVERY = 8
+"""Steps from one whose target features are kept for the online rank and k-NN to the next. The others leave out the rows
+of the target encoder's last block that no prediction reads."""
+
 load_trained = load_run
 """The name of ``weights.runs.load_run`` in earlier versions."""
 
@@ -130,7 +134,7 @@ class Run:
 
 def _with_precision(config: RunConfig, me: Ranks) -> RunConfig:
     """Where it is left to us, the precision of the run that is continued, else what the device multiplies."""
-    if config.train.precision == "auto" and config.resume != "never":
+    if config.train.precision == "auto" and config.resume in ("auto", "require"):
         before = run_folder.precision_of(Path(config.output)) or "auto"
         config = replace(config, train=replace(config.train, precision=before))
     return resolved(config, me.device)
@@ -159,9 +163,7 @@ def setup(config: RunConfig, me: Ranks) -> Run:
         flip=config.loader.flip,
         max_bad_share=config.loader.max_bad_share,
         epoch_images=config.loader.epoch_images,
-        shuffle=config.loader.shuffle,
         pin_memory=me.device.type == "cuda",
-        timeout=config.loader.timeout,
         stop=stop,
     )
     total_steps = config.train.total_steps(loader.steps_per_epoch)
@@ -198,7 +200,7 @@ def begin(run: Run, to_yaml: Callable[[RunConfig], str]) -> None:
 
         state = run_folder.claim(config, run.sources.train.fingerprint, check)
         # Whoever starts from this file continues the run; it must not say again that the run is to be removed.
-        write_text(folder / "config.yaml", to_yaml(replace(config, resume="auto", overwrite=False)))
+        write_text(folder / "config.yaml", to_yaml(replace(config, resume="auto")))
         write_json(folder / "environment.json", describe())
         _say_what_starts(run)
         if state is None:
@@ -258,7 +260,7 @@ def train(run: Run) -> None:
 
             stop.now(f"step {step + 1}")
             # Features of all patches are computed only where they are read.
-            monitored = step % config.evaluation.monitor_every == 0
+            monitored = step % MONITOR_EVERY == 0
             result = run.step(batch.images, step, me.rank * run.images_per_rank, all_targets=monitored)
             run.done = step + 1
 

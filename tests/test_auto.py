@@ -91,14 +91,14 @@ def test_images_alone_are_enough_and_the_same_command_continues(data, tmp_path, 
     caplog.set_level("INFO")
     out = tmp_path / "run"
     few = ["--evaluation.before_and_after", "false", "--evaluation.pictures", "false", "--optim.warmup_epochs", "0.1"]
-    anew = ["--resume", "never", "--overwrite", "true"]
+    anew = ["--resume", "overwrite"]
     assert cli.main(["pretrain", "--data", str(data), "--output", str(out), *TINY, *few, *anew]) == 0
     said = capsys.readouterr().err
     assert "for these images on this machine: --config own_images --model.img_size" in said
     written = yaml.safe_load((out / "config.yaml").read_text())
     assert written["train"]["precision"] in ("fp32", "bf16")
     assert written["model"]["embed_dim"] == 16  # a flag wins over what was chosen
-    assert (written["resume"], written["overwrite"]) == ("auto", False)  # the file continues the run
+    assert written["resume"] == "auto"  # the file continues the run
     # Earlier versions wrote what was asked for, which must not remove the run now.
     (out / "config.yaml").write_text(yaml.safe_dump(written | {"resume": "never", "overwrite": True, "output": "old"}))
     # Its own settings stand in for a recipe now: nothing is chosen anew, and nothing has changed.

@@ -213,7 +213,7 @@ def test_updates_that_do_not_reach_weights_or_averages_are_seen(configured, monk
 
 
 def test_a_step_as_configured_that_cannot_stand_for_others_is_told(tmp_path):
-    wild = replace(TINY, optim=replace(TINY.optim, start_lr=1e30, lr=1e30))
+    wild = replace(TINY, optim=replace(TINY.optim, lr_ends=(1e30, 1e-6), lr=1e30))
     with pytest.raises(ValueError, match="as configured, losses after updates is not finite: lower optim.lr"):
         try_way(wild, CPU, 4, 0.01, tmp_path / "gradients.pt", None)
     with pytest.raises(OSError, match=r"do not go into .* \(TMPDIR names another folder\)"):

@@ -139,7 +139,7 @@ def test_what_trains_something_else_is_not_timed(wrong, monkeypatch):
 def test_a_variant_that_updates_otherwise_is_found(monkeypatch):
     case = make_case("exact")
     ours, other = case.make("ours"), case.make("ours+compile")
-    other.holder.schedules = ours.holder.schedules.__class__(total_steps=1000, warmup_steps=10, start_lr=4e-4)
+    other.holder.schedules = ours.holder.schedules.__class__(total_steps=1000, warmup_steps=10, lr_ends=(4e-4, 1e-6))
     found, wrong = check_agreement(case, [ours, other])
     assert found["ours+compile/ours"]["losses"] > 1e-4 and found["ours+compile/ours"]["gradient"] == 0
     assert "does not train what ours trains: losses" in wrong["ours+compile"]

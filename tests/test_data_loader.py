@@ -139,7 +139,7 @@ def test_crop_options_reach_the_crops(good):
         ({"max_bad_share": 1.5}, "max_bad_share .* 1.5"),
         ({"workers": -1}, "workers .* -1"),
         ({"workers": "many"}, "workers .* 'many'"),
-        ({"timeout": 0}, "loader.timeout .* got 0"),
+        ({"timeout": 0}, "timeout must be .* got 0"),
         ({"prefetch": 0}, "prefetch .* 0"),
         ({"scale": (0.5, 0.1)}, r"scale .* \(0.5, 0.1\)"),
         ({"image_size": 0}, "image size .* 0"),
@@ -418,7 +418,7 @@ class Stuck:
 
 def test_waiting_ends_at_the_time_limit_and_leaves_no_worker():
     before = set(multiprocessing.active_children())
-    with pytest.raises(LoaderError, match=r"no batch came within . s \(loader.timeout is 2\): the 1 loader workers"):
+    with pytest.raises(LoaderError, match=r"no batch came within . s \(the timeout is 2\): the 1 loader workers"):
         load(Stuck(), workers=1, timeout=2)
     assert set(multiprocessing.active_children()) <= before
 

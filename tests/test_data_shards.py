@@ -269,7 +269,7 @@ ERRORS = {
     ),
     "test from a URL": (lambda d: open_sources(str(d / "set-0.tar"), "http://h/x.tar"), ValueError, "local shards"),
     "epoch_images": (
-        lambda d: train_loader(TarShards([str(d / "set-0.tar")]), epoch_images=9, shuffle=1),
+        lambda d: train_loader(TarShards([str(d / "set-0.tar")]), epoch_images=9),
         ValueError,
         "epoch_images is for images from URLs; there are 6 images .got 9.",
     ),
@@ -433,7 +433,7 @@ def test_stream_settings_are_checked_at_once(options, message):
 def test_a_run_on_a_stream_resumes_to_the_same_weights(four, url):
     """From its checkpoint after 2 of 4 steps."""
     config = tiny_run(f"{url}/set-{{0..3}}.tar", four / "whole", steps=4, save_every=2, keep=9)
-    config = replace(config, loader=replace(config.loader, epoch_images=24, shuffle=3))
+    config = replace(config, loader=replace(config.loader, epoch_images=24))
     with pytest.raises(ValueError, match="epoch_images"):
         pretrain(replace(config, loader=replace(config.loader, epoch_images=None)))
     pretrain(replace(config, evaluation=replace(config.evaluation, pictures=True)))

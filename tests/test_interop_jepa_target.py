@@ -73,7 +73,7 @@ class TestTargetEncoder:
     def test_it_follows_once_per_step(self, make, accumulate, follow):
         model = tiny(total_steps=2)
         optimizers = make(model)
-        schedule = Schedules(total_steps=2, momentum=0.9, momentum_shape="cosine")
+        schedule = Schedules(total_steps=2, momentum=(0.9, 1.0), momentum_shape="cosine")
         expected = [w.double() for w in weights(model.target_encoder)]
         if follow:
             model.follow(*(o for o in optimizers if holds(o, model.context_encoder)))

@@ -158,7 +158,7 @@ class TestCallback:
         sampler = MaskSampler(CALLBACK["masks"], (6, 6))
         steps = 2 * BATCHES // accumulate
         reference = copy.deepcopy(own.target_encoder)
-        schedule = Schedules(steps, momentum=0.9)
+        schedule = Schedules(steps, momentum=(0.9, 1.0))
 
         class Follow(L.Callback):
             updates = 0

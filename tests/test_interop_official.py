@@ -86,11 +86,9 @@ def test_the_packed_training_step_with_ema_in_the_optimizer_makes_the_same_ten_s
     schedules = Schedules(
         total_steps=case.SCHEDULE_STEPS,
         warmup_steps=case.SCHEDULE["iterations_per_epoch"],
-        start_lr=case.SCHEDULE["start_lr"],
         lr=case.SCHEDULE["ref_lr"],
-        final_lr=case.SCHEDULE["final_lr"],
-        weight_decay=case.SCHEDULE["wd"],
-        final_weight_decay=case.SCHEDULE["final_wd"],
+        lr_ends=(case.SCHEDULE["start_lr"], case.SCHEDULE["final_lr"]),
+        weight_decay=(case.SCHEDULE["wd"], case.SCHEDULE["final_wd"]),
     )
     optimizer = FusedAdamW(parameter_groups(model))
     losses = []

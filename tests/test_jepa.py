@@ -64,7 +64,7 @@ OBJECTIVES = {
     "l2": Objective(loss="l2"),
     "raw targets": Objective(normalize_targets=False, loss="l2"),
     "variance and covariance": Objective(variance_weight=0.7, covariance_weight=0.3),
-    "variance alone": Objective(variance_weight=2.0, target_std=3.0, variance_eps=1e-2, prediction_weight=0.0),
+    "variance alone": Objective(variance_weight=2.0, prediction_weight=0.0),
     "weighted": Objective(prediction_weight=0.25, covariance_weight=0.1),
 }
 
@@ -279,7 +279,7 @@ def test_variance_covariance_by_hand():
     assert float(covariance) == pytest.approx((4**2 + 4**2) / 2)
     assert float(variance_covariance(z, target_std=1.0, eps=0.25)[0]) == 0
     with pytest.raises(ValueError, match="at least 2 images .* got 1"):
-        variance_covariance(z[:1], 1.0, 1e-4)
+        variance_covariance(z[:1])
 
 
 def test_target_encoder_starts_as_a_frozen_copy():
@@ -368,7 +368,6 @@ ERRORS = {
     "loss": (lambda: Objective(loss="huber"), "'huber'"),
     "weight": (lambda: Objective(variance_weight=-1.0), "variance_weight .* -1.0"),
     "nan weight": (lambda: Objective(prediction_weight=float("nan")), "prediction_weight .* nan"),
-    "eps": (lambda: Objective(target_eps=0.0), "target_eps .* 0.0"),
     "one image for a variance": (
         lambda: small_model(objective=Objective(variance_weight=1.0))(torch.zeros(1, 3, 16, 16), masks_of(1)),
         "at least 2 images",

@@ -184,7 +184,7 @@ def test_pixels_need_no_target_encoder(monkeypatch):
 def test_training_steps_lower_the_loss(objective, precision):
     """Towards fixed targets, of images with something to predict: a ramp of its own slope in each."""
     step = tiny_step(precision, objective=objective, lr=3e-3)
-    step.schedules = replace(step.schedules, start_lr=3e-3, lr=3e-3, momentum=1.0)
+    step.schedules = replace(step.schedules, lr=3e-3, lr_ends=(3e-3, 1e-6), momentum=(1.0, 1.0))
     ramps = torch.arange(24) * torch.arange(1, 5)[:, None]
     images = ramps[:, None, None].expand(4, 3, 24, 24).to(torch.uint8)
     losses = [float(step(images, number).losses.prediction) for number in range(12)]

@@ -15,8 +15,7 @@ GROUP = {
         "model.embed_dim": 16,
         "model.depth": 1,
         "train.batch_size": 8,
-        "evaluation.train_images": 64,
-        "evaluation.test_images": 64,
+        "evaluation.images": [64, 64],
     },
     "variants": {
         "ours": {},

@@ -98,7 +98,7 @@ class TestFinishedRun:
         assert f"{len(changed)} of {len(values)} settings differ" in page.text
         assert len(page.all("mark")) == len(changed)
         # The changed ones stand in both tables.
-        assert [page.text.count(f" {name} ") for name in ("model.depth", "optim.eps")] == [2, 1]
+        assert [page.text.count(f" {name} ") for name in ("model.depth", "optim.betas")] == [2, 1]
 
     def test_model_and_versions_are_named(self, page):
         assert "ViT, width 16, depth 2, 2 heads" in page.text and "24 px in 6 x 6 patches of 4 px" in page.text
@@ -335,7 +335,7 @@ class TestFindings:
 def test_settings_written_as_json_are_numbers(tmp_path):
     # YAML reads 1e-06 as a string; runs started from Python write JSON.
     (tmp_path / "config.yaml").write_text(json.dumps(as_dict(Defaults()), indent=2))
-    assert read_record(tmp_path).config["optim"]["final_lr"] == 1e-6
+    assert read_record(tmp_path).config["optim"]["lr_ends"] == [2e-4, 1e-6]
     assert "0 of 79 settings differ" in re.sub(r"of \d+", "of 79", page_of(tmp_path).text)
 
 

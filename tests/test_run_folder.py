@@ -28,11 +28,11 @@ def test_resume_modes(data, tmp_path, caplog):
     assert not (tmp_path / "run").exists()
     pretrain(config)
     before = contents(tmp_path)
-    with pytest.raises(CheckpointError, match="already holds a run.*--overwrite true"):
+    with pytest.raises(CheckpointError, match="already holds a run.*--resume overwrite"):
         pretrain(replace(config, resume="never"))
     assert contents(tmp_path) == before
     with caplog.at_level("INFO"):
-        pretrain(replace(config, resume="never", overwrite=True, seed=1))
+        pretrain(replace(config, resume="overwrite", seed=1))
     assert f"removed the run in {tmp_path / 'run'}, saved after step 4: " in caplog.text
     state = checkpoint.load(checkpoint.find(tmp_path / "run"))
     assert state.step == 4 and state.extra["settings"]["seed"] == 1
@@ -89,12 +89,12 @@ def test_figures_of_a_start_that_saved_nothing_are_kept_for_the_same_settings_al
 
 
 @pytest.mark.parametrize("settings", ["lr: 0.1\nmodel: vit\n", "model: [\n", "", "\x00", '{"model": {"depth": 3}}'])
-@pytest.mark.parametrize("resume", ["auto", "never"])
+@pytest.mark.parametrize("resume", ["auto", "overwrite"])
 def test_a_folder_with_settings_of_others_is_refused_untouched(data, tmp_path, settings, resume):
     (tmp_path / "config.yaml").write_text(settings)
     (tmp_path / "masks.png").write_text("my picture")
     with pytest.raises(CheckpointError, match="config.yaml was not written by a run.*another output folder"):
-        pretrain(replace(tiny_run(data, tmp_path), resume=resume, overwrite=True))
+        pretrain(replace(tiny_run(data, tmp_path), resume=resume))
     assert contents(tmp_path) == {
         tmp_path / "config.yaml": settings.encode(),
         tmp_path / "masks.png": b"my picture",
@@ -127,7 +127,7 @@ def test_an_import_leaves_a_folder_with_settings_of_others_alone(tmp_path, capsy
 def test_an_interrupted_demo_continues_when_it_is_started_again(data, tmp_path, caplog):
     """The recipe's own settings of the folder, at the size of a test."""
     demo = from_dict(read_recipe("demo"))
-    config = replace(tiny_run(data, tmp_path / "run"), resume=demo.resume, overwrite=demo.overwrite)
+    config = replace(tiny_run(data, tmp_path / "run"), resume=demo.resume)
     pretrain(config)
     newest = checkpoint.find(tmp_path / "run")
     expected = checkpoint.load(newest).tensors

@@ -47,7 +47,9 @@ def test_shapes_can_be_exchanged():
         ({"total_steps": 10, "warmup_steps": 10}, "warm-up of 10 steps does not fit into 10"),
         ({"total_steps": 10, "lr": -1.0}, "lr must not be negative, got -1.0"),
         ({"total_steps": 10, "lr": float("nan")}, "lr must not be negative, got nan"),
-        ({"total_steps": 10, "momentum": 1.5}, r"momentum must lie in \[0, 1\], got 1.5"),
+        ({"total_steps": 10, "lr_ends": (0.0, -1.0)}, r"lr_ends must not be negative, got \(0.0, -1.0\)"),
+        ({"total_steps": 10, "weight_decay": 0.04}, "weight_decay must be two numbers, at the start and .* got 0.04"),
+        ({"total_steps": 10, "momentum": (0.9, 1.5)}, r"momentum must lie in \[0, 1\], got \(0.9, 1.5\)"),
         ({"total_steps": 10, "momentum_shape": "step"}, "must be cosine or linear, got 'step'"),
     ],
 )

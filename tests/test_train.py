@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from ijepa_fast import train
 from ijepa_fast.attention.dispatch import BACKENDS, BackendUnavailable
 from ijepa_fast.data import TrainLoader
 from ijepa_fast.data.datasets import open_sources
@@ -87,7 +88,7 @@ def test_a_run_leaves_what_it_should(straight):
 def test_before_and_after_and_pictures(data, tmp_path, caplog):
     config = tiny_run(data, tmp_path / "run", steps=4)
     with caplog.at_level("INFO", logger="ijepa_fast.train"):
-        evaluation = replace(config.evaluation, before_and_after=True, pictures=True, train_images=16)
+        evaluation = replace(config.evaluation, before_and_after=True, pictures=True, images=(16, 10_000))
         summary = pretrain(replace(config, evaluation=evaluation))
     assert [message for message in caplog.messages if "evaluating" in message] == [
         "evaluating the untrained encoder by k-NN and linear probe (16 training images, 10 test images), "
@@ -271,8 +272,8 @@ def test_features_are_watched_at_some_steps_alone(data, tmp_path, monkeypatch, e
         return run(*call, all_targets=all_targets)
 
     monkeypatch.setattr(TrainStep, "__call__", spying)
-    config = tiny_run(data, tmp_path / "run")
-    pretrain(replace(config, evaluation=replace(config.evaluation, monitor_every=every)))
+    monkeypatch.setattr(train, "MONITOR_EVERY", every)
+    pretrain(tiny_run(data, tmp_path / "run"))
     assert watched == [step % every == 0 for step in range(12)]
     assert final(tmp_path / "run").tensors["health.features"].shape == (8 * monitored, 16)
 

@@ -16,7 +16,7 @@ CPU = torch.device("cpu")
 SMALL = {
     "base": "demo",
     "model": {"depth": 1, "embed_dim": 32, "predictor_depth": 1, "predictor_embed_dim": 16},
-    "evaluation": {"train_images": 160, "test_images": 160},
+    "evaluation": {"images": [160, 160]},
 }
 
 

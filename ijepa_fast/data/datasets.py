@@ -63,14 +63,14 @@ def open_sources(data: str | None, evaluation_data: str | None = None, max_pixel
         return Sources(train, None)
 
 
-def train_loader(source: Source, *, epoch_images: int | None, shuffle: int, **settings) -> TrainLoader | RemoteLoader:
-    """The loader that this source needs; ``settings`` as in ``TrainLoader``, the other two as in ``RemoteLoader``.
+def train_loader(source: Source, *, epoch_images: int | None, **settings) -> TrainLoader | RemoteLoader:
+    """The loader that this source needs; ``settings`` as in ``TrainLoader``, the other as in ``RemoteLoader``.
 
     Raises:
         ValueError: as the loaders, or ``epoch_images`` is set for a source whose images are counted.
     """
     if isinstance(source, RemoteShards):
-        return RemoteLoader(source, epoch_images=epoch_images, shuffle=shuffle, **settings)
+        return RemoteLoader(source, epoch_images=epoch_images, **settings)
     if epoch_images is not None:
         raise ValueError(
             f"loader.epoch_images is for images from URLs; there are {len(source)} images (got {epoch_images})"

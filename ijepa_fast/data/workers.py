@@ -81,7 +81,7 @@ def check_loading(workers: int | Literal["auto"], timeout: float) -> None:
     if workers != "auto" and (not isinstance(workers, int) or isinstance(workers, bool) or workers < 0):
         raise ValueError(f'loader.workers must be "auto" or a number that is not negative, got {workers!r}')
     if not timeout > 0:
-        raise ValueError(f"loader.timeout must be a positive number of seconds, got {timeout}")
+        raise ValueError(f"timeout must be a positive number of seconds, got {timeout}")
 
 
 def never() -> bool:
@@ -133,12 +133,12 @@ def batches(
                 for worker in workers:
                     worker.kill()  # it may be stuck where no other signal reaches it
                 raise LoaderError(
-                    f"no batch came within {waited:.0f} s (loader.timeout is {timeout:g}): the {len(workers)} loader "
-                    "workers were alive but delivered nothing. Is the storage reachable? Where it is only slow, raise "
-                    "loader.timeout; --loader.workers 0 decodes in the training process and shows where it hangs"
+                    f"no batch came within {waited:.0f} s (the timeout is {timeout:g}): the {len(workers)} loader "
+                    "workers were alive but delivered nothing. Is the storage reachable? --loader.workers 0 decodes in "
+                    "the training process and shows where it hangs"
                 )
             if waited >= 60 and not warned:
-                log.warning("no batch of images for %.0f s; after loader.timeout = %g s the run ends", waited, limit)
+                log.warning("no batch of images for %.0f s; after %g s the run ends", waited, limit)
                 warned = True
         yield batch
         limit = timeout

@@ -39,14 +39,14 @@ def evaluate(encoder: VisionTransformer, sources: Sources, config: RunConfig, ba
     """
     settings = config.evaluation
     if sources.test is None:
-        images = image_loader(sources.train, min(RANK_IMAGES, settings.train_images), config)
+        images = image_loader(sources.train, min(RANK_IMAGES, settings.images[0]), config)
         return {"rank": round(rank_me(extract_features(encoder, images, layers=settings.layers)[0]), 2)}
 
     def train() -> EvalLoader:
-        return image_loader(sources.train, settings.train_images, config)
+        return image_loader(sources.train, settings.images[0], config)
 
     def test() -> EvalLoader:
-        return image_loader(sources.test, settings.test_images, config)
+        return image_loader(sources.test, settings.images[1], config)
 
     fit = extract_features(encoder, train(), layers=settings.layers)
     tested = extract_features(encoder, test(), layers=settings.layers)
@@ -65,10 +65,10 @@ def _figures(fit: tuple[Tensor, Tensor], tested: tuple[Tensor, Tensor], seed: in
 
 def evaluated_on(sources: Sources, config: RunConfig) -> str:
     """How ``evaluate`` goes about it, in words."""
-    fitted = min(len(sources.train), config.evaluation.train_images)
+    fitted = min(len(sources.train), config.evaluation.images[0])
     if sources.test is None:
         return f"by the rank of its features ({min(fitted, RANK_IMAGES)} training images)"
-    tested = min(len(sources.test), config.evaluation.test_images)
+    tested = min(len(sources.test), config.evaluation.images[1])
     return f"by k-NN and linear probe ({fitted} training images, {tested} test images)"
 
 
@@ -85,5 +85,4 @@ def image_loader(source: Source, at_most: int, config: RunConfig, workers: int |
         config.loader.workers if workers is None else workers,
         indices=indices,
         resize_ratio=config.evaluation.resize_ratio,
-        timeout=config.loader.timeout,
     )

@@ -180,9 +180,8 @@ def _model_config(imported: Imported, config: ModelConfig, num_heads: int | None
         "num_heads": num_heads or imported.build.get("num_heads") or seen.num_heads,
         "mlp_ratio": seen.hidden / seen.embed_dim,
     }
-    for name in ("mean", "std"):
-        if name in imported.build:
-            sizes[name] = tuple(imported.build[name])
+    named = [imported.build.get(name, before) for name, before in zip(("mean", "std"), config.mean_std, strict=True)]
+    sizes["mean_std"] = tuple(map(tuple, named))
     if imported.predictor is not None:
         blocks = {name.split(".")[1] for name in imported.predictor if name.startswith("predictor_blocks.")}
         if (first := "predictor_blocks.0.mlp.fc1.weight") not in imported.predictor:

@@ -98,11 +98,9 @@ class IJEPAModule(L.LightningModule):
         self._schedules = Schedules(
             total_steps=steps,
             warmup_steps=int(settings.warmup * steps),
-            start_lr=settings.start_lr,
             lr=settings.lr,
-            final_lr=settings.final_lr,
-            weight_decay=settings.weight_decay,
-            final_weight_decay=settings.final_weight_decay,
+            lr_ends=(settings.start_lr, settings.final_lr),
+            weight_decay=(settings.weight_decay, settings.final_weight_decay),
         )
         if settings.config.get("total_steps") is None:  # of this trainer, if another one has had the model before
             self.model.config = replace(self.model.config, total_steps=steps)

@@ -21,7 +21,7 @@ from ijepa_fast.jepa_model.config import JEPAConfig, refuse_unknown
 from ijepa_fast.jepa_model.following import as_cast, averages_into, first_values, holds, performed
 from ijepa_fast.jepa_model.metrics import Encoder, Metrics, cosine_similarity, warn_of_range
 from ijepa_fast.masks.sampler import Masks, MaskSampler
-from ijepa_fast.model.jepa import IJEPA, Losses
+from ijepa_fast.model.jepa import IJEPA, TARGET_EPS, Losses
 from ijepa_fast.optim import EMA
 from ijepa_fast.optim.step_tensors import local
 from ijepa_fast.run.files import write_tensors
@@ -179,7 +179,7 @@ class JEPAModel(IJEPA):
 
     def _compute(self, images: Tensor, masks: Masks) -> tuple[Losses, Tensor, Tensor]:
         predicted = self.predict(images, masks)
-        return *self.losses(predicted, masks), cosine_similarity(predicted, self.objective.target_eps)
+        return *self.losses(predicted, masks), cosine_similarity(predicted, TARGET_EPS)
 
     @torch.compiler.disable
     @torch.no_grad()

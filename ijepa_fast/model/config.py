@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from ijepa_fast.model.jepa import IJEPA, Objective
 from ijepa_fast.model.vit import IMAGENET_MEAN, IMAGENET_STD, Predictor, VisionTransformer
@@ -28,9 +28,7 @@ class ModelConfig:
         predictor_embed_dim: width of the predictor, a multiple of 4.
         predictor_depth: blocks of the predictor.
         predictor_mlp_ratio: the same ratio of the predictor; null for the encoder's. The official code always has 4.
-        init: flat (std 0.02 at all depths, as the published models were trained) or depth_scaled.
-        mean: mean of each channel, for images in [0, 1].
-        std: standard deviation of each channel, for images in [0, 1].
+        mean_std: mean, then standard deviation, of each channel, for images in [0, 1].
     """
 
     img_size: int = common(224)
@@ -42,9 +40,7 @@ class ModelConfig:
     predictor_embed_dim: int = common(384)
     predictor_depth: int = common(6)
     predictor_mlp_ratio: float | None = None
-    init: Literal["flat", "depth_scaled"] = "flat"
-    mean: tuple[float, float, float] = IMAGENET_MEAN
-    std: tuple[float, float, float] = IMAGENET_STD
+    mean_std: tuple[tuple[float, float, float], tuple[float, float, float]] = (IMAGENET_MEAN, IMAGENET_STD)
 
     def __post_init__(self) -> None:
         for name, network in (("embed_dim", "encoder"), ("predictor_embed_dim", "predictor")):
@@ -57,24 +53,24 @@ class ModelConfig:
 
     def build(self, objective: Objective) -> IJEPA:
         """The networks, with fresh weights from torch's global generator."""
-        shared = {"num_heads": self.num_heads, "init": self.init}
+        mean, std = self.mean_std
         encoder = VisionTransformer(
             self.img_size,
             self.patch_size,
             embed_dim=self.embed_dim,
             depth=self.depth,
+            num_heads=self.num_heads,
             mlp_ratio=self.mlp_ratio,
-            mean=self.mean,
-            std=self.std,
-            **shared,
+            mean=mean,
+            std=std,
         )
         predictor = Predictor(
             encoder.grid,
             self.embed_dim,
             predictor_embed_dim=self.predictor_embed_dim,
             depth=self.predictor_depth,
+            num_heads=self.num_heads,
             mlp_ratio=self.mlp_ratio if self.predictor_mlp_ratio is None else self.predictor_mlp_ratio,
             target_dim=3 * self.patch_size**2 if objective.targets == "pixels" else None,
-            **shared,
         )
         return IJEPA(encoder, predictor, objective)

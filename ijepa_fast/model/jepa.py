@@ -25,6 +25,9 @@ from ijepa_fast.ops import accumulation_dtype
 from ijepa_fast.ragged import PADDING, Ragged, take_rows
 from ijepa_fast.side_stream import SideStream
 
+TARGET_EPS = 1e-5
+"""The eps of the layer-norm of targets."""
+
 
 @dataclass(frozen=True)
 class Objective:
@@ -32,8 +35,8 @@ class Objective:
 
     ``prediction_weight * prediction + variance_weight * variance + covariance_weight * covariance``. The last two
     regularise the average-pooled context features z over the global batch, as in VICReg (arXiv 2105.04906, section
-    4.1): variance is the mean over dimensions of ``max(0, target_std - sqrt(var(z_d) + variance_eps))``, covariance
-    the sum of squared off-diagonal covariances over D. Pooling is over all context blocks of a mask together. They
+    4.1): variance is the mean over dimensions of ``max(0, 1 - sqrt(var(z_d) + 1e-4))``, covariance the sum of squared
+    off-diagonal covariances over D. Pooling is over all context blocks of a mask together. They
     keep small data sets from collapsing; the official recipes do not use them.
 
     Args:
@@ -41,14 +44,11 @@ class Objective:
         prediction_weight: weight of the prediction loss.
         variance_weight: weight of the variance term.
         covariance_weight: weight of the covariance term.
-        target_std: standard deviation below which the variance term pushes.
-        variance_eps: added to the variance before its root.
         targets: what is predicted for a target patch: features (of this patch, by the target encoder), average (the
             mean of its block's features, the same for every patch of the block) or pixels (of this patch; no target
             encoder takes part, which then is a running average for evaluation alone).
         normalize_targets: layer-normalise each patch's features (before any average) or pixels, without affine
             parameters. Pixels are normalised with the encoder's mean and std in any case.
-        target_eps: eps of that layer-norm.
         target_selection: output (the target encoder sees the whole image, and the rows of the target blocks are taken
             from its output, as in the paper) or input (it sees each target block alone).
     """
@@ -57,11 +57,8 @@ class Objective:
     prediction_weight: float = 1.0
     variance_weight: float = 0.0
     covariance_weight: float = 0.0
-    target_std: float = 1.0
-    variance_eps: float = 1e-4
     targets: Literal["features", "average", "pixels"] = "features"
     normalize_targets: bool = True
-    target_eps: float = 1e-5
     target_selection: Literal["output", "input"] = "output"
 
     def __post_init__(self) -> None:
@@ -73,12 +70,9 @@ class Objective:
             raise ValueError(
                 "objective.target_selection input is for a target encoder, but objective.targets is pixels"
             )
-        for name in ("prediction_weight", "variance_weight", "covariance_weight", "target_std"):
+        for name in ("prediction_weight", "variance_weight", "covariance_weight"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"objective.{name} must not be negative, got {getattr(self, name)}")
-        for name in ("variance_eps", "target_eps"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"objective.{name} must be positive, got {getattr(self, name)}")
 
     @property
     def regularised(self) -> bool:
@@ -233,7 +227,7 @@ class IJEPA(nn.Module):
             predicted.cu_seqlens,
             objective.loss,
             objective.normalize_targets and objective.targets != "average",
-            objective.target_eps,
+            TARGET_EPS,
         )
         total = objective.prediction_weight * prediction_loss
         variance = covariance = torch.zeros_like(prediction_loss)
@@ -244,7 +238,7 @@ class IJEPA(nn.Module):
         if objective.regularised:
             # As for the prediction, the mean over the masks of an image: each number of mask is a batch of its own.
             batches = gather_ranks(features).unflatten(0, (-1, masks.per_image)).unbind(1)
-            terms = [variance_covariance(batch, objective.target_std, objective.variance_eps) for batch in batches]
+            terms = [variance_covariance(batch) for batch in batches]
             variance, covariance = (torch.stack(values).mean() for values in zip(*terms, strict=True))
             total = total + objective.variance_weight * variance + objective.covariance_weight * covariance
         return Losses(total, prediction_loss.detach(), variance.detach(), covariance.detach()), pooled
@@ -284,9 +278,7 @@ class IJEPA(nn.Module):
         if placed:
             features = take_rows(features, targets.indices)
         if objective.normalize_targets:
-            features = F.layer_norm(
-                features.to(accumulation_dtype(features.dtype)), features.shape[1:], eps=objective.target_eps
-            )
+            features = F.layer_norm(features.to(accumulation_dtype(features.dtype)), features.shape[1:], eps=TARGET_EPS)
         # A block's average is the target of each of its rows, for every context of the image.
         predicted = layout.predicted.sequence_ids()  # (image, context, target block)
         blocks = masks.num_targets
@@ -305,7 +297,7 @@ def mean_pool(x: Tensor, tokens: Ragged) -> Tensor:
     return weight @ wide
 
 
-def variance_covariance(features: Tensor, target_std: float, eps: float) -> tuple[Tensor, Tensor]:
+def variance_covariance(features: Tensor, target_std: float = 1.0, eps: float = 1e-4) -> tuple[Tensor, Tensor]:
     """Variance and covariance terms of features [n, D], see ``Objective``.
 
     Raises:

@@ -23,28 +23,23 @@ def interpolate(shape: Shape, start: float, end: float, progress: float) -> floa
 
 @dataclass(frozen=True, kw_only=True)
 class _Ends:
-    """Where the three schedules begin and end, and along which shapes they go; the defaults are the official recipe."""
+    """Where the three schedules begin and end; the defaults are the official recipe."""
 
-    start_lr: float = 2e-4
     lr: float = field(default=1e-3, metadata={"common": True})
-    final_lr: float = 1e-6
-    weight_decay: float = field(default=0.04, metadata={"common": True})
-    final_weight_decay: float = 0.4
-    weight_decay_shape: Shape = "cosine"
-    momentum: float = field(default=0.996, metadata={"common": True})
-    final_momentum: float = 1.0
-    momentum_shape: Shape = "linear"
+    lr_ends: tuple[float, float] = (2e-4, 1e-6)
+    weight_decay: tuple[float, float] = field(default=(0.04, 0.4), metadata={"common": True})
+    momentum: tuple[float, float] = field(default=(0.996, 1.0), metadata={"common": True})
 
     def __post_init__(self) -> None:
-        for name in ("start_lr", "lr", "final_lr", "weight_decay", "final_weight_decay"):
-            if not getattr(self, name) >= 0:
+        for name in ("lr_ends", "weight_decay", "momentum"):
+            ends = getattr(self, name)
+            if not isinstance(ends, (tuple, list)) or len(ends) != 2:
+                raise ValueError(f"{name} must be two numbers, at the start and at the end, got {ends!r}")
+        for name, values in (("lr", (self.lr,)), ("lr_ends", self.lr_ends), ("weight_decay", self.weight_decay)):
+            if not all(value >= 0 for value in values):
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
-        for name in ("momentum", "final_momentum"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
-        for name in ("weight_decay_shape", "momentum_shape"):
-            if getattr(self, name) not in ("cosine", "linear"):
-                raise ValueError(f"{name} must be cosine or linear, got {getattr(self, name)!r}")
+        if not all(0 <= value <= 1 for value in self.momentum):
+            raise ValueError(f"momentum must lie in [0, 1], got {self.momentum}")
 
 
 @dataclass(frozen=True)
@@ -55,9 +50,10 @@ class Schedules(_Ends):
         total_steps: length the schedules are drawn for; a run may stop earlier (the official ``ipe_scale`` 1.25
             stretches them beyond the last step).
         warmup_steps: linear warm-up of the learning rate, followed by half a cosine.
-        start_lr, lr, final_lr: at index 0, after warm-up, at the end.
-        weight_decay, final_weight_decay: at index 0 and at the end.
-        momentum, final_momentum: of the EMA, at index 0 and at the end.
+        lr: learning rate after the warm-up.
+        lr_ends: learning rate at index 0 and at the end.
+        weight_decay: at index 0 and at the end.
+        momentum: of the EMA, at index 0 and at the end.
         weight_decay_shape, momentum_shape: "cosine" or "linear". The official code has cosine and linear; the paper
             writes linear for both.
 
@@ -67,9 +63,14 @@ class Schedules(_Ends):
 
     total_steps: int
     warmup_steps: int = 0
+    weight_decay_shape: Shape = "cosine"
+    momentum_shape: Shape = "linear"
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for name in ("weight_decay_shape", "momentum_shape"):
+            if getattr(self, name) not in ("cosine", "linear"):
+                raise ValueError(f"{name} must be cosine or linear, got {getattr(self, name)!r}")
         if self.total_steps < 1:
             raise ValueError(f"schedules need at least 1 step, got {self.total_steps}")
         if not 0 <= self.warmup_steps < self.total_steps:
@@ -77,17 +78,17 @@ class Schedules(_Ends):
 
     def lr_at(self, step: int) -> float:
         index = step + 1
+        start, end = self.lr_ends
         if index < self.warmup_steps:
-            return interpolate("linear", self.start_lr, self.lr, index / self.warmup_steps)
+            return interpolate("linear", start, self.lr, index / self.warmup_steps)
         progress = (index - self.warmup_steps) / (self.total_steps - self.warmup_steps)
-        return interpolate("cosine", self.lr, self.final_lr, progress)
+        return interpolate("cosine", self.lr, end, progress)
 
     def weight_decay_at(self, step: int) -> float:
-        progress = (step + 1) / self.total_steps
-        return interpolate(self.weight_decay_shape, self.weight_decay, self.final_weight_decay, progress)
+        return interpolate(self.weight_decay_shape, *self.weight_decay, (step + 1) / self.total_steps)
 
     def momentum_at(self, step: int) -> float:
-        return interpolate(self.momentum_shape, self.momentum, self.final_momentum, step / self.total_steps)
+        return interpolate(self.momentum_shape, *self.momentum, step / self.total_steps)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,39 +96,28 @@ class OptimConfig(_Ends):
     """AdamW, its schedules and the EMA; the defaults are the official recipe.
 
     Args:
-        start_lr: learning rate at the start of the warm-up.
         lr: learning rate after the warm-up.
-        final_lr: learning rate at the end of the schedule.
+        lr_ends: learning rate at the start of the warm-up and, along half a cosine, at the end.
         warmup_epochs: length of the linear warm-up; fractions are allowed.
-        weight_decay: weight decay at the start; biases and norms are not decayed.
-        final_weight_decay: weight decay at the end of the schedule.
-        weight_decay_shape: cosine (official code) or linear (paper).
-        momentum: momentum of the EMA of the target encoder at the start.
-        final_momentum: momentum of the EMA at the end of the schedule.
-        momentum_shape: linear (official) or cosine.
-        schedule_stretch: length of the schedules over that of the run (the official ipe_scale).
+        weight_decay: weight decay at the start and, along half a cosine, at the end; a flag may name the start alone.
+            Biases and norms are not decayed.
+        momentum: momentum of the EMA of the target encoder at the start and, along a line, at the end; a flag may name
+            the start alone.
         betas: decay rates of Adam's two moments.
-        eps: what Adam adds to the root of the second moment.
         max_grad_norm: clip the total gradient norm to this; null for no clipping.
-        layer_decay: learning rate multiplier from one encoder layer to the one below.
     """
 
     warmup_epochs: float = field(default=40.0, metadata={"common": True})
-    schedule_stretch: float = 1.0
     betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
     max_grad_norm: float | None = None
-    layer_decay: float = 1.0
 
     def schedules(self, total_steps: int, steps_per_epoch: int) -> Schedules:
         """The schedules of a run. Raises ValueError if the warm-up does not fit into it."""
-        if not self.schedule_stretch >= 1:
-            raise ValueError(f"optim.schedule_stretch must be at least 1, got {self.schedule_stretch}")
         warmup_steps = round(self.warmup_epochs * steps_per_epoch)
-        if warmup_steps >= int(total_steps * self.schedule_stretch):
+        if warmup_steps >= total_steps:
             raise ValueError(
                 f"optim.warmup_epochs {self.warmup_epochs} ({warmup_steps} steps, with {steps_per_epoch} in an epoch) "
                 f"does not fit into the {total_steps} steps of the run: lower it, or raise train.steps or train.epochs"
             )
         ends = {f.name: getattr(self, f.name) for f in fields(_Ends)}
-        return Schedules(int(total_steps * self.schedule_stretch), warmup_steps, **ends)
+        return Schedules(total_steps, warmup_steps, **ends)

@@ -91,7 +91,7 @@ def _config(run: RunRecord) -> RunConfig:
     if not run.config:
         raise ValueError("the settings of the run are not known")
     try:
-        config = from_dict(run.config)
+        config = from_dict(run.config, strict=False)
         _grid_side(config)
     except (ValueError, TypeError, AttributeError, ArithmeticError) as error:
         raise ValueError(f"config.yaml does not fit this version: {error}") from error

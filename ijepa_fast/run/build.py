@@ -43,10 +43,9 @@ def make_optimizer(model: IJEPA, config: RunConfig) -> FusedAdamW:
     """The optimizer of networks that are prepared."""
     optim = config.optim
     return FusedAdamW(
-        parameter_groups(model, optim.layer_decay),
+        parameter_groups(model),
         lr=optim.lr,
         betas=optim.betas,
-        eps=optim.eps,
         max_grad_norm=optim.max_grad_norm,
         flat_gradients=config.step.capture,
     )

@@ -43,7 +43,7 @@ _COUNTED = re.compile(r"(folder|shards):(\d+):")
 
 def start_afresh(folder: Path) -> str:
     """How to, in words: the end of messages about a folder that holds a run already."""
-    return f"give another output folder, or remove the run in {folder} with --resume never --overwrite true"
+    return f"give another output folder, or remove the run in {folder} with --resume overwrite"
 
 
 def holds_run(folder: Path) -> bool:
@@ -86,7 +86,7 @@ def _settings_of_run(path: Path) -> dict | None:
     sections = {name for name, value in as_dict(RunConfig()).items() if isinstance(value, dict)} - {"step"}
     if not isinstance(values, dict):
         return None
-    values = present_sections(values)
+    values = present_sections(values, strict=False)
     of_run = all(isinstance(values.get(name), dict) for name in sections)
     return values if of_run else None
 
@@ -177,8 +177,8 @@ def claim(
     folder = Path(config.output)
     held, steps = holds_run(folder), checkpoints.list_steps(folder / "checkpoints")
     if held and config.resume == "never":
-        if not config.overwrite:
-            raise CheckpointError(f"{folder} already holds a run; continue it (--resume auto), {start_afresh(folder)}")
+        raise CheckpointError(f"{folder} already holds a run; continue it (--resume auto), {start_afresh(folder)}")
+    if held and config.resume == "overwrite":
         done = steps[-1] if steps else 0
         log.info("removed the run in %s, saved after step %d: %d files", folder, done, remove_run(folder))
         steps = []
@@ -217,7 +217,7 @@ def _refuse_other_runs(state: Checkpoint, config: RunConfig, data: str) -> None:
     if extra["data"] != data:
         raise CheckpointError(_other_images(folder, extra["data"], config.data, data))
     for name, (old, new) in allowed.items():
-        if name not in ("resume", "overwrite"):
+        if name != "resume":
             log.info("continuing with %s changed from %r to %r", name, old, new)
     if data.startswith("stream:") and "loader.workers" in allowed:
         old = allowed["loader.workers"][0]

@@ -44,7 +44,7 @@ def networks_of(state: Checkpoint, path: Path | str) -> tuple[IJEPA, RunConfig]:
     """The fp32 networks in a checkpoint that is read already, and their configuration; ``path`` is for messages."""
     checkpoints.check_run(state, Path(path))
     try:
-        config = from_dict(state.extra["config"])
+        config = from_dict(state.extra["config"], strict=False)
         model = config.model.build(config.objective)
     except (TypeError, AttributeError, ArithmeticError, ValueError) as error:
         raise CheckpointError(f"the settings in {path} do not fit this version: {error}") from error
@@ -169,7 +169,7 @@ def _training_state(
     """What a checkpoint holds beside the networks; masters and averages are the fp32 weights."""
     dtype = PRECISION_DTYPES[config.train.precision]
     names = {parameter: name for name, parameter in model.named_parameters()}
-    optimizer = FusedAdamW(parameter_groups(model, config.optim.layer_decay))
+    optimizer = FusedAdamW(parameter_groups(model))
     tensors = {"health.features": torch.zeros(0, config.model.embed_dim), "optimizer_skipped": torch.zeros(())}
     low = {
         f"{name}.weight"

@@ -172,7 +172,7 @@ def gather_patches(batch: Batch, part: str, pixels: torch.dtype = torch.uint8) -
     padding = ops.padded_patch_width(CHANNELS, size) - CHANNELS * size * size
     image, patch = indices.long() // per_side**2, indices.long() % per_side**2
     line, column = patch // per_side, patch % per_side
-    mean, std = (torch.tensor(values, device=batch.device).view(1, -1, 1, 1) for values in (model.mean, model.std))
+    mean, std = (torch.tensor(values, device=batch.device).view(1, -1, 1, 1) for values in model.mean_std)
 
     def draw(generator):
         shape = (batch.masks.num_images, CHANNELS, side, side)
@@ -180,7 +180,7 @@ def gather_patches(batch: Batch, part: str, pixels: torch.dtype = torch.uint8) -
 
     def compute(op, images):
         dtype = batch.dtype if op is ops.gather_patches else torch.float64
-        return op(images, indices, size, list(model.mean), list(model.std), dtype)
+        return op(images, indices, size, *map(list, model.mean_std), dtype)
 
     def eager(images):
         grid = images.view(-1, CHANNELS, per_side, size, per_side, size)
