@@ -11,7 +11,7 @@ from tiny import tiny_run
 
 from benchmarks import ablations
 from ijepa_fast import cli
-from ijepa_fast.config import RunConfig, flatten, from_dict, present, read_recipe, recipes
+from ijepa_fast.config import RunConfig, as_dict, flatten, from_dict, present, read_recipe, recipes
 from ijepa_fast.masks.sampler import MaskSampler
 
 BASELINE = "ablations/baseline"
