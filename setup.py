@@ -117,6 +117,8 @@ EXTRAS = {
     "shards": ["webdataset>=1.0"],
     "huggingface": ["transformers>=4.56", "safetensors>=0.4.3"],
     "lightning": ["lightning>=2.4"],
+    "evaluate": ["scikit-learn>=1.4"],
+    "detection": ["torchvision>=0.25", "faster-coco-eval>=1.6"],
     "dev": ["ruff>=0.12"],
 }
 # setuptools: a test builds the wheel.
@@ -125,6 +127,7 @@ EXTRAS["test"] = [
     *EXTRAS["shards"],
     *EXTRAS["huggingface"],
     *EXTRAS["lightning"],
+    *EXTRAS["evaluate"],
     "hypothesis>=6.100",
     "pytest>=8",
     "pytest-benchmark>=4",

@@ -12,6 +12,7 @@ import re
 import shlex
 import sys
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 
 EXIT_ERROR = 1
@@ -26,6 +27,8 @@ EXTRAS = {
     "shards": "webdataset",
     "huggingface": "transformers",
     "lightning": "lightning",
+    "evaluate": "sklearn pyarrow",
+    "detection": "torchvision faster_coco_eval",
 }
 """Extra of setup.py -> what can be imported where it is installed."""
 
@@ -35,6 +38,9 @@ commands:
   pretrain   train an encoder with I-JEPA
   probe      linear-probe accuracy of a checkpoint
   knn        k-NN accuracy of a checkpoint
+  evaluate   judge an encoder, of this package or another, by the tasks that papers report
+  features   write the features of images to a file
+  neighbours draw the images whose features are most like those of a given one
   masks      draw the masks of a configuration
   export     write a checkpoint for transformers, timm or the official code
   import     make weights of these a checkpoint
@@ -63,6 +69,7 @@ def main(argv: list[str] | None = None) -> int:
         "bench": _bench,
         "fastest": _fastest,
         "doctor": _doctor,
+        **dict.fromkeys(("evaluate", "features", "neighbours"), partial(_downstream, argv[:1])),
     }
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE)
@@ -317,6 +324,12 @@ def _knn(argv: list[str]) -> int:
     return _evaluate(_evaluation_parser("knn", "k-NN accuracy of a checkpoint."), argv, "knn")
 
 
+def _downstream(name: list[str], argv: list[str]) -> int:
+    from ijepa_fast.downstream.command import COMMANDS
+
+    return COMMANDS[name[0]](argv, _parser, _parse)
+
+
 def _masks(argv: list[str]) -> int:
     parser = _run_parser("masks", "Draw the masks of a configuration over some of its images.")
     parser.add_argument("--out", type=Path, default=Path("masks.png"), help="PNG file to write.")
@@ -425,8 +438,6 @@ def _fastest(argv: list[str]) -> int:
     parser.add_argument("--out", type=Path | None, default=None, help="YAML file to write the fastest settings to.")
     parser.add_argument("--json", type=Path | None, default=None, help="File to write everything to, after each way.")
     config, name, parsed = _config_of_a_benchmark(parser, argv)
-    from functools import partial
-
     import yaml
 
     from ijepa_fast.bench.fastest import check, default_images, fastest

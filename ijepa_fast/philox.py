@@ -43,6 +43,7 @@ class Stream(IntEnum):
     SPLIT = 9
     PROBE = 10
     SHUFFLE = 11
+    SHOT = 12
 
 
 def philox4x32(counter, key):

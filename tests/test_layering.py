@@ -38,9 +38,10 @@ STANDS_ON = {
     "jepa_model": "weights evaluate",
     "interop": "jepa_model",
     "report": "plots weights",
+    "downstream": "plots interop",
     "bench": "run",
     "doctor": "attention masks run",
-    "cli": "train report interop doctor bench",
+    "cli": "train report downstream doctor bench",
     "__main__": "cli",
     "__init__": "",  # names its modules as strings and imports them on first use
 }
@@ -52,6 +53,7 @@ THIRD_PARTY = {
     "run": "torch numpy safetensors tqdm",
     "weights": "torch numpy safetensors",
     "report": "torch numpy PIL yaml",
+    "downstream": "torch numpy PIL tqdm",
     "cli": "jsonargparse yaml",
     "jepa_model": "torch numpy safetensors",
     "interop": "torch numpy safetensors yaml transformers timm lightning",
@@ -61,6 +63,7 @@ INSIDE_FUNCTIONS = {
     "attention": "flash_attn flash_attn_interface xformers",
     "bench": "flash_attn flash_attn_interface xformers",
     "data": "webdataset",
+    "downstream": "safetensors sklearn pyarrow torchvision faster_coco_eval",
     "doctor": "triton",
     "config": "yaml",
     "run": "yaml",

@@ -61,7 +61,7 @@ def extract_features(
         with torch.autocast(device.type, dtype=amp_dtype, enabled=amp_dtype is not None):
             return pool_features(encoder(images) if layers == "last" else encoder.intermediate_layers(images, n=4))
 
-    with _evaluation_mode(encoder):
+    with evaluation_mode(encoder):
         return collect_features(pooled, batches, device=device)
 
 
@@ -161,7 +161,7 @@ def _images_and_labels(batch) -> tuple[Tensor, Tensor | None]:
 
 
 @contextmanager
-def _evaluation_mode(module: nn.Module) -> Iterator[None]:
+def evaluation_mode(module: nn.Module) -> Iterator[None]:
     """Eval mode for all of ``module``; on leaving, each part is back in its own mode."""
     modes = [(part, part.training) for part in module.modules()]
     module.eval()

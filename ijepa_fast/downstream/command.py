@@ -1,0 +1,187 @@
+"""``ijepa-fast evaluate``, ``features`` and ``neighbours``: one encoder, judged or put to use."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from dataclasses import asdict, fields
+from pathlib import Path
+
+from ijepa_fast.downstream.embed import check_out, neighbours, open_images, write_features
+from ijepa_fast.downstream.encoders import Loaded, digest, load_any, untrained
+from ijepa_fast.downstream.results import chart, table
+from ijepa_fast.downstream.store import at_most
+from ijepa_fast.downstream.tasks import TASKS, Options, Subject, named_tasks, open_data
+from ijepa_fast.ranks import pick_device
+from ijepa_fast.run.environment import describe
+from ijepa_fast.run.files import write_json, write_text
+
+log = logging.getLogger(__name__)
+
+
+def evaluate(
+    loaded: Loaded,
+    tasks: str,
+    data: str | None = None,
+    evaluation_data: str | None = None,
+    options: Options = Options(),  # noqa: B008, it is frozen
+    *,
+    out: Path | None = None,
+    device: str = "auto",
+    compare: bool = False,
+) -> dict:
+    """Judge an encoder by tasks, and write evaluation.json, evaluation.md and evaluation.png.
+
+    Each task's figures are written as soon as they are known. What the file holds already, of the same encoder, images
+    and settings, is not computed again; tasks that are not named here stay in it.
+
+    Args:
+        loaded: the encoder.
+        tasks: names of ``TASKS``, separated by commas.
+        data, evaluation_data: training images, and test images where they do not lie beside them; by default those of
+            the encoder's run.
+        options: settings of the tasks.
+        out: folder to write to; ``loaded.results`` by default.
+        device: auto, cpu or cuda.
+        compare: judge an untrained encoder of the same shape as well.
+
+    Returns:
+        What evaluation.json holds.
+
+    Raises:
+        ValueError, OSError: tasks, settings or images that cannot be used, before any features are taken.
+    """
+    chosen = named_tasks(tasks)
+    kind = next(iter(chosen.values())).data
+    options.check(loaded.encoder)
+    if data is None:
+        data, evaluation_data = loaded.data, evaluation_data or loaded.evaluation_data
+    if data is None:
+        raise ValueError("no images are given: --data PATH")
+    images = open_data(kind, data, evaluation_data, options)
+    out = loaded.results if out is None else Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    where, weights = pick_device(device, 0), digest(loaded.encoder)
+    report = _earlier(out / "evaluation.json", weights)
+    report |= loaded.about | {"digest": weights, "environment": describe(), "tasks": report.get("tasks", {})}
+    encoders = {"trained": loaded.encoder} | ({"untrained": untrained(loaded.encoder)} if compare else {})
+    for whose, encoder in encoders.items():
+        of = weights if whose == "trained" else digest(encoder)
+        settings = asdict(options) | {"resize_ratio": loaded.resize_ratio}
+        subject = Subject(encoder.to(where), of, images, out / "work", options, loaded.resize_ratio)
+        for name, task in chosen.items():
+            key = settings | {"data": [images.train.fingerprint, images.test.fingerprint]}
+            entry = report["tasks"].get(name, {})
+            if entry.get("key") != key:
+                entry = {"key": key, "data": str(data), "about": task.about}
+            if whose in entry:
+                log.info("%s of the %s encoder is in %s already", name, whose, out / "evaluation.json")
+                continue
+            log.info("%s (%s), %s encoder", name, task.about, whose)
+            started = time.monotonic()
+            entry[whose] = task.run(subject) | {"seconds": round(time.monotonic() - started, 1)}
+            report["tasks"][name] = entry
+            write_json(out / "evaluation.json", report)
+        encoder.cpu()
+    write_text(out / "evaluation.md", table(report))
+    chart(report, out / "evaluation.png")
+    return report
+
+
+def _earlier(path: Path, weights: str) -> dict:
+    """What an earlier call wrote about the same weights, else nothing."""
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+        return report if report["digest"] == weights else {}
+    except FileNotFoundError:
+        return {}
+    except (ValueError, KeyError, TypeError):
+        log.warning("%s is not what evaluate writes and is replaced", path)
+        return {}
+
+
+def evaluate_command(argv: list[str], make_parser, parse) -> int:
+    """``ijepa-fast evaluate``."""
+    parser = _parser(make_parser, "evaluate", "Judge frozen features by the tasks that papers report.")
+    parser.add_argument("--tasks", type=str, default="knn,linear", help=f"Of {', '.join(TASKS)}; with commas between.")
+    parser.add_argument("--test", type=str | None, default=None, help="Test images, where not beside the others.")
+    parser.add_argument("--out", type=Path | None, default=None, help="Folder to write to; RUN/evaluation by default.")
+    parser.add_argument("--compare", type=bool, default=False, help="Judge an untrained encoder of this shape, too.")
+    parser.add_class_arguments(Options)
+    parsed = _parsed(parser, argv, parse)
+    options = Options(**{f.name: parsed[f.name] for f in fields(Options)})
+    report = evaluate(
+        load_any(parsed.weights, parsed.encoder),
+        parsed.tasks,
+        parsed.data,
+        parsed.test,
+        options,
+        out=parsed.out,
+        device=parsed.device,
+        compare=parsed.compare,
+    )
+    print(table(report))
+    return 0
+
+
+def _parser(make_parser, name: str, description: str):
+    parser = make_parser(name, description)
+    parser.add_argument("weights", type=Path, help="Run, checkpoint, or weights of export, transformers, timm, Meta.")
+    parser.add_argument("--data", type=str | None, default=None, help="Images; those of the run by default.")
+    parser.add_argument("--encoder", choices=("target", "context"), default="target", help="Where the file has both.")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="Where to compute.")
+    return parser
+
+
+def _parsed(parser, argv: list[str], parse):
+    return parse(parser, argv, [action.dest for action in parser._actions if action.option_strings])
+
+
+def features_command(argv: list[str], make_parser, parse) -> int:
+    """``ijepa-fast features``."""
+    parser = _parser(make_parser, "features", "Write the features of images, their paths and classes to a file.")
+    parser.add_argument("--out", type=Path, required=True, help="File to write, .npz or .parquet (needs pyarrow).")
+    parser.add_argument("--patches", type=bool, default=False, help="Features of all patches instead of their average.")
+    parsed, subject = _subject(parser, argv, parse)
+    check_out(parsed.out)
+    write_features(parsed.out, subject(parsed.out.parent), parsed.patches)
+    print(parsed.out)
+    return 0
+
+
+def neighbours_command(argv: list[str], make_parser, parse) -> int:
+    """``ijepa-fast neighbours``."""
+    parser = _parser(make_parser, "neighbours", "Draw the images whose features are most like those of given ones.")
+    parser.add_argument("--image", action="append", required=True, help="Given image; repeat for more.")
+    parser.add_argument("--k", type=int, default=8, help="Number of neighbours.")
+    parser.add_argument("--out", type=Path, default=Path("neighbours.png"), help="PNG file to write.")
+    parsed, subject = _subject(parser, argv, parse)
+    found = neighbours(subject(None), list(map(Path, parsed.image)), parsed.out, parsed.k)
+    for image, row in zip(parsed.image, found, strict=True):
+        print(image)
+        for path, similarity in row:
+            print(f"  {similarity:.3f} {path}")
+    print(parsed.out)
+    return 0
+
+
+def _subject(parser, argv: list[str], parse):
+    """(Namespace, function that gives the ``Subject`` of unlabelled images with a folder for its features)."""
+    names = ("image_size", "layers", "limit", "precision", "workers")
+    parser.add_class_arguments(Options, skip={f.name for f in fields(Options)} - set(names))
+    parsed = _parsed(parser, argv, parse)
+
+    def subject(folder: Path | None) -> Subject:
+        loaded = load_any(parsed.weights, parsed.encoder)
+        options = Options(**{name: parsed[name] for name in names})
+        options.check(loaded.encoder)
+        source = at_most(open_images(parsed.data or loaded.data), options.limit)
+        encoder = loaded.encoder.to(pick_device(parsed.device, 0))
+        folder = loaded.results / "work" if folder is None else folder
+        return Subject(encoder, digest(encoder), source, folder, options, loaded.resize_ratio)
+
+    return parsed, subject
+
+
+COMMANDS = {"evaluate": evaluate_command, "features": features_command, "neighbours": neighbours_command}
