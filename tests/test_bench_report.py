@@ -8,7 +8,6 @@ import pytest
 
 from benchmarks.report import __main__ as report
 from benchmarks.report import charts, sections
-from benchmarks.report.targets import cpu_step_targets, op_targets, scaling_targets, step_targets
 from benchmarks.results_files import NOT_MEASURED, PHASES, load, trusted
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -116,7 +115,7 @@ def test_committed_pages_are_those_of_the_committed_results():
 def test_no_results_are_no_figures():
     page = sections.results_page({})
     assert page.count("not measured yet") == 5 and "not run yet" in page
-    assert not re.search(r"\d", page.replace("L2", ""))
+    assert not re.search(r"\d", re.sub(r"Wanted.*|\|.*|L2", "", page))
     assert "have not been timed on a GPU yet" in sections.readme({})
     page = sections.precision({})
     assert "not measured yet" in page and "precision.png" not in page
@@ -141,7 +140,6 @@ def test_a_gpu_run_is_shown(check):
         "| 224 | 32 | 980.0 | 40.0 | 5.0 | 4.0 | 1 |",
         "| 448 | 512 | does not fit into memory |",
         "Largest over smallest: 8.0% more.",
-        "| vit_h14, ours: time per token, batch 32 to 128, 224 px | within 10% | 8.0% | met |",
     ):
         assert words in page
     assert "700.0" in sections.readme({"gpu_check": [check]})
@@ -172,56 +170,9 @@ def test_what_the_sanitizer_found_is_told(check):
     assert "compute-sanitizer was not run: compute-sanitizer was not found." in page_of(check)
 
 
-def by_name(targets):
-    return {what: rest for what, *rest in targets}
-
-
-def test_targets_of_ops(check):
-    found = by_name(op_targets(check["parts"]["ops"]["rows"]))
-    assert found["gather_patches, context, forward"] == ["85% of a copy", "91%", True]
-    assert found["ema_, all parameters, forward"] == ["85% of a copy", "50%", False]
-    assert found["ema_ over the mul_/add_ loop"] == ["1.5 times as fast", "1.40", False]
-    assert found["adamw_ema_ over fused torch AdamW, _foreach_lerp_ and casts"] == ["1.4 times as fast", "", None]
-    attention = [rest[-1] for what, rest in found.items() if what.startswith("varlen_attention")]
-    assert sorted(attention, key=str) == [None] * 5 + [True]
-
-
-def test_targets_of_steps():
-    """The best variant counts and is named, those in 8 bits by themselves; ratios are taken within a run."""
-    found, what = by_name(step_targets([BASELINES])), "vit_h14, exact"
-    assert found[what] == ["640 images/s", "700 (ours)", True]
-    assert found[f"{what}: context tokens/s over eager"] == ["3 times as fast", "7.00 (ours)", True]
-    assert found["vit_b16, exact"] == ["4,000 images/s", "", None]
-    assert found[f"{what}, FP8 target encoder"] == ["740 images/s", "", None]
-    found = by_name(step_targets([BASELINES, VARIANTS]))
-    assert found[what] == ["640 images/s", "720 (ours+compile)", True]
-    # (720 / 600) / (600 / 700)
-    assert found[f"{what}: images/s over compiled"] == ["1.15 times as fast", "1.40 (ours+compile)", True]
-    assert found[f"{what}: peak memory over compiled"] == ["at most 1", "0.90 (ours+compile)", True]
-    assert found[f"{what}, FP8 target encoder"] == ["740 images/s", "800 (ours+compile+fp8)", True]
-
-
-def test_targets_of_a_cpu():
-    def of(masks, ratio, batch=16):
-        settings = {"model": "vit_small", "batch": batch, "masks": masks}
-        work = {"ours": {"useful_gflops_per_image": 3.0}, "eager": {"useful_gflops_per_image": 4.0}}
-        ratios = {"ratio": {"ours/eager": ratio}, "cpu_time_ratio": {"ours/eager": 0.9}}
-        return {"settings": settings, "implementations": work, **ratios}
-
-    what, others = "vit_small, batch 16", "processor time 0.900, operations 0.750"
-    assert list(cpu_step_targets([of("batch_min", 0.92), of("exact", 1.1), of("exact", 1.0, batch=8)])) == [
-        (f"{what}, batch_min: time over eager", "at most 0.87", f"0.920 ({others})", False),
-        (f"{what}, exact: time over eager", "at most 1.2", f"1.100 ({others})", True),
-    ]
-
-
-def test_targets_of_scaling():
-    assert [met for *_, met in scaling_targets([scaling_report((1.0, 1.2))])] == [False]
-    alone = list(scaling_targets([scaling_report((1.0,))]))
-    assert [met for *_, met in alone] == [None] and not sections.target_table(alone)
+def test_time_per_token_on_a_cpu_is_no_figure_of_a_gpu():
     page = sections.results_page({"scaling": [scaling_report(machine=CPU_MACHINE)]})
     assert "Largest over smallest: 8.0% more." in page and f"Time per token on a GPU: {NOT_MEASURED}." in page
-    assert "within 10%" not in page
 
 
 def test_accuracy_is_shown_by_comparison():
