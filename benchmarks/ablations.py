@@ -52,10 +52,10 @@ def chosen_recipes(wanted: list[str]) -> list[str]:
     """
     chosen = []
     for pattern in wanted:
-        found = fnmatch.filter(recipes(), pattern) or ([pattern] if Path(pattern).is_file() else [])
-        if not found:
+        matching = fnmatch.filter(recipes(), pattern) or ([pattern] if Path(pattern).is_file() else [])
+        if not matching:
             raise ValueError(f"{pattern!r} fits no recipe and is no file; recipes: {', '.join(recipes())}")
-        chosen += sorted(found, key=lambda name: (not name.endswith("/baseline"), name))
+        chosen += sorted(matching, key=lambda name: (not name.endswith("/baseline"), name))
     chosen = list(dict.fromkeys(chosen))
     if len(set(map(short, chosen))) < len(chosen):
         raise ValueError(f"recipes must differ in the last part of their names: {', '.join(chosen)}")
@@ -195,9 +195,9 @@ def doc_start(results: str) -> str:
 def write_into(document: Path, table: str, start: str, end: str = DOC_END) -> None:
     """Replace what stands between the two comments that mark the table's place. ValueError if they are not there."""
     text = document.read_text()
-    head, found, rest = text.partition(start)
-    _, found_end, tail = rest.partition(end)
-    if not (found and found_end):
+    head, start_mark, rest = text.partition(start)
+    _, end_mark, tail = rest.partition(end)
+    if not (start_mark and end_mark):
         raise ValueError(f"{document} lacks the comments {start.strip()!r} and {end!r} around the table's place")
     document.write_text(head + start + table + end + tail)
 

@@ -4,8 +4,8 @@ Attention by two matrix products and a softmax, the whole image embedded and pat
 indices, contexts cut to the shortest of the batch, the projected context repeated for every target block, AdamW as
 torch ships it, an EMA loop over parameters, gradient statistics and ``float(loss)`` in every step.
 
-Written from the paper (arXiv 2301.08243) and from descriptions of that code; ``results/fairness.json`` has the two beside
-each other. Parameters have the package's names, so its weights load. Masks come ready-made, as from DataLoader workers:
+Written from the paper (arXiv 2301.08243) and from descriptions of that code; ``results/fairness.json`` has the two
+beside each other. Parameters have the package's names, so its weights load. Masks come ready-made, as from loaders:
 ``mask_lists`` takes those of the package's sampler, ``draw_masks`` is the published loop over images.
 
 Legend: B images, N patches per image, K patches of a mask, C contexts and M targets per image, D width, H heads.

@@ -58,16 +58,16 @@ def train(folder: str, seed: int, prediction_weight: float) -> dict:
 
 def shortfalls(seeds: list[dict]) -> list[str]:
     """The results that miss the bar, in words; empty if none does."""
-    found = []
+    missed = []
     for result in seeds:
         probe = result["ours"]["probe"]
         if probe < LEAST_PROBE:
-            found.append(f"seed {result['seed']}: probe {probe:.1%} is below {LEAST_PROBE:.0%}")
+            missed.append(f"seed {result['seed']}: probe {probe:.1%} is below {LEAST_PROBE:.0%}")
         for control in ("untrained", "prediction_weight_0", "pixels", "colours"):
             gain = probe - result[control]["probe"]
             if gain < LEAST_GAIN:
-                found.append(f"seed {result['seed']}: only {gain:.1%} above {control}")
-    return found
+                missed.append(f"seed {result['seed']}: only {gain:.1%} above {control}")
+    return missed
 
 
 def markdown_table(report: dict) -> str:

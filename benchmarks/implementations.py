@@ -186,18 +186,18 @@ def first_batch(case: Case, candidate: Candidate, masks: Masks) -> dict[str, Any
     else:
         loss = networks.loss(case.normalised, Packed.of(masks, case.device))
     gradients = gradients_of(loss, networks, candidate.holder.optimizer, dtype=torch.float32)
-    found = {"loss": float(loss.detach()), "gradient": gradients}
-    return {"loss": found["loss"]} if candidate.approximate else found
+    described = {"loss": float(loss.detach()), "gradient": gradients}
+    return {"loss": described["loss"]} if candidate.approximate else described
 
 
 @torch.no_grad()
 def target_distance(case: Case, candidate: Candidate, reference: Candidate, masks: Masks) -> float:
     """One less the cosine similarity of the target features of two variants of ours, mean over rows."""
-    found, want = (
+    features, want = (
         c.networks.predict(case.images, masks.to(case.device), all_targets=False).targets
         for c in (candidate, reference)
     )
-    return 1 - float(F.cosine_similarity(found.float(), want.float(), dim=1).mean())
+    return 1 - float(F.cosine_similarity(features.float(), want.float(), dim=1).mean())
 
 
 def check_agreement(case: Case, candidates: Sequence[Candidate]) -> tuple[dict[str, dict[str, float]], dict[str, str]]:
@@ -212,11 +212,11 @@ def check_agreement(case: Case, candidates: Sequence[Candidate]) -> tuple[dict[s
         "name/reference" -> differences (``bench.steps.differences``, and "targets", see ``target_distance``), and
         name -> what is wrong, of those that differ by more than rounding explains.
     """
-    found: dict[str, dict[str, float]] = {}
+    compared: dict[str, dict[str, float]] = {}
     wrong: dict[str, str] = {}
 
     def note(candidate: Candidate, reference: Candidate, apart: dict[str, float]) -> None:
-        found.setdefault(f"{candidate.name}/{reference.name}", {}).update(apart)
+        compared.setdefault(f"{candidate.name}/{reference.name}", {}).update(apart)
         limits = LIMITS[case.precision]
         if candidate.approximate or reference.approximate:
             limits = LIMITS["approximate"]
@@ -247,7 +247,7 @@ def check_agreement(case: Case, candidates: Sequence[Candidate]) -> tuple[dict[s
         losses = [{"losses": [float(c.run(number).losses.total) for number in REHEARSAL]} for c in ours]
         for candidate, of in zip(ours[1:], losses[1:], strict=True):
             note(candidate, ours[0], differences(of, losses[0], case.precision))
-    return found, wrong
+    return compared, wrong
 
 
 def _equal_lengths(masks: Masks) -> bool:

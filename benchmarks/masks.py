@@ -89,16 +89,16 @@ def _rates(images: int, call: Callable[[int], Any], seconds: float) -> dict[str,
 
 def cpu_rates(implementations: Sequence[str], seconds: float) -> list[dict[str, Any]]:
     """One row per implementation, recipe and grid; the last is the loop."""
-    found = []
+    rows = []
     for grid_name, grid in GRIDS.items():
         for recipe, config in CONFIGS.items():
             for name in implementations:
                 sampler = MaskSampler(config, grid, implementation=name)
                 rates = _rates(IMAGES, lambda step, s=sampler: s.sample(IMAGES, seed=0, step=step), seconds)
-                found.append({"implementation": name, "recipe": recipe, "grid": grid_name, **rates})
+                rows.append({"implementation": name, "recipe": recipe, "grid": grid_name, **rates})
     generator = torch.Generator().manual_seed(0)
     loop = _rates(GROUP_SIZE, lambda _: draw_masks(GROUP_SIZE, (14, 14), generator), seconds)
-    return [*found, {"implementation": "loop", "recipe": "official", "grid": "14x14", **loop}]
+    return [*rows, {"implementation": "loop", "recipe": "official", "grid": "14x14", **loop}]
 
 
 def captured_call(sampler: MaskSampler, images: int, device: str) -> Callable[[], Masks]:
@@ -110,15 +110,15 @@ def captured_call(sampler: MaskSampler, images: int, device: str) -> Callable[[]
 
 def cuda_times(batches: Sequence[int] = (128, 2048)) -> list[dict[str, Any]]:
     """Microseconds of device time per call, by batch, recipe and grid."""
-    found = []
+    rows = []
     with own_stream(torch.device("cuda")):
         for images in batches:
             for grid_name, grid in GRIDS.items():
                 for recipe, config in CONFIGS.items():
                     call = captured_call(MaskSampler(config, grid, implementation="extension"), images, "cuda")
                     times = graph_times([call] * CALLS_PER_GRAPH)
-                    found.append({"images": images, "recipe": recipe, "grid": grid_name, "times": times.as_dict()})
-    return found
+                    rows.append({"images": images, "recipe": recipe, "grid": grid_name, "times": times.as_dict()})
+    return rows
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -148,11 +148,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             report["device_times"] = cuda_times()
         report["rates"] = cpu_rates(("torch", "extension"), arguments.seconds)
     save(arguments.json, report)
-    for found in report.get("device_times", []):
-        print(f"{found['images']:>5} images {found['recipe']:<9}{found['grid']}  {found['times']['p50']:8.1f} us")
-    for found in report.get("rates", []):
-        rate = found["images_per_second"]
-        print(f"{found['implementation']:<10}{found['recipe']:<9}{found['grid']}  {rate:>12,} images/s")
+    for row in report.get("device_times", []):
+        print(f"{row['images']:>5} images {row['recipe']:<9}{row['grid']}  {row['times']['p50']:8.1f} us")
+    for row in report.get("rates", []):
+        rate = row["images_per_second"]
+        print(f"{row['implementation']:<10}{row['recipe']:<9}{row['grid']}  {rate:>12,} images/s")
     print(f"{report['equal']['comparisons']} comparisons bit for bit on {', '.join(devices)}")
     return 0
 

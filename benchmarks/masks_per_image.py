@@ -60,7 +60,7 @@ def compare(
     Raises:
         ValueError: a step does not compute the mean over the masks.
     """
-    steps, images, found = {}, None, {}
+    steps, images, figures = {}, None, {}
     for count in counts:
         config = replace(
             run_config((), batch, precision, device.type), model=model, masks=replace(masks, per_image=count)
@@ -75,7 +75,7 @@ def compare(
     for name, step in steps.items():
         count, of_first = int(name), took[str(counts[0])]
         tokens = TokenCounts.expected(step.sampler.config, (side, side), draws=16)
-        found[name] = {
+        figures[name] = {
             "ms": statistics.median(each.wall for each in took[name]) * 1e3,
             "cpu_ms": statistics.median(each.cpu for each in took[name]) * 1e3,
             "ms_of_rounds": [round(each.wall * 1e3, 2) for each in took[name]],
@@ -84,17 +84,17 @@ def compare(
         }
         for kind, key in (("wall", "ms_per_image_and_mask"), ("cpu", "cpu_ms_per_image_and_mask")):
             pairs = list(zip(of_first, took[name], strict=True))
-            found[name][key] = statistics.median(getattr(b, kind) for _, b in pairs) * 1e3 / batch / count
+            figures[name][key] = statistics.median(getattr(b, kind) for _, b in pairs) * 1e3 / batch / count
             ratio = statistics.median(getattr(a, kind) / getattr(b, kind) for a, b in pairs) * count / counts[0]
-            found[name]["gain" if kind == "wall" else "cpu_gain"] = ratio
-    return found
+            figures[name]["gain" if kind == "wall" else "cpu_gain"] = ratio
+    return figures
 
 
-def text(found: dict[str, Any]) -> str:
+def text(figures: dict[str, Any]) -> str:
     """A line for every number of masks."""
     return "\n".join(
         f"{name:>3} masks per image {one['ms']:9.1f} ms  {one['ms_per_image_and_mask']:8.2f} ms per image and mask  "
         f"({one['gain']:.2f}x; {one['cpu_gain']:.2f}x by CPU time; "
         f"{one['useful_gflops_per_image_and_mask']:.2f} GFLOP)"
-        for name, one in found.items()
+        for name, one in figures.items()
     )

@@ -110,16 +110,16 @@ def likeness(encoder: VisionTransformer, images: Tensor) -> list[dict[str, Any]]
                 parts.append([x.flatten(0, 1).float() for x in encoder.intermediate_layers(part, len(encoder.blocks))])
         return [torch.cat(of_block) for of_block in zip(*parts, strict=True)]
 
-    found = {"fp32": features()}
+    by_precision = {"fp32": features()}
     cast_weights(encoder, torch.bfloat16)
-    found["bf16"] = features()
+    by_precision["bf16"] = features()
     convert_to_fp8(encoder.blocks, images.device)
     encoder.train()
-    found["row"] = features()
+    by_precision["row"] = features()
 
     def compared(a: str, b: str) -> dict[str, Any]:
         blocks = []
-        for x, y in zip(found[a], found[b], strict=True):
+        for x, y in zip(by_precision[a], by_precision[b], strict=True):
             x, y = (F.layer_norm(z.double(), z.shape[1:]) for z in (x, y))
             values = F.cosine_similarity(x, y)
             centred = F.cosine_similarity(x - x.mean(0), y - y.mean(0))

@@ -105,11 +105,11 @@ class Run:
         entry's "reports"."""
         path = self.scratch / (file or f"{re.sub('[^a-z0-9_]+', '-', name.lower())}.json")
         self.execute(entry, name, [*command, "--json", str(path)], limit)
-        found = json.loads(path.read_text()) if path.exists() else None
-        if found and not file:
-            entry["reports"].append(found)
+        report = json.loads(path.read_text()) if path.exists() else None
+        if report and not file:
+            entry["reports"].append(report)
             self.save()
-        return found
+        return report
 
     def log(self, name: str) -> Path:
         """The file with the output of a command."""

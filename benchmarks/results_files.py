@@ -20,12 +20,12 @@ PHASES = ("masks and images", "target encoder", "context encoder", "predictor", 
 
 def load(folder: Path) -> Reports:
     """Results by kind, in the order of their file names, each with its "file". Files without a kind are left out."""
-    found: Reports = {}
+    by_kind: Reports = {}
     for path in sorted(folder.glob("*.json")):
         report = json.loads(path.read_text())
         if isinstance(report, dict) and "kind" in report:
-            found.setdefault(report["kind"], []).append(report | {"file": path.name})
-    return found
+            by_kind.setdefault(report["kind"], []).append(report | {"file": path.name})
+    return by_kind
 
 
 def gpu_of(check: Report) -> str | None:
@@ -58,7 +58,7 @@ def of_kind(reports: Reports, kind: str) -> list[Report]:
     such a file from a GPU counts only if the tests passed on that GPU with the same commit."""
     runs = trusted(reports)
     parts = [part for check in runs for name, part in check["parts"].items() if name != "quick"]
-    inside = [found for part in parts for found in part.get("reports", []) if found["kind"] == kind]
+    inside = [report for part in parts for report in part.get("reports", []) if report["kind"] == kind]
     passed = {(m["gpu"], m["commit"]) for m in (check["parts"]["tests"]["machine"] for check in runs)}
 
     def shown(machine: Report) -> bool:

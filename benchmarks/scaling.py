@@ -110,19 +110,19 @@ def points(options: argparse.Namespace, device: torch.device, precision: str) ->
             try:
                 config = model_config(options.model, img_size)
                 case = Case(config, batch, "exact", device, precision, steps=options.rounds + options.warm_up)
-                found = measure_point(case, options.impl, options.rounds, options.warm_up)
+                measured = measure_point(case, options.impl, options.rounds, options.warm_up)
             except torch.OutOfMemoryError:
-                full, found = True, {"not_run": "does not fit into memory"}
+                full, measured = True, {"not_run": "does not fit into memory"}
             case = None
             gc.collect()
             if device.type == "cuda":
                 torch.cuda.empty_cache()
-            yield place | found
+            yield place | measured
 
 
-def spread(found: Sequence[dict[str, Any]]) -> float | None:
+def spread(measured: Sequence[dict[str, Any]]) -> float | None:
     """Largest over smallest time per token, less one; None of fewer than two."""
-    values = [point["us_per_token"] for point in found if "us_per_token" in point]
+    values = [point["us_per_token"] for point in measured if "us_per_token" in point]
     return max(values) / min(values) - 1 if len(values) > 1 else None
 
 

@@ -227,12 +227,12 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     if options.masks_per_image:
         config = MaskConfig.official(options.batch) if options.masks == "batch_min" else MaskConfig()
         common = (model, options.batch, config, options.masks_per_image, device, precision)
-        found = masks_per_image.compare(*common, options.rounds, options.warm_up)
+        compared = masks_per_image.compare(*common, options.rounds, options.warm_up)
         names = ("model", "img_size", "batch", "masks", "rounds", "warm_up", "threads")
         settings = {name: getattr(options, name) for name in names} | {"precision": precision}
-        report = results("masks_per_image", device, settings=settings) | {"masks_per_image": found, "failed": {}}
+        report = results("masks_per_image", device, settings=settings) | {"masks_per_image": compared, "failed": {}}
         save(options.json, report)
-        print(masks_per_image.text(found))
+        print(masks_per_image.text(compared))
         return report
     case = Case(model, options.batch, options.masks, device, precision, steps=options.rounds + options.warm_up)
     settings = {name: getattr(options, name) for name in ("model", "img_size", "batch", "masks", "rounds", "warm_up")}
@@ -241,11 +241,11 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     report = head | measure(case, names, options.rounds, options.warm_up, lambda report: keep(head | report))
     keep(report)
     width = max(map(len, names))
-    for name, found in report["implementations"].items():
+    for name, figures in report["implementations"].items():
         print(
-            f"{name:{width}} {found['ms']:9.1f} ms  {found['images_per_second']:8.2f} images/s  "
-            f"{found['useful_tflops']:7.3f} TFLOP/s ({found['share_of_matmul_peak']:.0%} of matmul)  "
-            f"{found['context_tokens']:.1f} context tokens"
+            f"{name:{width}} {figures['ms']:9.1f} ms  {figures['images_per_second']:8.2f} images/s  "
+            f"{figures['useful_tflops']:7.3f} TFLOP/s ({figures['share_of_matmul_peak']:.0%} of matmul)  "
+            f"{figures['context_tokens']:.1f} context tokens"
         )
     for pair, ratio in report["ratio"].items():
         print(f"{pair}: {ratio:.3f}")

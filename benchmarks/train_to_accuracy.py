@@ -222,9 +222,9 @@ def started(path: Path | None, settings: dict[str, Any]) -> dict[str, Any]:
     """The report of an earlier start of the same command, or an empty one."""
     if path is None or not path.exists():
         return {}
-    found = json.loads(path.read_text())
-    same = {key: value for key, value in found.get("settings", {}).items() if key != "seeds"}
-    return found if same == {key: value for key, value in settings.items() if key != "seeds"} else {}
+    earlier = json.loads(path.read_text())
+    same = {key: value for key, value in earlier.get("settings", {}).items() if key != "seeds"}
+    return earlier if same == {key: value for key, value in settings.items() if key != "seeds"} else {}
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:

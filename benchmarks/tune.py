@@ -225,14 +225,14 @@ def candidates(row: Any, options: Sequence[Sequence | None]) -> list:
     if len(fields) != len(options):
         raise ValueError(f"{row!r} has {len(fields)} fields, {len(options)} options were given")
     values = [dict.fromkeys((field, *(choices or ()))) for field, choices in zip(fields, options, strict=True)]
-    found = [
+    near = [
         chosen
         for chosen in itertools.product(*values)
         if sum(new != old for new, old in zip(chosen, fields, strict=True)) <= 2
     ]
     if not isinstance(row, tuple):
-        return [chosen[0] for chosen in found]
-    return [row._make(chosen) if hasattr(row, "_make") else chosen for chosen in found]
+        return [chosen[0] for chosen in near]
+    return [row._make(chosen) if hasattr(row, "_make") else chosen for chosen in near]
 
 
 def broken_rules(tunable: Tunable, slot: Slot, row: Any, arch: str) -> list[str]:

@@ -40,10 +40,10 @@ def draw(reports: Reports, folder: Path) -> list[Path]:
         "precision": (_precision, reports.get("precision", [])),
     }
     drawn = []
-    for name, (chart, found) in charts.items():
-        if found:
+    for name, (chart, results) in charts.items():
+        if results:
             drawn.append(folder / f"{name}.png")
-            chart(found, drawn[-1])
+            chart(results, drawn[-1])
     return drawn
 
 
@@ -94,9 +94,9 @@ def _attention(rows: Sequence[Report], path: Path) -> None:
 
 def _steps(reports: Sequence[Report], path: Path) -> None:
     bars = [
-        (f"{r['settings']['model']}, {r['settings']['masks']}, {name}", found["images_per_second"], "ours" in name)
+        (f"{r['settings']['model']}, {r['settings']['masks']}, {name}", result["images_per_second"], "ours" in name)
         for r in reports
-        for name, found in r["implementations"].items()
+        for name, result in r["implementations"].items()
     ]
     _bars(bars, "images/s", "Whole training steps", path)
 
@@ -121,12 +121,12 @@ def _accuracy(reports: Sequence[Report], path: Path) -> None:
     bars = []
     for report in reports:
         kind = "" if report["settings"]["regularised"] else ", prediction alone"
-        found = [(f"{report['settings']['data']}{kind}: untrained", report["untrained"], False)]
+        judged = [(f"{report['settings']['data']}{kind}: untrained", report["untrained"], False)]
         for comparison, counts in report["steps"].items():
             for name in counts:
                 runs = of_contender(report, comparison, name)
-                found.append((f"{TITLES[comparison]}: {name}", runs, name in ("exact", "batch_min")))
-        bars += [(label, 100 * statistics.mean(r["probe"] for r in runs), ours) for label, runs, ours in found if runs]
+                judged.append((f"{TITLES[comparison]}: {name}", runs, name in ("exact", "batch_min")))
+        bars += [(label, 100 * statistics.mean(r["probe"] for r in runs), ours) for label, runs, ours in judged if runs]
     _bars(bars, "% of held-out images that a linear probe names, mean over seeds", "What training bought", path)
 
 

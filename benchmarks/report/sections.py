@@ -56,8 +56,8 @@ def listed(title: str, lines: Iterable[str]) -> list[str]:
 
 
 WANTED_STEPS = {
-    "cuda": "Wanted on one H200, at batch 128 (vit_b16: 512), of the fastest variant of ours; with exact masks the ratio "
-    "over eager is that of context tokens/s. With an FP8 target encoder vit_h14 shall make 740 images/s.\n\n"
+    "cuda": "Wanted on one H200, at batch 128 (vit_b16: 512), of the fastest variant of ours; with exact masks the "
+    "ratio over eager is that of context tokens/s. With an FP8 target encoder vit_h14 shall make 740 images/s.\n\n"
     + table(
         ["model", "masks", "images/s", "times eager", "times compiled"],
         [
@@ -67,17 +67,17 @@ WANTED_STEPS = {
             ("vit_h14", "batch_min", 820, 3, 1.15),
         ],
     ),
-    "cpu": "Wanted of vit_small at batch 16: at most 0.87 of eager's time with batch_min masks, and 1.2 of it with exact "
-    "ones. Most of a step on a CPU is matrix products, at a rate that is the same for both, so the ratio of times "
-    "follows that of operations; only what is between the products can be won beside it.",
+    "cpu": "Wanted of vit_small at batch 16: at most 0.87 of eager's time with batch_min masks, and 1.2 of it with "
+    "exact ones. Most of a step on a CPU is matrix products, at a rate that is the same for both, so the ratio of "
+    "times follows that of operations; only what is between the products can be won beside it.",
 }
 
 
 def steps(reports: Reports) -> list[str]:
-    found = of_kind(reports, "step")
-    parts, machines = ["## Whole steps"], dict.fromkeys(on(report["machine"]) for report in found)
+    matching = of_kind(reports, "step")
+    parts, machines = ["## Whole steps"], dict.fromkeys(on(report["machine"]) for report in matching)
     for machine in machines:
-        here = [report for report in found if on(report["machine"]) == machine]
+        here = [report for report in matching if on(report["machine"]) == machine]
         parts += [
             f"On {machine}:\n\n{step_table(here)}",
             "The last column is the median over rounds of a ratio within each round, so not quite that of the times "
@@ -88,14 +88,14 @@ def steps(reports: Reports) -> list[str]:
         failed = {(r["settings"]["model"], r["settings"]["masks"], *f) for r in here for f in r["failed"].items()}
         parts += listed("Not timed", (f"{name} ({model}, {kind}): {why}" for model, kind, name, why in sorted(failed)))
         parts.append(WANTED_STEPS[here[0]["machine"]["device"]])
-    if any(report["machine"]["device"] == "cuda" for report in found):
+    if any(report["machine"]["device"] == "cuda" for report in matching):
         parts.append(picture("bench_steps", "Images per second of whole steps"))
     else:
         parts += [f"Whole steps on a GPU: {NOT_MEASURED}.", WANTED_STEPS["cuda"]]
     return parts + [fairness_of_eager(report) for report in reports.get("fairness", [])]
 
 
-def step_table(found: Sequence[Report]) -> str:
+def step_table(matching: Sequence[Report]) -> str:
     def cells(report: Report, name: str, result: Report) -> tuple:
         settings, memory = report["settings"], result.get("peak_memory_bytes")
         ratio = report["ratio"].get(f"ours/{name}")
@@ -113,13 +113,13 @@ def step_table(found: Sequence[Report]) -> str:
         )
 
     head = ["model", "batch", "masks", "implementation", "images/s", "ms", "context tokens", "TFLOP/s (of peak)", "GiB"]
-    lines = [cells(report, *result) for report in found for result in report["implementations"].items()]
+    lines = [cells(report, *result) for report in matching for result in report["implementations"].items()]
     return table([*head, "ours over its time"], lines)
 
 
-def phase_table(found: Sequence[Report]) -> str:
+def phase_table(matching: Sequence[Report]) -> str:
     lines, reasons = [], {}
-    for settings, implementations in ((report["settings"], report["implementations"]) for report in found):
+    for settings, implementations in ((report["settings"], report["implementations"]) for report in matching):
         for name, result in implementations.items():
             if result.get("no_phases"):
                 reasons[name] = result["no_phases"]
@@ -148,9 +148,9 @@ def scaling(reports: Reports) -> list[str]:
         "A step's time without its update and its attention (timed by itself), over the rows that its three networks "
         "compute. Where it is the same everywhere, cost grows linearly with tokens. Wanted: within 10 %.",
     ]
-    found = of_kind(reports, "scaling")
+    matching = of_kind(reports, "scaling")
     head = ["px", "batch", "tokens per image", "step, ms", "update, ms", "attention, ms", "µs per token"]
-    for report in found:
+    for report in matching:
         settings, lines = report["settings"], []
         for point in report["points"]:
             cells = [point.get("not_run"), *[""] * 4]
@@ -161,9 +161,9 @@ def scaling(reports: Reports) -> list[str]:
         spread = "" if report["spread"] is None else f"\n\nLargest over smallest: {report['spread']:.1%} more."
         where = f"{settings['model']}, {settings['impl']}, {settings['precision']}, on {on(report['machine'])}"
         parts.append(f"{where}:\n\n{table(head, lines)}{spread}")
-    if found:
+    if matching:
         parts.append(picture("bench_scaling", "Time per token over the tokens of a step"))
-    on_gpu = [report for report in found if report["machine"]["device"] == "cuda"]
+    on_gpu = [report for report in matching if report["machine"]["device"] == "cuda"]
     return parts + ([] if on_gpu else [f"Time per token on a GPU: {NOT_MEASURED}."])
 
 
@@ -172,8 +172,8 @@ TITLES = {"time": "At equal time", "epochs": "At equal epochs"}
 
 def accuracy(reports: Reports) -> list[str]:
     parts = ["## Accuracy at equal time and at equal epochs"]
-    found = of_kind(reports, "train_to_accuracy")
-    for report in found:
+    matching = of_kind(reports, "train_to_accuracy")
+    for report in matching:
         settings, model = report["settings"], report["settings"]["model"]
         clock = "processor time" if settings["device"] == "cpu" else "time"
         term = "and the variance-covariance term" if settings["regularised"] else "alone"
@@ -185,7 +185,7 @@ def accuracy(reports: Reports) -> list[str]:
         )
         parts += [f"{TITLES[comparison]}:\n\n{accuracy_table(report, comparison)}" for comparison in report["steps"]]
     shown = picture("bench_accuracy", "Linear probe at equal time and at equal epochs")
-    return [*parts, shown if found else f"Accuracy: {NOT_MEASURED}."]
+    return [*parts, shown if matching else f"Accuracy: {NOT_MEASURED}."]
 
 
 def accuracy_table(report: Report, comparison: str) -> str:
@@ -249,15 +249,15 @@ def ops_table(rows: Sequence[Report]) -> str:
 
 def mask_rates(reports: Reports, results: str) -> str:
     """Rates of the official recipe at 14 x 14 on one core; ``results`` is the path to the folder of results files."""
-    found = [report for report in reports.get("masks", []) if report["machine"]["device"] == "cpu"]
-    if not found:
+    matching = [report for report in reports.get("masks", []) if report["machine"]["device"] == "cpu"]
+    if not matching:
         return "Rates on a CPU: not measured yet."
     names = {"extension": "C++ extension", "torch": "torch sampler", "loop": "loop over images, as in a data loader"}
-    rates = {r["implementation"]: r for r in found[0]["rates"] if (r["recipe"], r["grid"]) == ("official", "14x14")}
+    rates = {r["implementation"]: r for r in matching[0]["rates"] if (r["recipe"], r["grid"]) == ("official", "14x14")}
     rows = [(title, f"{rates[name]['images_per_second']:,}") for name, title in names.items()]
     return (
-        f"Official recipe at 14 x 14 on one CPU core ({on(found[0]['machine'])}), best of all rounds of "
-        f"{found[0]['images']:,} images, from [{found[0]['file']}]({results}/{found[0]['file']}):\n\n"
+        f"Official recipe at 14 x 14 on one CPU core ({on(matching[0]['machine'])}), best of all rounds of "
+        f"{matching[0]['images']:,} images, from [{matching[0]['file']}]({results}/{matching[0]['file']}):\n\n"
         + table(["", "images/s"], rows)
     )
 
@@ -281,8 +281,8 @@ def masks(reports: Reports) -> list[str]:
         gpu_of(check): (check["parts"].get("masks", {}).get("report") or {}).get("device_times", [])
         for check in trusted(reports)
     }
-    for gpu, found in times.items():
-        if rows := [(t["images"], t["recipe"], t["grid"], f"{t['times']['p50']:.1f}") for t in found]:
+    for gpu, measured in times.items():
+        if rows := [(t["images"], t["recipe"], t["grid"], f"{t['times']['p50']:.1f}") for t in measured]:
             parts.append(f"Device time on {gpu}:\n\n" + table(["images", "recipe", "grid", "µs"], rows))
     return parts if any(times.values()) else [*parts, f"Device time of the CUDA extension: {NOT_MEASURED}."]
 

@@ -127,8 +127,8 @@ def fastest(
             hint = f"; give fewer than {images} images" if too_much else ""
             raise Failed(f"the step as configured does not run: {error}{hint}") from None
         report["machine"], choices = base.pop("machine"), base.pop("choices")
-        found = report["machine"]
-        say(f"{found.get('gpu', found['cpu'])}, torch {found['torch']}, triton {found['triton']}")
+        about = report["machine"]
+        say(f"{about.get('gpu', about['cpu'])}, torch {about['torch']}, triton {about['triton']}")
         say(f"{name}, {images} images a step, {config.train.precision}")
         say(header())
         note({}, base)
@@ -194,7 +194,7 @@ def try_way(
     use_deterministic(config)
     step, pixels = random_step(config, device, images)
     loss, gradients = first_gradients(step, pixels[: images // config.train.accumulate])
-    found: dict[str, Any] = {"first_loss": loss}
+    way: dict[str, Any] = {"first_loss": loss}
     if base is None:
         _require_finite({"the loss": torch.tensor(loss), **gradients})
         try:
@@ -204,20 +204,20 @@ def try_way(
             raise OSError(f"the gradients do not go into {folder} (TMPDIR names another folder): {error}") from error
     else:
         want = {"loss": base["first_loss"], "gradient": torch.load(gradients_file, weights_only=True)}
-        found["differences"] = _compared({"loss": loss, "gradient": gradients}, want, config)
+        way["differences"] = _compared({"loss": loss, "gradient": gradients}, want, config)
         del want
     del gradients
-    found |= train_rounds(step, pixels, seconds)
-    found["activation_checkpointing"] = step.model.context_encoder.activation_checkpointing
+    way |= train_rounds(step, pixels, seconds)
+    way["activation_checkpointing"] = step.model.context_encoder.activation_checkpointing
     if base is None:
-        _require_finite({"losses after updates": torch.tensor(found["losses"])})
-        return found | {"machine": machine(device), "choices": choices_on(config, device)._asdict()}
-    found["differences"] |= _compared(found, base, config)
-    return found
+        _require_finite({"losses after updates": torch.tensor(way["losses"])})
+        return way | {"machine": machine(device), "choices": choices_on(config, device)._asdict()}
+    way["differences"] |= _compared(way, base, config)
+    return way
 
 
-def _compared(found: Mapping[str, Any], want: Mapping[str, Any], config: RunConfig) -> dict[str, float]:
-    apart = differences(found, want, config.train.precision)
+def _compared(way: Mapping[str, Any], want: Mapping[str, Any], config: RunConfig) -> dict[str, float]:
+    apart = differences(way, want, config.train.precision)
     if said := disagreement(apart, LIMITS[config.train.precision]):
         raise ValueError(f"does not train the same: {said}")
     return apart
@@ -261,10 +261,10 @@ def train_rounds(step: TrainStep, pixels: Tensor, seconds: float) -> dict[str, A
             step(pixels, number)
 
     took = repeat(train_round, device, seconds=seconds, least=LEAST, warm_up=0)
-    found = rate(Times.of([each.wall / CYCLE * 1e6 for each in took], "rounds"), len(pixels)) | compared
+    timed = rate(Times.of([each.wall / CYCLE * 1e6 for each in took], "rounds"), len(pixels)) | compared
     if device.type == "cuda":
-        found["reserved_gib"] = round(torch.cuda.max_memory_reserved(device) / 2**30, 2)
-    return found
+        timed["reserved_gib"] = round(torch.cuda.max_memory_reserved(device) / 2**30, 2)
+    return timed
 
 
 def _weight_and_average(step: TrainStep) -> tuple[Tensor, Tensor]:

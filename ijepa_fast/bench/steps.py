@@ -66,15 +66,15 @@ def step_rate(config: RunConfig, device: torch.device, images: int, seconds: flo
     if int(step.first_bad_step) >= 0:
         raise RuntimeError(f"the loss of step {int(step.first_bad_step)} was not finite")
     context, targets = (sum(counts) / len(tokens) / images for counts in zip(*tokens, strict=True))
-    found = rate(Times.of([each.wall * 1e6 for each in took], "steps"), images) | {
+    figures = rate(Times.of([each.wall * 1e6 for each in took], "steps"), images) | {
         "images": images,
         "precision": config.train.precision,
         "context_tokens": round(context, 2),
         "target_tokens": round(targets, 2),
     }
     if device.type == "cuda":
-        found["peak_memory_gib"] = round(torch.cuda.max_memory_allocated(device) / 2**30, 2)
-    return found
+        figures["peak_memory_gib"] = round(torch.cuda.max_memory_allocated(device) / 2**30, 2)
+    return figures
 
 
 def rate(times: Times, images: int) -> dict[str, Any]:
@@ -114,29 +114,29 @@ def gradients_of(
     (loss if scaler is None else scaler.scale(loss)).backward()
     # Copies: captured steps keep their gradients in place.
     named = networks.named_parameters()
-    found = {name: p.grad.detach().to(copy=True, **kept) for name, p in named if p.grad is not None}
+    gradients = {name: p.grad.detach().to(copy=True, **kept) for name, p in named if p.grad is not None}
     if scaler is not None:
-        found = {name: value.float() / scaler.get_scale() for name, value in found.items()}
+        gradients = {name: value.float() / scaler.get_scale() for name, value in gradients.items()}
     optimizer.zero_grad()
-    return found
+    return gradients
 
 
-def differences(found: Mapping[str, Any], want: Mapping[str, Any], precision: str) -> dict[str, float]:
+def differences(values: Mapping[str, Any], want: Mapping[str, Any], precision: str) -> dict[str, float]:
     """How far two ways are apart in what both mappings have: relatively, but for "skipped", which may not be more.
 
     Raises:
         ValueError: they train different parameters.
     """
     apart: dict[str, float] = {}
-    for name in (name for name in _HALF if name in found and name in want):
+    for name in (name for name in _HALF if name in values and name in want):
         if name == "gradient":
-            apart[name] = gradient_difference(found[name], want[name], NOTHING[precision])
+            apart[name] = gradient_difference(values[name], want[name], NOTHING[precision])
         elif name == "skipped":
-            apart[name] = found[name] - want[name]
+            apart[name] = values[name] - want[name]
         elif name == "loss":
-            apart[name] = relative(found[name], want[name])
+            apart[name] = relative(values[name], want[name])
         else:
-            apart[name] = largest(map(relative, found[name], want[name]))
+            apart[name] = largest(map(relative, values[name], want[name]))
     return apart
 
 
@@ -146,11 +146,11 @@ def disagreement(apart: Mapping[str, float], limits: Mapping[str, float]) -> str
     return ", ".join(f"{name} {apart[name]:.2g} apart (at most {limits[name]:g})" for name in wrong)
 
 
-def relative(found: float, want: float) -> float:
+def relative(value: float, want: float) -> float:
     """0 for equal numbers, infinite for another one than 0."""
-    if found == want:
+    if value == want:
         return 0.0
-    return abs(found - want) / abs(want) if want else math.inf
+    return abs(value - want) / abs(want) if want else math.inf
 
 
 def largest(values: Iterable[float]) -> float:

@@ -141,10 +141,10 @@ def check(case: Case, name: str, mode: str, device: torch.device, seed: int = 1)
         with contextlib.suppress(Exception):  # where plain torch cannot run, ours must do without its example
             plain = error_of(next(plain for plain in PLAIN if plain in case.providers))
             allowed = 2.0 * min(max(1.0, plain), PEER_ERROR)
-    found = error_of(name)
-    if not found <= allowed:  # NaN is not
-        raise WrongResult(f"{case.key}, {mode}: {name} is off by {found:.3g} units, {allowed:.3g} are allowed")
-    return found, allowed
+    off = error_of(name)
+    if not off <= allowed:  # NaN is not
+        raise WrongResult(f"{case.key}, {mode}: {name} is off by {off:.3g} units, {allowed:.3g} are allowed")
+    return off, allowed
 
 
 def time_provider(case: Case, name: str, mode: str, device: torch.device) -> tuple[dict[str, Times], str | None]:
@@ -185,7 +185,7 @@ def row(model: str, case: Case, name: str, mode: str, floors: Floors | None, dev
 
     Nothing that a provider raises ends the run: the others' results are worth having.
     """
-    found: dict[str, Any] = {
+    entry: dict[str, Any] = {
         "model": model,
         "op": case.op,
         "case": case.name,
@@ -195,23 +195,23 @@ def row(model: str, case: Case, name: str, mode: str, floors: Floors | None, dev
         "flops": int(case.costs[mode].flops),
     }
     if reason := case.providers[name].unavailable:
-        return found | {"unavailable": reason}
+        return entry | {"unavailable": reason}
     try:
-        found["error"], found["allowed_error"] = (round(x, 4) for x in check(case, name, mode, device))
+        entry["error"], entry["allowed_error"] = (round(x, 4) for x in check(case, name, mode, device))
         if floors is None:
-            return found
+            return entry
         times, uncaptured = time_provider(case, name, mode, device)
         floor, kind = floors.of(case, mode)
     except Exception as problem:
-        return found | {"failed": in_words(problem)}
+        return entry | {"failed": in_words(problem)}
     if uncaptured:
-        found["not_captured"] = uncaptured
+        entry["not_captured"] = uncaptured
     best = best_of(times)
-    found["times"] = {method: value.as_dict() for method, value in times.items()}
-    found["gb_per_s"] = round(found["bytes"] / best.p50 / 1e3, 2)
-    if found["flops"]:
-        found["tflop_per_s"] = round(found["flops"] / best.p50 / 1e6, 3)
-    return found | {"floor_us": round(floor, 3), "floor": kind, "of_floor": round(floor / best.p50, 4)}
+    entry["times"] = {method: value.as_dict() for method, value in times.items()}
+    entry["gb_per_s"] = round(entry["bytes"] / best.p50 / 1e3, 2)
+    if entry["flops"]:
+        entry["tflop_per_s"] = round(entry["flops"] / best.p50 / 1e6, 3)
+    return entry | {"floor_us": round(floor, 3), "floor": kind, "of_floor": round(floor / best.p50, 4)}
 
 
 def in_words(problem: Exception) -> str:
@@ -302,13 +302,13 @@ def with_ratios(table: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     for row in table:
         if "times" in row:
             timed.setdefault(place(row), {})[row["provider"]] = row["times"]
-    found = []
+    extended = []
     for row in table:
         if row["provider"] == "ours" and "times" in row:
             peers = {name: times for name, times in timed[place(row)].items() if name != "ours"}
             row = row | {"faster_than": {name: ratio(times, row["times"]) for name, times in peers.items()}}
-        found.append(row)
-    return found
+        extended.append(row)
+    return extended
 
 
 def header() -> str:
@@ -330,13 +330,13 @@ def line(row: Mapping[str, Any]) -> str:
 
 def remarks(table: Sequence[Mapping[str, Any]]) -> list[str]:
     """Lines on what was not measured, with the reasons, and on how many times look disturbed."""
-    found: dict[str, list[str]] = {}
+    reasons: dict[str, list[str]] = {}
     for row in table:
         if "unavailable" in row:
-            found.setdefault(f"no {row['provider']}: {row['unavailable']}", []).append(row["case"])
+            reasons.setdefault(f"no {row['provider']}: {row['unavailable']}", []).append(row["case"])
         elif "left_out" in row:
-            found.setdefault(f"left out: {row['left_out']}", []).append(row["op"])
-    said = [f"{reason} ({', '.join(dict.fromkeys(what))})" for reason, what in found.items()]
+            reasons.setdefault(f"left out: {row['left_out']}", []).append(row["op"])
+    said = [f"{reason} ({', '.join(dict.fromkeys(what))})" for reason, what in reasons.items()]
     timed = [row for row in table if "times" in row]
     if disturbed := sum(map(looks_disturbed, timed)):
         said.append(
