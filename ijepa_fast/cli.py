@@ -181,6 +181,9 @@ def _run_config(parser, argv: list[str]):
         return yaml.safe_dump(settings, sort_keys=False)
 
     named = []
+    flagged = {argument.partition("=")[0] for argument in argv}
+    if "--train.epochs" in flagged and "--train.steps" not in flagged:
+        argv.append("--train.steps=null")  # which a recipe or the run to continue may have, and which would win
     for i, argument in enumerate(argv):
         if i and argv[i - 1] == "--config":
             argument = text(argument)
@@ -218,12 +221,13 @@ def _pretrain(argv: list[str]) -> int:
         print(stopped, file=sys.stderr)
         return EXIT_STOPPED
     if summary:
-        print(_table(summary, config.output))
+        print(_table(summary, config))
     return 0
 
 
 def _unasked(config, argv: list[str]) -> list[str]:
-    """Flags that stand in for a recipe where none is named: the run's own settings, or what fits images and device.
+    """Flags that stand in for a recipe where none is named: the settings of the run to continue or to begin with, or
+    what fits images and device.
 
     ``config`` has the settings of ``argv``, which win over these.
     """
@@ -234,11 +238,14 @@ def _unasked(config, argv: list[str]) -> list[str]:
     from ijepa_fast.run.auto import RECIPE, look_at, own_images, product_rate
     from ijepa_fast.run.checkpoint import list_steps
 
-    written = Path(config.output, "config.yaml")
-    if written.exists() and config.resume in ("auto", "require") and list_steps(written.parent / "checkpoints"):
-        # The folder may have been moved, and the run may have begun with --resume overwrite.
-        now = {"output": config.output, "resume": config.resume}
-        return ["--config", str(written), *(f"--{name}={value_text(value)}" for name, value in now.items())]
+    continues = config.resume in ("auto", "require") and list_steps(Path(config.output, "checkpoints"))
+    for folder in [config.output] if continues else [config.init] if config.init else []:
+        if (written := Path(folder, "config.yaml")).exists():
+            # The folder may have been moved, and the run may have begun with --resume overwrite.
+            now = {"output": config.output, "resume": config.resume}
+            return ["--config", str(written), *(f"--{name}={value_text(value)}" for name, value in now.items())]
+    if config.init and not continues:
+        raise UsageError(f"--init {config.init} needs a recipe with networks of the same sizes: --config NAME")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UsageError(f"several processes need a recipe: --config NAME, for example --config {RECIPE}")
     source = open_sources(config.data, max_pixels=config.loader.max_pixels).train
@@ -253,14 +260,15 @@ def _unasked(config, argv: list[str]) -> list[str]:
     return shlex.split(chosen)
 
 
-def _table(summary: dict, output: str) -> str:
+def _table(summary: dict, config) -> str:
     """What a run ends with, for people."""
-    lines = []
+    lines, output = [], config.output
+    start = "untrained" if config.init is None else "initial"
     if "pixels" in summary:
         rows = [
             ("raw pixels", summary["pixels"]),
             ("colour histogram", summary["colours"]),
-            ("untrained encoder", summary["before"]),
+            (f"{start} encoder", summary["before"]),
             ("trained encoder", summary["after"]),
         ]
         lines += ["", f"{'features of held-out images':<28}{'k-NN':>8}{'probe':>8}{'rank':>8}", "-" * 52]
@@ -270,7 +278,7 @@ def _table(summary: dict, output: str) -> str:
         lines.append("")
     elif "after" in summary:
         before, after = summary["before"]["rank"], summary["after"]["rank"]
-        lines.append(f"rank of the features: {before:.1f} untrained, {after:.1f} trained (near 1 they have collapsed)")
+        lines.append(f"rank of the features: {before:.1f} {start}, {after:.1f} trained (near 1 they have collapsed)")
     loss = f", loss {summary['loss']:.4f} at the end" if summary.get("loss") is not None else ""
     bad = f", {len(summary['bad_files'])} undecodable images" if summary["bad_files"] else ""
     lines.append(f"{summary['steps']} steps in {summary['seconds']:.0f} s{loss}{bad}; everything is in {output}/")

@@ -119,6 +119,8 @@ class RunConfig:
         seed: of weights, data order, crops and masks.
         resume: auto continues the run in the output folder if there is one; never refuses a folder that holds one;
             overwrite removes it, but no file that no run writes; require refuses a folder that holds none.
+        init: weights that a new run begins with: another run or one of its checkpoints, an encoder of export, or a file
+            of the official code, timm or transformers. They must have the sizes in model.
         model: encoder and predictor.
         masks: context and target blocks.
         objective: the loss.
@@ -133,6 +135,7 @@ class RunConfig:
     output: str = common("runs/default")
     seed: int = common(0)
     resume: Literal["auto", "never", "overwrite", "require"] = common("auto")
+    init: str | None = common(None)
     model: ModelConfig = field(default_factory=ModelConfig)
     masks: MaskConfig = field(default_factory=MaskConfig)
     objective: Objective = field(default_factory=Objective)

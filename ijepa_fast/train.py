@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from ijepa_fast.config import RunConfig, as_dict
+from ijepa_fast.config import RunConfig, TrainConfig, as_dict
 from ijepa_fast.data import DevicePrefetcher, StopRequested
 from ijepa_fast.data.datasets import Sources, open_sources, train_loader
 from ijepa_fast.data.survey import announce
@@ -29,7 +29,7 @@ from ijepa_fast.run import checkpoint as checkpoints
 from ijepa_fast.run import folder as run_folder
 from ijepa_fast.run.auto import resolved
 from ijepa_fast.run.build import make_optimizer, make_scaler, make_step, prepare, use_deterministic
-from ijepa_fast.run.checkpoint import Checkpoint
+from ijepa_fast.run.checkpoint import Checkpoint, CheckpointDamaged, CheckpointError
 from ijepa_fast.run.environment import describe
 from ijepa_fast.run.files import write_json, write_text
 from ijepa_fast.run.log import RunLog, heard
@@ -37,6 +37,7 @@ from ijepa_fast.run.meter import Meter
 from ijepa_fast.run.signals import StopFlag
 from ijepa_fast.step.options import StepOptions
 from ijepa_fast.step.train_step import StepResult, TrainStep
+from ijepa_fast.weights.any_format import start_from
 from ijepa_fast.weights.runs import about_run, check_training, load_run, restore_training, training_tensors
 
 log = logging.getLogger(__name__)
@@ -149,6 +150,9 @@ def setup(config: RunConfig, me: Ranks) -> Run:
     torch.manual_seed(config.seed)
     model = config.model.build(config.objective)
     _check_batches(config, me)
+    held = checkpoints.list_steps(Path(config.output) / "checkpoints")
+    if config.init is not None and (config.resume == "never" or not held):
+        log.info(start_from(model, config.model, config.init))
     stop = StopFlag(speak=me.is_main)
     loader = train_loader(
         sources.train,
@@ -196,6 +200,7 @@ def begin(run: Run, to_yaml: Callable[[RunConfig], str]) -> None:
     if me.is_main:
 
         def check(state: Checkpoint, path: Path) -> None:
+            _check_length(run, state)
             check_training(state, path, run.model, run.optimizer, run.scaler, run.total_steps)
 
         state = run_folder.claim(config, run.sources.train.fingerprint, check)
@@ -206,7 +211,8 @@ def begin(run: Run, to_yaml: Callable[[RunConfig], str]) -> None:
         if state is None:
             _hint_at_options(config, me.device)
         if config.evaluation.before_and_after and not (folder / "before.json").exists():
-            log.info("evaluating the untrained encoder %s, before the first step", evaluated_on(run.sources, config))
+            start = "untrained" if config.init is None else "initial"
+            log.info("evaluating the %s encoder %s, before the first step", start, evaluated_on(run.sources, config))
             write_json(folder / "before.json", evaluate(run.model.target_encoder, run.sources, config, baselines=True))
     # Every rank reads the file that the first one has chosen.
     step = me.from_main(None if state is None else state.step)
@@ -236,9 +242,45 @@ def _continue(run: Run, state: Checkpoint) -> None:
     run.meter.restore(state.extra.get("interval"), device)
     if run.done < run.total_steps:
         log.info("continuing %s at step %d of %d", run.folder, run.done, run.total_steps)
+        _say_what_is_stretched(run, _length_before(run, state))
     elif run.me.is_main:
-        again = run_folder.start_afresh(run.folder)
-        log.info("%s is trained: all %d steps are done. To train anew, %s", run.folder, run.total_steps, again)
+        log.info(
+            "%s is trained: all %d steps are done; %s; to train anew, %s",
+            *(run.folder, run.total_steps, run_folder.go_on(run.folder), run_folder.start_afresh(run.folder)),
+        )
+
+
+def _length_before(run: Run, state: Checkpoint) -> int:
+    """Steps of the run by the settings that a checkpoint was written with."""
+    settings = {name.partition(".")[2]: state.extra["settings"].get(name) for name in run_folder.LENGTH}
+    try:
+        return TrainConfig(**settings).total_steps(run.loader.steps_per_epoch)
+    except (TypeError, ValueError) as error:
+        raise CheckpointDamaged(f"the checkpoint after step {state.step} has no length of its run: {error}") from error
+
+
+def _check_length(run: Run, state: Checkpoint) -> None:
+    before = _length_before(run, state)
+    if run.total_steps < before and "imported" not in state.extra:
+        raise CheckpointError(
+            f"{run.folder} holds a run of {before} steps, {state.step} of them done, and is not shortened to "
+            f"{run.total_steps}: stop it where you like, and its newest checkpoint is what there is"
+        )
+
+
+def _say_what_is_stretched(run: Run, before: int) -> None:
+    if not run.me.is_main or run.total_steps == before:
+        return
+    (run.folder / "summary.json").unlink(missing_ok=True)
+    then = run.config.optim.schedules(before, run.loader.steps_per_epoch)
+    step, now = run.done, run.schedules
+    log.warning(
+        "the run is lengthened from %d to %d steps and its schedules are stretched: the learning rate is %.3g now (it "
+        "was %.3g), weight decay %.3g (%.3g) and momentum %.5g (%.5g). It does not end as if it had had this length "
+        "from its first step",
+        *(before, run.total_steps, now.lr_at(step), then.lr_at(step - 1)),
+        *(now.weight_decay_at(step), then.weight_decay_at(step - 1), now.momentum_at(step), then.momentum_at(step - 1)),
+    )
 
 
 def train(run: Run) -> None:

@@ -13,10 +13,10 @@ from ijepa_fast import cli
 from ijepa_fast.config import from_dict, read_recipe
 from ijepa_fast.interop import official
 from ijepa_fast.interop.export import export
-from ijepa_fast.interop.official.checkpoint import read, write
 from ijepa_fast.model.vit import VisionTransformer
 from ijepa_fast.run import checkpoint as checkpoints
 from ijepa_fast.weights.encoder_file import KEY, load_encoder, save_encoder
+from ijepa_fast.weights.official import read, write
 from ijepa_fast.weights.reading import WeightsError, layer_norm_eps, read_safetensors, set_layer_norm_eps
 from ijepa_fast.weights.runs import load_run, save_run
 from ijepa_fast.weights.timm import timm_arguments, to_timm
@@ -266,7 +266,7 @@ def official_file(tmp_path_factory):
         (["import", "TIMM", "--out", "x"], "is none of the known sizes: give num_heads"),
         (["import", "OTHER", "--out", "x"], "not the weights of a ViT encoder: no pos_embed, patch_embed.proj.weight"),
         (["import", "TIMM", "--out", "RUN", "--num_heads", "2"], "already holds a run; give another folder"),
-        (["import", "OURS", "--out", "x"], "needs no import: probe, knn and export read checkpoints of runs"),
+        (["import", "OURS", "--out", "x"], "is a run of ijepa_fast and needs no import"),
     ],
 )
 def test_mistakes_end_with_a_clear_message(small, tmp_path, capsys, monkeypatch, arguments, message):

@@ -20,7 +20,7 @@ from ijepa_fast.interop.huggingface import (
     save_huggingface,
     to_huggingface,
 )
-from ijepa_fast.weights.huggingface_names import from_huggingface_names, style_of, to_huggingface_names
+from ijepa_fast.weights.huggingface import from_huggingface_names, style_of, to_huggingface_names
 from ijepa_fast.weights.reading import WeightsError
 
 takes_masks = pytest.mark.skipif(transformers.__version__ < "5", reason="IJepaModel of transformers 4 takes no mask")
@@ -229,7 +229,7 @@ class TestFolders:
             from_huggingface(tmp_path)
 
     def test_an_empty_folder(self, tmp_path):
-        with pytest.raises(WeightsError, match=re.escape(f"{tmp_path} has no model.safetensors")):
+        with pytest.raises(WeightsError, match=re.escape(f"{tmp_path} is a folder without config.json")):
             from_huggingface(tmp_path)
 
 

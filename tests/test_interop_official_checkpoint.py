@@ -8,7 +8,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from ijepa_fast.interop import official
-from ijepa_fast.interop.official.checkpoint import read, write
+from ijepa_fast.weights.official import read, write
 from ijepa_fast.weights.reading import WeightsError
 
 SCHEDULE = {"iterations_per_epoch": 2, "start_lr": 1e-3, "ref_lr": 1e-3, "warmup": 0, "num_epochs": 5}

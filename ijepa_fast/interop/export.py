@@ -6,11 +6,11 @@ import json
 from pathlib import Path
 
 from ijepa_fast.config import RunConfig
-from ijepa_fast.interop.official.checkpoint import write
 from ijepa_fast.interop.official.training_state import to_official
 from ijepa_fast.model.jepa import IJEPA
 from ijepa_fast.run.checkpoint import Checkpoint, find, load
 from ijepa_fast.weights.encoder_file import save_encoder
+from ijepa_fast.weights.official import write
 from ijepa_fast.weights.reading import WeightsError
 from ijepa_fast.weights.runs import ENCODERS, networks_of
 from ijepa_fast.weights.timm import timm_call

@@ -10,7 +10,6 @@ Legend: B images, L tokens per image, H heads, Dh head dim.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -20,20 +19,16 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from ijepa_fast.attention.dispatch import varlen_attention
 from ijepa_fast.masks.geometry import pack_mask
-from ijepa_fast.model.vit import IMAGENET_MEAN, IMAGENET_STD, VisionTransformer
+from ijepa_fast.model.vit import VisionTransformer
 from ijepa_fast.ragged import Ragged
-from ijepa_fast.weights.huggingface_names import from_huggingface_names, style_of, to_huggingface_names
-from ijepa_fast.weights.reading import (
-    WeightsError,
-    encoder_in,
-    layer_norm_eps,
-    load_weights,
-    plain_names,
-    read_pickle,
-    read_safetensors,
-    set_layer_norm_eps,
-    unwrapped,
+from ijepa_fast.weights.huggingface import (
+    encoder_for,
+    from_huggingface_names,
+    read_folder,
+    style_of,
+    to_huggingface_names,
 )
+from ijepa_fast.weights.reading import encoder_in, layer_norm_eps, load_weights, unwrapped
 
 ATTENTION = "ijepa_fast"
 _BICUBIC = 3
@@ -106,71 +101,14 @@ def from_huggingface(model_or_path: nn.Module | Path | str, attention: str = "au
         WeightsError: the weights are damaged, or those of another architecture.
         ValueError: the config has something that ``VisionTransformer`` has not.
     """
-    processor: dict = {}
-    if isinstance(model_or_path, nn.Module):
-        model = unwrapped(model_or_path)
-        source, config, state = type(model).__name__, model.config, model.state_dict()
-    elif (folder := Path(model_or_path)).is_dir():
-        source, state = str(folder), _read_folder(folder)
-        config = IJepaConfig.from_pretrained(folder)
-        if (file := folder / "preprocessor_config.json").is_file():
-            processor = json.loads(file.read_text())
-    else:
-        model = IJepaModel.from_pretrained(model_or_path)
-        source, config, state = str(model_or_path), model.config, model.state_dict()
-    encoder = _encoder_for(config, processor, attention)
-    load_weights(encoder, from_huggingface_names(state), source)
+    if not isinstance(model_or_path, nn.Module) and (folder := Path(model_or_path)).is_dir():
+        return read_folder(folder, attention)
+    named = not isinstance(model_or_path, nn.Module)
+    model = IJepaModel.from_pretrained(model_or_path) if named else unwrapped(model_or_path)
+    encoder = encoder_for(model.config, {}, attention)
+    source = str(model_or_path) if named else type(model).__name__
+    load_weights(encoder, from_huggingface_names(model.state_dict()), source)
     return encoder
-
-
-def _encoder_for(config: IJepaConfig, processor: dict, attention: str) -> VisionTransformer:
-    if config.model_type != "ijepa":
-        raise ValueError(f"the config is that of a {config.model_type} model, not of ijepa")
-    if config.hidden_act != "gelu":
-        raise ValueError(f"VisionTransformer computes gelu, but the config has hidden_act={config.hidden_act!r}")
-    patch_size = config.patch_size
-    if not isinstance(patch_size, int):
-        if len(set(patch_size)) > 1:
-            raise ValueError(f"VisionTransformer has square patches, but the config has patch_size={patch_size}")
-        patch_size = patch_size[0]
-    rgb = config.num_channels == 3
-    encoder = VisionTransformer(
-        config.image_size,
-        patch_size,
-        config.num_channels,
-        config.hidden_size,
-        config.num_hidden_layers,
-        config.num_attention_heads,
-        config.intermediate_size / config.hidden_size,
-        config.qkv_bias,
-        mean=processor.get("image_mean", IMAGENET_MEAN if rgb else [0.5] * config.num_channels),
-        std=processor.get("image_std", IMAGENET_STD if rgb else [0.5] * config.num_channels),
-        attention=attention,
-    )
-    set_layer_norm_eps(encoder, config.layer_norm_eps)
-    return encoder
-
-
-def _read_folder(folder: Path) -> dict[str, Tensor]:
-    """All weights of a folder, whether in one file or in several."""
-    for name, read in (("model.safetensors", _read_safetensors), ("pytorch_model.bin", _read_pickle)):
-        if (folder / name).is_file():
-            return read(folder / name)
-        if (index := folder / f"{name}.index.json").is_file():
-            files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-            return {key: value for file in files for key, value in read(folder / file).items()}
-    raise WeightsError(f"{folder} has no model.safetensors and no pytorch_model.bin")
-
-
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    return read_safetensors(path)[0]
-
-
-def _read_pickle(path: Path) -> dict[str, Tensor]:
-    contents = read_pickle(path)
-    if not isinstance(contents, Mapping):
-        raise WeightsError(f"{path} holds {type(contents).__name__}, no weights")
-    return plain_names(contents)
 
 
 def attention_forward(

@@ -2,55 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from ijepa_fast.config import ModelConfig, RunConfig
-from ijepa_fast.interop.official.checkpoint import OfficialCheckpoint, is_official, parse
 from ijepa_fast.interop.official.training_state import moments_of
-from ijepa_fast.model.vit import VisionTransformer
 from ijepa_fast.ranks import pick_device
 from ijepa_fast.run.auto import resolved
-from ijepa_fast.weights.encoder_file import KEY, build_arguments, load_encoder
-from ijepa_fast.weights.reading import (
-    LAYER_NORM_EPS,
-    WeightsError,
-    architecture,
-    layer_norm_eps,
-    load_weights,
-    plain_names,
-    read_pickle,
-    read_safetensors,
-    square_side,
-)
+from ijepa_fast.weights.any_format import Networks, read_any
+from ijepa_fast.weights.reading import WeightsError, architecture, load_weights, square_side
 from ijepa_fast.weights.runs import save_run
-from ijepa_fast.weights.timm import from_timm
 
 LICENCE = "The weights that Meta published are CC-BY-NC-4.0, and stay so in this form."
-
-
-@dataclass(frozen=True)
-class Imported:
-    """Weights of another library, and what is known of their networks.
-
-    Attributes:
-        kind: of file, in words.
-        context, target: weights of the encoders under their official names; the same where there is only one.
-        predictor: likewise, or None.
-        build: what is known of ``VisionTransformer``'s arguments beside the weights.
-        run: the whole official checkpoint, or None.
-    """
-
-    kind: str
-    context: dict[str, Tensor]
-    target: dict[str, Tensor]
-    predictor: dict[str, Tensor] | None = None
-    build: dict = field(default_factory=dict)
-    run: OfficialCheckpoint | None = None
 
 
 def import_weights(
@@ -77,6 +42,8 @@ def import_weights(
         WeightsError: the file is refused, damaged, or not understood; or ``out`` holds a run already.
     """
     imported = read_any(source)
+    if imported.ours:
+        raise WeightsError(f"{source} is a run of ijepa_fast and needs no import: probe, knn, export, --init read it")
     config = replace(config, output=str(out), model=_model_config(imported, config.model, num_heads))
     if config.train.precision == "auto":
         config = resolved(config, pick_device(config.train.device, 0))
@@ -86,7 +53,7 @@ def import_weights(
     load_weights(model.target_encoder, imported.target, f"target encoder of {source}")
     if imported.predictor is not None:
         load_weights(model.predictor, imported.predictor, f"predictor of {source}")
-    step, moments = moments_of(imported.run) if imported.run is not None else (0, {})
+    step, moments = moments_of(imported.official) if imported.official is not None else (0, {})
     about = {"source": Path(source).name, "kind": imported.kind}
     path = save_run(out, model, config, step, moments=moments, data=data, about=about)
     said = [f"{path}: {imported.kind}, {architecture(imported.target)}"]
@@ -100,71 +67,7 @@ def import_weights(
     return config, "\n".join(said)
 
 
-def read_any(source: Path | str) -> Imported:
-    """Read weights, whatever wrote them.
-
-    Raises:
-        WeightsError: refused, damaged, or not understood.
-        OSError: cannot be opened.
-    """
-    source = Path(source)
-    if not source.exists():
-        raise FileNotFoundError(f"there is no file or folder {source}")
-    if source.is_dir():
-        if (source / "checkpoints").is_dir():
-            raise WeightsError(f"{source} is a run of ijepa_fast and needs no import: probe, knn and export read it")
-        if not (source / "config.json").is_file():
-            raise WeightsError(f"{source} is a folder without config.json: not one of transformers' save_pretrained")
-        from ijepa_fast.interop.huggingface import from_huggingface
-
-        return _of_encoder("an encoder of transformers", from_huggingface(source))
-    with open(source, "rb") as file:
-        start = file.read(9)
-    if start[8:9] == b"{":  # a safetensors file: the header's length in 8 bytes, then JSON
-        state, metadata = read_safetensors(source)
-        if "ijepa_fast" in metadata:
-            raise WeightsError(
-                f"{source} needs no import: probe, knn and export read checkpoints of runs, JEPAModel.load its own"
-            )
-        if KEY in metadata:
-            encoder, about = load_encoder(source)
-            return _of_encoder(f"the {about.get('encoder', '')} encoder of a run of ijepa_fast", encoder)
-        return _of_state(state, source)
-    contents = read_pickle(source)
-    if is_official(contents):
-        run = parse(contents)
-        kind = f"an official checkpoint after epoch {run.epoch}"
-        return Imported(kind, run.encoder, run.target_encoder, run.predictor, run=run)
-    if not isinstance(contents, Mapping):
-        raise WeightsError(f"{source} holds {type(contents).__name__}, no weights")
-    if all(isinstance(contents.get(name), Mapping) for name in ("encoder", "target_encoder")):
-        both = [plain_names(contents[name]) for name in ("encoder", "target_encoder")]
-        return Imported("both encoders of an official checkpoint", *both)
-    return _of_state(contents, source)
-
-
-def _of_encoder(kind: str, encoder: VisionTransformer) -> Imported:
-    state, eps = encoder.state_dict(), layer_norm_eps(encoder)
-    if eps != LAYER_NORM_EPS:
-        kind += f" (its layer-norm eps is {eps}; runs have {LAYER_NORM_EPS})"
-    return Imported(kind, state, state, build=build_arguments(encoder))
-
-
-def _of_state(state: Mapping[str, Tensor], source: Path) -> Imported:
-    for nested in ("state_dict", "model", "encoder"):
-        if isinstance(state.get(nested), Mapping):
-            state = state[nested]
-    weights = from_timm(state)
-    if any("embeddings.patch_embeddings." in name for name in weights):
-        raise WeightsError(f"{source} has the names of transformers: give its folder, with config.json")
-    try:
-        architecture(weights)
-    except WeightsError as error:
-        raise WeightsError(f"{source}: {error}") from None
-    return Imported("an encoder by itself (which one, the file does not say)", weights, weights)
-
-
-def _model_config(imported: Imported, config: ModelConfig, num_heads: int | None) -> ModelConfig:
+def _model_config(imported: Networks, config: ModelConfig, num_heads: int | None) -> ModelConfig:
     """The configuration with the sizes of the weights."""
     seen = architecture(imported.context)
     if seen.in_chans != 3:

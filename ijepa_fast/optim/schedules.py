@@ -6,9 +6,12 @@ step 0 takes their value at index 1; the momentum of step 0 is its value at inde
 
 from __future__ import annotations
 
+import logging
 import math
 from dataclasses import dataclass, field, fields
 from typing import Literal
+
+log = logging.getLogger(__name__)
 
 Shape = Literal["cosine", "linear"]
 
@@ -112,12 +115,14 @@ class OptimConfig(_Ends):
     max_grad_norm: float | None = None
 
     def schedules(self, total_steps: int, steps_per_epoch: int) -> Schedules:
-        """The schedules of a run. Raises ValueError if the warm-up does not fit into it."""
-        warmup_steps = round(self.warmup_epochs * steps_per_epoch)
-        if warmup_steps >= total_steps:
-            raise ValueError(
-                f"optim.warmup_epochs {self.warmup_epochs} ({warmup_steps} steps, with {steps_per_epoch} in an epoch) "
-                f"does not fit into the {total_steps} steps of the run: lower it, or raise train.steps or train.epochs"
+        """The schedules of a run. A warm-up that does not fit into it, as in a short trial, is a tenth of it."""
+        warmup_steps = asked = round(self.warmup_epochs * steps_per_epoch)
+        if asked >= total_steps:
+            warmup_steps = total_steps // 10
+            log.warning(
+                "optim.warmup_epochs %g (%d steps, with %d in an epoch) does not fit into the %d steps of the run: "
+                "its warm-up takes %d steps",
+                *(self.warmup_epochs, asked, steps_per_epoch, total_steps, warmup_steps),
             )
         ends = {f.name: getattr(self, f.name) for f in fields(_Ends)}
         return Schedules(total_steps, warmup_steps, **ends)

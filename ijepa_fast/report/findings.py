@@ -64,7 +64,7 @@ def _accuracy(run: RunRecord) -> list[str]:
     found = []
     after = figures(run, "after")
     for key, name in (("probe", "linear probe"), ("knn", "k-NN vote")):
-        for other, whose in (("before", "the untrained encoder"), ("pixels", "raw pixels"), ("colours", "colours")):
+        for other, whose in (("before", f"the {run.start} encoder"), ("pixels", "raw pixels"), ("colours", "colours")):
             reached, compared = number(after.get(key)), number(figures(run, other).get(key))
             if reached is not None and compared is not None and reached <= compared:
                 found.append(

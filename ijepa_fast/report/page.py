@@ -127,7 +127,7 @@ def _tiles(run: RunRecord) -> str:
     for key, name, form in (("probe", "Linear probe", "{:.1%}"), ("knn", "k-NN", "{:.1%}"), ("rank", "Rank", "{:.1f}")):
         if (value := number(after.get(key))) is not None:
             untrained = number(before.get(key))
-            note = "" if untrained is None else f"untrained {form.format(untrained)}"
+            note = "" if untrained is None else f"{run.start} {form.format(untrained)}"
             tiles.append((name, form.format(value), note))
     for key, name, unit, form in (
         ("loss", "Loss", 1, "{:.4g}"),
@@ -154,7 +154,7 @@ def _results(run: RunRecord, classes: int | None) -> str:
     names = {
         "pixels": "raw pixels",
         "colours": "colour histogram",
-        "before": "untrained encoder",
+        "before": f"{run.start} encoder",
         "after": "trained encoder",
     }
     rows = []

@@ -21,7 +21,7 @@ class RunRecord:
         folder: of the run.
         config: nested settings as config.yaml holds them; empty without one.
         metrics: records of metrics.jsonl, each with a finite number "step", ascending as they stand.
-        before: figures of the untrained encoder, and "pixels" and "colours"; empty if they were not taken.
+        before: figures of the encoder before the first step, and "pixels" and "colours"; empty if they were not taken.
         summary: what a finished run wrote, else None.
         checkpoint_step: steps done at the newest checkpoint, None without one.
         environment: name -> version, of the last start; empty if it was not recorded.
@@ -54,6 +54,11 @@ class RunRecord:
         if epochs and number(newest.get("epoch")):
             return max(1, round(epochs * newest["step"] / newest["epoch"]))
         return None
+
+    @property
+    def start(self) -> str:
+        """What the encoder was before the first step."""
+        return "initial" if self.config.get("init") else "untrained"
 
     def series(self, key: str, unit: float = 1.0) -> list[tuple[float, float]]:
         """(step, value * unit) of the records with a finite value."""

@@ -34,8 +34,11 @@ RUN_FILES = (
 )
 """All that a run writes into its folder, as patterns; ``remove_run`` removes it in this order."""
 
-FIGURES_DEPEND_ON = ("data", "seed", "model", "objective", "evaluation")
+FIGURES_DEPEND_ON = ("data", "seed", "init", "model", "objective", "evaluation")
 """Settings that change what before.json holds."""
+
+LENGTH = ("train.epochs", "train.steps")
+"""Settings that may be raised where a run goes on; whether they are, its trainer knows, which knows the epochs."""
 
 _COUNTED = re.compile(r"(folder|shards):(\d+):")
 """Fingerprints that begin with the number of images."""
@@ -44,6 +47,14 @@ _COUNTED = re.compile(r"(folder|shards):(\d+):")
 def start_afresh(folder: Path) -> str:
     """How to, in words: the end of messages about a folder that holds a run already."""
     return f"give another output folder, or remove the run in {folder} with --resume overwrite"
+
+
+def go_on(folder: Path) -> str:
+    """How to train a run for longer, or to begin another from its weights, in words."""
+    return (
+        "to train it for longer, change train.epochs or train.steps alone, and its schedules are stretched; to begin a "
+        f"new run from its weights, add --init {folder} and give another --output"
+    )
 
 
 def holds_run(folder: Path) -> bool:
@@ -211,9 +222,12 @@ def _refuse_other_runs(state: Checkpoint, config: RunConfig, data: str) -> None:
     folder, extra = Path(config.output), state.extra
     # Settings that came into being since the run began had their defaults then.
     allowed, refused = changes(flatten(RunConfig()) | present(extra["settings"]), flatten(config))
-    if refused:
-        listed = ", ".join(f"{name} ({old!r} -> {new!r})" for name, (old, new) in refused.items())
-        raise CheckpointError(f"{folder} holds a run with other settings: {listed}; {start_afresh(folder)}")
+    others = {name: change for name, change in refused.items() if name not in LENGTH}
+    if others:
+        listed = ", ".join(f"{name} ({old!r} -> {new!r})" for name, (old, new) in others.items())
+        raise CheckpointError(
+            f"{folder} holds a run with other settings: {listed}; {go_on(folder)}; else {start_afresh(folder)}"
+        )
     if extra["data"] != data:
         raise CheckpointError(_other_images(folder, extra["data"], config.data, data))
     for name, (old, new) in allowed.items():

@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from ijepa_fast.config import RunConfig
-from ijepa_fast.interop.official.checkpoint import MOMENTS, OfficialCheckpoint, optimizer_names
+from ijepa_fast.interop.official.checkpoint import MOMENTS, optimizer_names
 from ijepa_fast.model.jepa import IJEPA
 from ijepa_fast.run.checkpoint import Checkpoint
+from ijepa_fast.weights.official import OfficialCheckpoint
 from ijepa_fast.weights.reading import POSITION_TABLES, WeightsError
 
 _OURS = {"encoder": "context_encoder", "predictor": "predictor"}
