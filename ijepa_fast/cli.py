@@ -183,7 +183,7 @@ def _run_config(parser, argv: list[str]):
     named = []
     flagged = {argument.partition("=")[0] for argument in argv}
     if "--train.epochs" in flagged and "--train.steps" not in flagged:
-        argv.append("--train.steps=null")  # which a recipe or the run to continue may have, and which would win
+        argv = [*argv, "--train.steps=null"]  # a recipe or the run to continue may have some, which would win
     for i, argument in enumerate(argv):
         if i and argv[i - 1] == "--config":
             argument = text(argument)

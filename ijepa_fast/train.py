@@ -151,7 +151,7 @@ def setup(config: RunConfig, me: Ranks) -> Run:
     model = config.model.build(config.objective)
     _check_batches(config, me)
     held = checkpoints.list_steps(Path(config.output) / "checkpoints")
-    if config.init is not None and (config.resume == "never" or not held):
+    if config.init is not None and (config.resume == "overwrite" or not held):
         log.info(start_from(model, config.model, config.init))
     stop = StopFlag(speak=me.is_main)
     loader = train_loader(

@@ -146,13 +146,13 @@ def test_bad_values_are_refused_at_construction(section, message):
         from_dict(section)
 
 
-def test_a_warm_up_longer_than_the_run_is_named():
+def test_a_warm_up_longer_than_the_run_is_a_tenth_of_it_and_named(caplog):
     optim = from_dict({"optim": {"warmup_epochs": 1.5}}).optim
     assert optim.schedules(total_steps=76, steps_per_epoch=50).warmup_steps == 75
-    with pytest.raises(
-        ValueError, match=r"optim.warmup_epochs 1.5 \(75 steps, with 50 in an epoch\).* 75 steps of the"
-    ):
-        optim.schedules(total_steps=75, steps_per_epoch=50)
+    assert not caplog.messages
+    assert optim.schedules(total_steps=75, steps_per_epoch=50).warmup_steps == 7
+    assert "optim.warmup_epochs 1.5 (75 steps, with 50 in an epoch)" in caplog.text
+    assert optim.schedules(total_steps=1, steps_per_epoch=50).warmup_steps == 0
 
 
 @pytest.mark.parametrize(

@@ -86,12 +86,12 @@ def test_a_new_run_begins_with_the_weights_of_another(data, run, tmp_path, caplo
     weights, _, _ = load_run(run)
     config = replace(tiny_run(data, tmp_path / "new", steps=2, batch_size=4), init=str(run), seed=5)
     with caplog.at_level("INFO"):
-        pretrain(replace(config, optim=replace(config.optim, lr=0.0, start_lr=0.0, final_lr=0.0, momentum=1.0)))
+        pretrain(replace(config, optim=replace(config.optim, lr=0.0, lr_ends=(0.0, 0.0), momentum=(1.0, 1.0))))
     assert f"encoders and predictor start from {run}, a run of ijepa_fast after step 4" in caplog.text
     assert_same(load_run(tmp_path / "new")[0], weights)  # nothing was learned since
     caplog.clear()
     # What it began with is read no more when the run goes on.
-    config = replace(config, optim=replace(config.optim, lr=0.0, start_lr=0.0, final_lr=0.0, momentum=1.0))
+    config = replace(config, optim=replace(config.optim, lr=0.0, lr_ends=(0.0, 0.0), momentum=(1.0, 1.0)))
     with caplog.at_level("INFO"):
         pretrain(config)
     assert "start from" not in caplog.text and "is trained" in caplog.text
