@@ -305,9 +305,8 @@ def test_a_finished_run_is_not_trained_again_and_says_so(straight, data, monkeyp
     with caplog.at_level("INFO"):
         summary = pretrain(tiny_run(data, straight))
     assert summary["steps"] == 12
-    assert f"all 12 steps are done. To train anew, give another output folder, or remove the run in {straight}" in (
-        caplog.text
-    )
+    assert "all 12 steps are done; to train it for longer, change train.epochs or train.steps alone" in caplog.text
+    assert f"to train anew, give another output folder, or remove the run in {straight}" in caplog.text
 
 
 def test_changed_settings_on_resume(data, tmp_path, caplog):
