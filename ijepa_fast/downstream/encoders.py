@@ -9,11 +9,11 @@ from pathlib import Path
 import torch
 
 from ijepa_fast.data.crops import EVAL_RATIO
-from ijepa_fast.interop.import_weights import Imported, read_any
 from ijepa_fast.jepa_model import JEPAModel
 from ijepa_fast.jepa_model.model import FORMAT
 from ijepa_fast.model.vit import VisionTransformer
 from ijepa_fast.run import checkpoint as checkpoints
+from ijepa_fast.weights.any_format import Networks, read_any
 from ijepa_fast.weights.encoder_file import KEY, build_arguments, load_encoder
 from ijepa_fast.weights.reading import architecture, load_weights
 from ijepa_fast.weights.runs import ENCODERS, load_run
@@ -99,7 +99,7 @@ def digest(encoder: VisionTransformer) -> str:
     return hashed.hexdigest()[:16]
 
 
-def _built(imported: Imported, which: str, path: Path) -> VisionTransformer:
+def _built(imported: Networks, which: str, path: Path) -> VisionTransformer:
     state = getattr(imported, which)
     seen = architecture(state)
     sizes = {

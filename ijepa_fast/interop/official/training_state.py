@@ -64,7 +64,7 @@ def _optimizer(groups: list[list[str]], state: Checkpoint, config: RunConfig) ->
     if not states:
         return None
     optim = config.optim
-    shared = {"lr": optim.lr, "betas": tuple(optim.betas), "eps": optim.eps, "weight_decay": optim.weight_decay}
+    shared = {"lr": optim.lr, "betas": tuple(optim.betas), "eps": 1e-8, "weight_decay": optim.weight_decay[0]}
     excluded = {"WD_exclude": True, "weight_decay": 0}
     options = [shared, shared, shared | excluded, shared | excluded]
     return {
