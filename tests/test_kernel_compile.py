@@ -151,7 +151,7 @@ class Processes:
 
     def __call__(self, command, env=None, **options):
         self.commands.append(command)
-        if "pip" in command:
+        if "pip" in command or "pytest" in command:
             return subprocess.CompletedProcess(command, 0)
         assert "TRITON_INTERPRET" not in env and Path(env["TRITON_CACHE_DIR"]) != Path.home() / ".triton"
         version = self.brought if "PYTHONPATH" in env else self.installed
@@ -178,8 +178,10 @@ def check_kernels(kernel_check, monkeypatch, *arguments: str, **kwargs) -> tuple
 
 
 def test_the_check_compiles_with_the_installed_and_with_the_oldest_triton(kernel_check, monkeypatch, capsys):
-    code, (first, pip, second) = check_kernels(kernel_check, monkeypatch, "--arch", "sm_80", "sm_100", failures={})
-    assert code == 0 and pip[-1] == "triton==3.6.0"
+    code, (first, pip, second, launches) = check_kernels(
+        kernel_check, monkeypatch, "--arch", "sm_80", "sm_100", failures={}
+    )
+    assert code == 0 and pip[-1] == "triton==3.6.0" and "tests/test_launches.py" in launches
     assert first[first.index("--arch") :][:3] == second[second.index("--arch") :][:3] == ["--arch", "sm_80", "sm_100"]
     assert "Triton 3.9.0: 1 kernels" in capsys.readouterr().out
 
@@ -208,7 +210,7 @@ def test_the_check_fails_where_the_tool_fails_without_a_finding_of_a_kernel(kern
 
     def run(command, **options):
         done = Processes({})(command, **options)
-        return subprocess.CompletedProcess(command, 0 if "pip" in command else 1, stdout=done.stdout)
+        return subprocess.CompletedProcess(command, int("--json" in command), stdout=done.stdout)
 
     monkeypatch.setattr(kernel_check.subprocess, "run", run)
     assert kernel_check.main([]) == 1

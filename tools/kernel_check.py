@@ -4,7 +4,8 @@
 
 Needs no GPU. Fails (exit 1) on whatever `python -m ijepa_fast.kernels.compile` finds wrong with the machine code: two
 versions, because what one keeps in registers the other may spill. pip brings the older wheel into a temporary folder;
-the variable PIP_ARGS holds further arguments for it.
+the variable PIP_ARGS holds further arguments for it. Launches go through the older version too (tests/test_launches.py;
+through the installed one they go with the other tests).
 """
 
 import argparse
@@ -28,6 +29,11 @@ def install_oldest(folder: Path) -> None:
         sys.exit(f"kernel_check: pip could not install triton=={OLDEST} (above). PIP_ARGS= gives pip further arguments")
 
 
+def environment(triton_folder: Path | None) -> dict[str, str]:
+    environ = {name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "PYTHONPATH")}
+    return environ if triton_folder is None else {**environ, "PYTHONPATH": str(triton_folder)}
+
+
 def compile_kernels(arguments: list[str], scratch: Path, triton_folder: Path | None) -> tuple[str, list[str]]:
     """Run the compile tool, with the Triton in ``triton_folder`` or else the installed one.
 
@@ -36,10 +42,7 @@ def compile_kernels(arguments: list[str], scratch: Path, triton_folder: Path | N
     """
     report = scratch / "report.json"
     report.unlink(missing_ok=True)
-    environ = {name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "PYTHONPATH")}
-    environ["TRITON_CACHE_DIR"] = str(scratch / "cache")
-    if triton_folder is not None:
-        environ["PYTHONPATH"] = str(triton_folder)
+    environ = environment(triton_folder) | {"TRITON_CACHE_DIR": str(scratch / "cache")}
     command = [sys.executable, "-m", "ijepa_fast.kernels.compile", *arguments, "--json", str(report)]
     start = time.monotonic()
     done = subprocess.run(command, cwd=ROOT, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -55,6 +58,13 @@ def compile_kernels(arguments: list[str], scratch: Path, triton_folder: Path | N
     if not kernels or (done.returncode and not wrong):
         wrong.append(f"the compile tool ended with {done.returncode} and {len(kernels)} kernels:\n{done.stdout}")
     return found["triton"], wrong
+
+
+def launch_kernels(triton_folder: Path) -> list[str]:
+    """Run the tests of launches with the Triton in ``triton_folder``; what is wrong."""
+    command = [sys.executable, "-m", "pytest", "-q", "tests/test_launches.py", "-k", "fused or everything"]
+    done = subprocess.run(command, cwd=ROOT, env=environment(triton_folder), stdout=subprocess.PIPE, text=True)
+    return [f"launches with Triton {OLDEST}:\n{done.stdout}"] if done.returncode else []
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -73,6 +83,7 @@ def main(arguments: list[str] | None = None) -> int:
             findings += [f"Triton {version}: {finding}" for finding in wrong]
             if version != OLDEST:
                 findings.append(f"Triton {version} compiled where {OLDEST} was installed")
+            findings += launch_kernels(oldest)
     for finding in findings:
         print(f"kernel_check: FAILED {finding}", file=sys.stderr)
     return 1 if findings else 0

@@ -15,7 +15,7 @@ def op(kernel: str, *, mutates_args: Sequence[str] = ()) -> Callable[[Callable],
 
     CUDA tensors take ``ijepa_fast.kernels.<kernel>.NAME``, whose file (and Triton) is loaded at first use; tensors of
     other devices run the definition. The definition itself, which autograd can follow, is the op's attribute
-    ``definition``.
+    ``definition``; ``kernel`` names the kernel's file.
     """
 
     def register(definition: Callable) -> CustomOpDef:
@@ -28,7 +28,7 @@ def op(kernel: str, *, mutates_args: Sequence[str] = ()) -> Callable[[Callable],
 
         schema = torch.library.infer_schema(definition, mutates_args=mutates_args)
         registered = torch.library.custom_op(f"ijepa_fast::{name}", run, mutates_args=mutates_args, schema=schema)
-        registered.definition = definition
+        registered.definition, registered.kernel = definition, kernel
 
         @registered.register_kernel("cuda")
         def launch(*args):
