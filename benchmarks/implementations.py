@@ -165,7 +165,7 @@ class Case:
         return Candidate(name, kind, holder, run, tokens, flops, **more)
 
     def lists(self, masks: Masks) -> tuple[list[Tensor], list[Tensor]]:
-        """In the layout of ``Eager``."""
+        """Masks in the layout of ``Eager``: lists of contexts and of targets."""
         patches = self.grid[0] * self.grid[1]
         return mask_lists(masks.context, 1, patches), mask_lists(masks.targets, masks.num_targets, patches)
 

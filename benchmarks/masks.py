@@ -125,7 +125,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--json", type=Path, help="file to write")
-    parser.add_argument("--seconds", type=float, default=2.0, help="for each rate on the CPU")
+    parser.add_argument("--seconds", type=float, default=2.0, help="time for each rate on the CPU")
     parser.add_argument("--batches", type=int, nargs="+", default=list(BATCHES), help="to compare for equality")
     parser.add_argument("--equality-only", action="store_true", help="time nothing")
     arguments = parser.parse_args(argv)

@@ -24,7 +24,7 @@ from ijepa_fast.bench.measure import results, save
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     known = {**MODELS, **TINY}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", choices=known, help="those of a GPU, or tiny on the CPU, by default")
+    parser.add_argument("--models", nargs="+", choices=known, help="by default all real ones on a GPU, tiny on the CPU")
     parser.add_argument("--groups", nargs="+", choices=table.GROUPS, default=list(table.GROUPS))
     parser.add_argument("--cases", nargs="+", metavar="CASE", help='only these, such as "layer_norm, context"')
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))

@@ -97,7 +97,7 @@ def measure_point(case: Case, name: str, rounds: int, warm_up: int) -> dict[str,
 
 
 def points(options: argparse.Namespace, device: torch.device, precision: str) -> Iterator[dict[str, Any]]:
-    """One after another, smallest first; what was not measured has "not_run", with the reason."""
+    """Points as they are measured, smallest first; one that was not measured has "not_run", with the reason."""
     until = time.monotonic() + options.seconds
     for img_size in options.sizes:
         full = False

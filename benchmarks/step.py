@@ -210,7 +210,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--precision", choices=("fp32", "bf16"), help="fp32 on the CPU, bf16 on CUDA by default")
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--warm-up", type=int, default=2)
-    parser.add_argument("--threads", type=int, help="of torch on the CPU")
+    parser.add_argument("--threads", type=int, help="number of torch's threads on the CPU")
     parser.add_argument("--json", type=Path, help="write the report here, whole after each")
     options = parser.parse_args(arguments)
     names = list(dict.fromkeys(options.impl.split(",")))

@@ -162,7 +162,7 @@ def choices_on(config: RunConfig, device: torch.device) -> Machine:
 
 
 def differing(config: RunConfig, settings: Settings) -> Settings:
-    """Those of the settings that ``config`` does not have already."""
+    """The settings that ``config`` does not have already."""
     return {name: value for name, value in settings.items() if flatten(config)[name] != value}
 
 

@@ -61,5 +61,5 @@ class _Buffer:
         return filled
 
     def release(self) -> None:
-        """From here on nothing reads the images any more."""
+        """Say that nothing reads the images any more."""
         self._read = self._side.mark()

@@ -254,7 +254,7 @@ class _RemoteBatches(IterableDataset):
             epoch += 1
 
     def _shuffled(self, reader: int, readers: int, failures: list) -> Iterator[tuple[str, Sample]]:
-        """The same through a buffer, from which a random one leaves for each that comes."""
+        """The samples of ``_read`` through a buffer, which a random one leaves for each that comes."""
         buffer, drawn = [], 0
         for item in self._read(reader, readers, failures):
             if len(buffer) < self._shuffle:

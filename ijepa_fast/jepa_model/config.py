@@ -109,7 +109,7 @@ class JEPAConfig:
         return cls(**_tuples(keys))
 
     def resolved(self) -> JEPAConfig:
-        """The same settings with a value for each that was left open."""
+        """These settings with a value for each that was left open."""
         size = min(SIZES, key=lambda name: abs(SIZES[name]["embed_dim"] - self.encoder_dim))
         exact = SIZES[size] if SIZES[size]["embed_dim"] == self.encoder_dim else {}
         heads = self.encoder_heads
@@ -156,7 +156,7 @@ class JEPAConfig:
         return encoder, predictor, Objective(self.loss, **weights)
 
     def mask_config(self, num_patches: int) -> MaskConfig:
-        """How masks are drawn on images of this many patches."""
+        """Settings of the masks for images of this many patches."""
         refuse_unknown(self.masks, [f.name for f in fields(MaskConfig)], "masks")
         settings = {"min_keep": min(10, num_patches // 16)}
         if self.mask_ratio is not None:

@@ -287,7 +287,7 @@ class JEPAModel(IJEPA):
     @torch.inference_mode(False)
     @torch.no_grad()
     def _average(self, performed: Tensor | bool, averaged: Tensor | bool = False) -> None:
-        """One update, if a step was ``performed``; only counted, if the optimizer has ``averaged`` by itself."""
+        """Update the target if a step was ``performed``; only count it if the optimizer has ``averaged`` by itself."""
         if averaged is not True:
             self._ema = self._ema or EMA(self._modules["target_encoder"], self.context_encoder)
             # Momentum 1 leaves the target as it is, to the bit, and the host need not know.

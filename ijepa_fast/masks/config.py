@@ -103,7 +103,7 @@ class MaskConfig:
             raise ValueError(f"strategy rasterized has 3 targets, got num_targets={self.num_targets}")
 
     def resolved(self) -> "MaskConfig":
-        """The same configuration with the strategy's own values in place of None."""
+        """This configuration with the strategy's own values in place of None."""
         num_targets, target_scale = _STRATEGY_DEFAULTS[self.strategy]
         if self.num_targets is not None:
             num_targets = self.num_targets

@@ -15,7 +15,7 @@ from torch import Tensor
 from ijepa_fast.masks.sampling import Plan
 
 PLAN_FORMAT = 2
-"""Of `plan_numbers`; csrc/mask_plan.h refuses another one."""
+"""Number of the layout of `plan_numbers`; csrc/mask_plan.h refuses another one."""
 
 _STRATEGIES = ("multiblock", "block", "random", "rasterized")
 _CONTEXTS = ("exact", "fixed", "batch_min")

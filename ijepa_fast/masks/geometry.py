@@ -195,7 +195,7 @@ def pack_mask(
 def pack_blocks(
     blocks_BS: Blocks, grid: tuple[int, int], max_seqlen: int, num_rows: int | None, per_image: int = 1
 ) -> Ragged:
-    """As `pack_mask`, for rectangles: packs runs of consecutive tokens, one per grid row, so that no mask is built."""
+    """Pack rectangles as runs of consecutive tokens, one per grid row: `pack_mask` without a mask being built."""
     height, width = grid
     cu_seqlens = _prefix_sums(blocks_BS.area, num_rows)
     total = cu_seqlens[-1:]

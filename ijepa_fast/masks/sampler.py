@@ -322,7 +322,7 @@ def rounded_up(counts: tuple[int, ...], multiple: int) -> tuple[int, ...]:
 
 
 def _promise(tokens: Ragged, constant: bool, equal: bool) -> Ragged:
-    """With the promise of equal lengths: always ``max_seqlen`` (constant), or whatever all rows are divided into."""
+    """The set with the promise of equal lengths: ``max_seqlen`` (constant), or what all rows are divided into."""
     if constant and tokens.num_rows == tokens.num_sequences * tokens.max_seqlen:
         return replace(tokens, uniform=True)
     if equal:

@@ -135,7 +135,7 @@ class Counter(NamedTuple):
 
     @classmethod
     def of(cls, seed: int | Tensor, step: int | Tensor, first_image: int, images: int, per_image: int, device):
-        """Of `per_image` masks for each of these images, image-major."""
+        """Words for `per_image` masks of each of these images, image-major."""
         images_B = torch.arange(first_image, first_image + images, device=device)
         if per_image == 1:
             return cls(seed, step, images_B, 0)
@@ -243,7 +243,7 @@ def _visible(plan: Plan, targets_BM: Blocks, level: int) -> Tensor:
 
 
 def _best_attempt(blocks_BCA: Blocks, visible_BHW: Tensor, needed: int) -> Blocks:
-    """Of A attempts the first that sees `needed` patches or more, or else the one that sees most: blocks [B, C]."""
+    """The first of A attempts that sees `needed` patches or more, or else the one that sees most: blocks [B, C]."""
     num_attempts = blocks_BCA.top.shape[-1]
     if num_attempts == 1:
         return Blocks(*(side[..., 0] for side in blocks_BCA))

@@ -154,7 +154,7 @@ class StepTensors:
 
 
 def _present(tensors: Sequence[Tensor | None]) -> tuple[list[Tensor], list[int]]:
-    """Those that are not None, on this rank, and for each of all where it stands among them (-1: nowhere)."""
+    """The tensors that are not None, on this rank, and the place of each given one among them (-1: none)."""
     found: list[Tensor] = []
     places = []
     for tensor in tensors:
@@ -165,5 +165,5 @@ def _present(tensors: Sequence[Tensor | None]) -> tuple[list[Tensor], list[int]]
 
 
 def _adopt_changes(wide: Tensor, low: Tensor) -> None:
-    """Where ``low`` is not the rounded ``wide``, somebody loaded other weights: they count."""
+    """Copy ``low`` into ``wide`` wherever it is not its rounded value: somebody loaded other weights, which count."""
     wide.copy_(torch.where(low == wide.to(low.dtype), wide, low.to(wide.dtype)))

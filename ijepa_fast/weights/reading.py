@@ -158,7 +158,7 @@ def description_in(metadata: Mapping[str, str], key: str, entries: Iterable[str]
 
 
 def plain_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same weights without the prefixes of DistributedDataParallel and torch.compile.
+    """Weights under their names without the prefixes of DistributedDataParallel and torch.compile.
 
     Raises:
         WeightsError: something in it is no tensor.
@@ -206,7 +206,7 @@ def set_layer_norm_eps(encoder: VisionTransformer, eps: float) -> None:
 
 
 def interpolate_positions(state: Mapping[str, Tensor], grid: tuple[int, int]) -> dict[str, Tensor]:
-    """The same weights with their (square) position tables interpolated to another patch grid, bicubically.
+    """Weights with their (square) position tables interpolated to another patch grid, bicubically.
 
     Raises:
         WeightsError: the tables are not those of a square grid.

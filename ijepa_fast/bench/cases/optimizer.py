@@ -26,7 +26,7 @@ PART = "all parameters"
 
 @dataclass(frozen=True)
 class Parameters:
-    """For each parameter, in the order of the groups: its shape, and whether it is bf16, has an EMA, is decayed."""
+    """Shape of each parameter in the order of the groups, and whether it is bf16, has an EMA, is decayed."""
 
     shapes: list[torch.Size]
     low: list[bool]

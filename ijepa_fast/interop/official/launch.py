@@ -98,7 +98,7 @@ def _started(rank: int, devices: list[str], checkout: str, config: dict) -> None
 
 
 def _rank(rank: int, device: str, checkout: str, config: dict) -> None:
-    """One process: its device is the only one it sees, as the official code wants it."""
+    """Train in this process, which sees its own device alone, as the official code wants it."""
     os.environ["CUDA_VISIBLE_DEVICES"] = "" if device == "cpu" else device.removeprefix("cuda:")
     os.environ["RANK"] = str(rank)
     os.environ.pop("SLURM_LOCALID", None)  # src.train would take it for the device

@@ -173,7 +173,7 @@ class VisionTransformerPredictor(vit.Predictor):
 
 
 def vit_predictor(**options) -> VisionTransformerPredictor:
-    """The same as ``VisionTransformerPredictor``."""
+    """``VisionTransformerPredictor`` by its official short name."""
     return VisionTransformerPredictor(**options)
 
 
