@@ -203,10 +203,10 @@ def test_files_without_a_kind_are_left_out(tmp_path):
     assert load(tmp_path) == {"step": [{"kind": "step", "n": 2, "file": "b.json"}]}
 
 
-def test_every_chart_is_drawn_and_shown(check, tmp_path):
-    reports = load(ROOT / "benchmarks" / "results") | {"gpu_check": [check], "train_to_accuracy": [accuracy_report()]}
+def test_every_chart_is_drawn_and_shown(tmp_path):
+    reports = load(ROOT / "benchmarks" / "results")
     drawn = {path.name: path.read_bytes() for path in charts.draw(reports, tmp_path)}
-    assert len(drawn) == 7 and all(png.startswith(b"\x89PNG") for png in drawn.values())
+    assert len(drawn) == 3 and all(png.startswith(b"\x89PNG") for png in drawn.values())
     assert drawn.keys() == set(
         re.findall(r"images/((?:bench|precision)\w*\.png)", "".join(report.pages(ROOT, reports).values()))
     )

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,27 +14,18 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from benchmarks.report.sections import TITLES, of_contender
-from benchmarks.results_files import Report, Reports, of_kind, trusted
-from ijepa_fast.bench.table import best_of
+from benchmarks.results_files import Report, Reports, of_kind
 
 OURS, THEIRS = "#1f5fa8", "#b9c2cc"
 PRECISIONS = ("#6b7280", "#1f2328", "#2f9e44", "#e8590c", "#1f5fa8")
-MODEL = "ViT-H/14"
 
 
 def draw(reports: Reports, folder: Path) -> list[Path]:
     """A chart for each kind of result there is. Returns the files that were written."""
     folder.mkdir(parents=True, exist_ok=True)
     rates = [report for report in reports.get("masks", []) if report["machine"]["device"] == "cpu"]
-    rows = [row for check in trusted(reports)[:1] for row in check["parts"].get("ops", {}).get("rows", [])]
-    rows = [row for row in rows if row["model"] == MODEL and "times" in row]
-    steps = [report for report in of_kind(reports, "step") if report["machine"]["device"] == "cuda"]
     charts = {
         "bench_masks": (_masks, rates),
-        "bench_ops": (_floors, rows),
-        "bench_attention": (_attention, [r for r in rows if (r["op"], r["mode"]) == ("varlen_attention", "both")]),
-        "bench_steps": (_steps, steps),
-        "bench_scaling": (_scaling, of_kind(reports, "scaling")),
         "bench_accuracy": (_accuracy, of_kind(reports, "train_to_accuracy")),
         "precision": (_precision, reports.get("precision", [])),
     }
@@ -47,15 +37,6 @@ def draw(reports: Reports, folder: Path) -> list[Path]:
     return drawn
 
 
-@contextmanager
-def _axes(path: Path, title: str, size: tuple[float, float]) -> Iterator[Any]:
-    figure, axes = plt.subplots(figsize=size, layout="constrained")
-    yield axes
-    axes.set_title(title, loc="left")
-    axes.spines[["top", "right"]].set_visible(False)
-    _save(figure, path)
-
-
 def _save(figure: Any, path: Path) -> None:
     figure.savefig(path, dpi=150, metadata={"Software": None})
     plt.close(figure)
@@ -64,13 +45,16 @@ def _save(figure: Any, path: Path) -> None:
 def _bars(bars: Sequence[tuple[str, float, bool]], axis: str, title: str, path: Path) -> None:
     """One bar for each (label, value, whether it is ours)."""
     labels, values, ours = zip(*bars, strict=True)
-    with _axes(path, title, (7.5, 0.9 + 0.3 * len(bars))) as axes:
-        drawn = axes.barh(range(len(bars)), values, color=[OURS if own else THEIRS for own in ours])
-        axes.bar_label(drawn, [f"{value:,.0f}" if value >= 10 else f"{value:.2f}" for value in values], padding=3)
-        axes.set_yticks(range(len(bars)), labels)
-        axes.invert_yaxis()
-        axes.margins(x=0.15)
-        axes.set_xlabel(axis)
+    figure, axes = plt.subplots(figsize=(7.5, 0.9 + 0.3 * len(bars)), layout="constrained")
+    drawn = axes.barh(range(len(bars)), values, color=[OURS if own else THEIRS for own in ours])
+    axes.bar_label(drawn, [f"{value:,.0f}" if value >= 10 else f"{value:.2f}" for value in values], padding=3)
+    axes.set_yticks(range(len(bars)), labels)
+    axes.invert_yaxis()
+    axes.margins(x=0.15)
+    axes.set_xlabel(axis)
+    axes.set_title(title, loc="left")
+    axes.spines[["top", "right"]].set_visible(False)
+    _save(figure, path)
 
 
 def _masks(reports: Sequence[Report], path: Path) -> None:
@@ -79,42 +63,6 @@ def _masks(reports: Sequence[Report], path: Path) -> None:
     bars = [(names[r["implementation"]], r["images_per_second"] / 1000, r["implementation"] != "loop") for r in rates]
     bars.sort(key=lambda bar: -bar[1])
     _bars(bars, "thousand images/s on one CPU core", "Drawing masks, official recipe at 14 x 14", path)
-
-
-def _floors(rows: Sequence[Report], path: Path) -> None:
-    ours = [row for row in rows if row["provider"] == "ours" and row["mode"] != "both"]
-    bars = [(f"{row['op']}, {row['case']}, {row['mode']}", 100 * row["of_floor"], True) for row in ours]
-    _bars(bars, "% of the floor measured in the same run", f"{MODEL}, batch 128", path)
-
-
-def _attention(rows: Sequence[Report], path: Path) -> None:
-    bars = [(f"{r['case']}, {r['provider']}", best_of(r["times"])["p50"], r["provider"] == "ours") for r in rows]
-    _bars(bars, "microseconds, less is better", f"Attention forward and backward, {MODEL}, batch 128", path)
-
-
-def _steps(reports: Sequence[Report], path: Path) -> None:
-    bars = [
-        (f"{r['settings']['model']}, {r['settings']['masks']}, {name}", result["images_per_second"], "ours" in name)
-        for r in reports
-        for name, result in r["implementations"].items()
-    ]
-    _bars(bars, "images/s", "Whole training steps", path)
-
-
-def _scaling(reports: Sequence[Report], path: Path) -> None:
-    with _axes(path, "Time per token, without update and attention", (7.5, 4)) as axes:
-        for report in reports:
-            settings, where = report["settings"], report["machine"].get("gpu", "CPU")
-            for side in dict.fromkeys(point["img_size"] for point in report["points"]):
-                points = [p for p in report["points"] if p["img_size"] == side and "us_per_token" in p]
-                tokens = [point["batch"] * point["tokens_per_image"] for point in points]
-                label = f"{settings['model']}, {settings['impl']}, {side} px, {where}"
-                axes.plot(tokens, [point["us_per_token"] for point in points], marker="o", label=label)
-        axes.set_xscale("log")
-        axes.set_ylim(bottom=0)
-        axes.set_xlabel("tokens of a step")
-        axes.set_ylabel("µs per token")
-        axes.legend(frameon=False, fontsize="small")
 
 
 def _accuracy(reports: Sequence[Report], path: Path) -> None:

@@ -88,9 +88,7 @@ def steps(reports: Reports) -> list[str]:
         failed = {(r["settings"]["model"], r["settings"]["masks"], *f) for r in here for f in r["failed"].items()}
         parts += listed("Not timed", (f"{name} ({model}, {kind}): {why}" for model, kind, name, why in sorted(failed)))
         parts.append(WANTED_STEPS[here[0]["machine"]["device"]])
-    if any(report["machine"]["device"] == "cuda" for report in matching):
-        parts.append(picture("bench_steps", "Images per second of whole steps"))
-    else:
+    if not any(report["machine"]["device"] == "cuda" for report in matching):
         parts += [f"Whole steps on a GPU: {NOT_MEASURED}.", WANTED_STEPS["cuda"]]
     return parts + [fairness_of_eager(report) for report in reports.get("fairness", [])]
 
@@ -161,8 +159,6 @@ def scaling(reports: Reports) -> list[str]:
         spread = "" if report["spread"] is None else f"\n\nLargest over smallest: {report['spread']:.1%} more."
         where = f"{settings['model']}, {settings['impl']}, {settings['precision']}, on {on(report['machine'])}"
         parts.append(f"{where}:\n\n{table(head, lines)}{spread}")
-    if matching:
-        parts.append(picture("bench_scaling", "Time per token over the tokens of a step"))
     on_gpu = [report for report in matching if report["machine"]["device"] == "cuda"]
     return parts + ([] if on_gpu else [f"Time per token on a GPU: {NOT_MEASURED}."])
 
@@ -229,10 +225,7 @@ def ops(reports: Reports) -> list[str]:
         parts += listed("Not timed, because they failed or gave a wrong result", failed)
         missing = {f"{row['provider']}: {row['unavailable']}" for row in rows if "unavailable" in row}
         parts += listed("Peers that could not run", sorted(missing))
-    if len(parts) == 2:
-        return [*parts, f"Ops on a GPU: {NOT_MEASURED}."]
-    shares = picture("bench_ops", "Share of the floor that each kernel reaches")
-    return [*parts, shares, picture("bench_attention", "Attention beside other libraries")]
+    return parts if len(parts) > 2 else [*parts, f"Ops on a GPU: {NOT_MEASURED}."]
 
 
 def ops_table(rows: Sequence[Report]) -> str:
