@@ -280,46 +280,32 @@ def place_of(name: str, slot: Slot) -> str:
     return place + (f", {slot.part}" if slot.part is not None else "")
 
 
-@dataclass(frozen=True)
-class Proposal:
-    table: str
-    slot: Slot
-    row: Any
-    times: Mapping[Any, float]
-    left_out: Mapping[Any, Sequence[str]]
-    chosen: Any
-
-    def as_python(self) -> str:
-        place = place_of(self.table, self.slot)
-        if self.chosen == self.row:
-            return f"{place}: {self.row!r} stays, {self.times[self.row]:.1f} us"
-        before, after = self.times[self.row], self.times[self.chosen]
-        return f"{place}: {self.chosen!r}  # {after:.1f} us, {self.row!r} took {before:.1f}"
-
-    def as_dict(self) -> dict[str, Any]:
-        return {
-            "table": self.table,
-            "slot": {name: repr(value) for name, value in self.slot._asdict().items()},
-            "row": repr(self.row),
-            "proposed": repr(self.chosen),
-            "times_us": {repr(row): round(time, 3) for row, time in self.times.items()},
-            "left_out": {repr(row): list(reasons) for row, reasons in self.left_out.items()},
-        }
-
-
-def tune(tunable: Tunable, slot: Slot, arch: str, time: Callable[[Any], float]) -> Proposal:
-    """Compile the rows next to the one in a slot, time those that break no rule, and choose."""
+def tune(tunable: Tunable, slot: Slot, arch: str, time: Callable[[Any], float]) -> dict[str, Any]:
+    """Compile the rows next to the one in a slot, time those that break no rule, and propose one."""
     current = row_at(tunable.rows, slot)
     times, left_out = {current: time(current)}, {}
     for row in candidates(current, tunable.options)[1:]:
-        if broken := broken_rules(tunable, slot, row, arch):
-            left_out[row] = broken
-            continue
-        try:
-            times[row] = time(row)
-        except table.WrongResult as problem:
-            left_out[row] = [str(problem)]
-    return Proposal(tunable.table, slot, current, times, left_out, fastest(times, current))
+        left_out[row] = broken_rules(tunable, slot, row, arch)
+        if not left_out[row]:
+            try:
+                times[row] = time(row)
+            except table.WrongResult as problem:
+                left_out[row] = [str(problem)]
+    return {
+        "place": place_of(tunable.table, slot),
+        "row": repr(current),
+        "proposed": repr(fastest(times, current)),
+        "times_us": {repr(row): round(time, 3) for row, time in times.items()},
+        "left_out": {repr(row): reasons for row, reasons in left_out.items() if reasons},
+    }
+
+
+def line(proposal: Mapping[str, Any]) -> str:
+    """A proposal as Python, with what it saves."""
+    place, row, proposed, times = (proposal[name] for name in ("place", "row", "proposed", "times_us"))
+    if proposed == row:
+        return f"{place}: {row} stays, {times[row]:.1f} us"
+    return f"{place}: {proposed}  # {times[proposed]:.1f} us, {row} took {times[row]:.1f}"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -341,9 +327,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             if options.match not in place_of(tunable.table, slot):
                 continue
             work = tunable.workload(scale, slot)
-            proposal = tune(tunable, slot, arch, partial(time_row, tunable, slot, work=work, device=scale.device))
-            print(proposal.as_python(), flush=True)
-            report["proposals"].append(proposal.as_dict())
+            time = partial(time_row, tunable, slot, work=work, device=scale.device)
+            report["proposals"].append(tune(tunable, slot, arch, time))
+            print(line(report["proposals"][-1]), flush=True)
             save(options.json, report)
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from benchmarks import tune
-from benchmarks.tune import TUNABLES, Proposal, Scale, Slot
+from benchmarks.tune import TUNABLES, Scale, Slot
 from ijepa_fast.bench import table
 from ijepa_fast.bench.cases.floors import MODELS
 from ijepa_fast.bench.measure import CPU
@@ -105,22 +105,21 @@ def test_rows_that_break_a_rule_are_not_timed(monkeypatch):
         return 5.0 if row == best else 10.0
 
     proposal = tune.tune(ADD, WIDE, "sm_90", time)
-    assert proposal.chosen == best and proposal.left_out == {bad: ["it spills"]}
+    assert proposal["proposed"] == repr(best) and proposal["left_out"] == {repr(bad): ["it spills"]}
     assert bad not in timed and timed[0] == current and len(timed) == len(tune.candidates(current, ADD.options)) - 1
-    assert json.loads(json.dumps(proposal.as_dict()))["proposed"] == repr(best)
-
-
-def test_proposals_are_python():
-    times = {RowTile(16, 256, 4): 10.0, RowTile(8, 256, 4): 8.0}
-    proposal = Proposal("gather_add.CONFIGS", WIDE, RowTile(16, 256, 4), times, {}, RowTile(8, 256, 4))
-    assert proposal.as_python() == (
-        "gather_add.CONFIGS['sm_90', 2], up to 256: RowTile(rows=8, columns=256, num_warps=4)  # 8.0 us, "
-        "RowTile(rows=16, columns=256, num_warps=4) took 10.0"
+    assert json.loads(json.dumps(proposal)) == proposal
+    assert tune.line(proposal) == (
+        "gather_add.CONFIGS['sm_90', 2], up to 256: RowTile(rows=8, columns=256, num_warps=4)  # 5.0 us, "
+        f"{current!r} took 10.0"
     )
-    assert tune.fastest({1: 100.0, 2: 98.0, 4: 120.0}, 1) == 1  # less is noise
+    stays = tune.tune(ADD, WIDE, "sm_90", lambda row: 10.0)
+    assert tune.line(stays) == f"gather_add.CONFIGS['sm_90', 2], up to 256: {current!r} stays, 10.0 us"
+
+
+def test_a_small_gain_is_noise():
+    assert tune.fastest({1: 100.0, 2: 98.0, 4: 120.0}, 1) == 1
     assert tune.fastest({1: 100.0, 2: 96.0, 4: 120.0}, 1) == 2
-    stays = Proposal("ema.CONFIGS", Slot("sm_90"), 1, {1: 10.0}, {}, 1)
-    assert stays.as_python() == "ema.CONFIGS['sm_90']: 1 stays, 10.0 us"
+    assert tune.place_of("ema.CONFIGS", Slot("sm_90")) == "ema.CONFIGS['sm_90']"
 
 
 @pytest.mark.slow
