@@ -34,7 +34,7 @@ import torch
 
 from benchmarks.results_files import accuracies, table
 from ijepa_fast.bench.measure import save
-from ijepa_fast.config import RunConfig, flatten, from_dict, read_recipe, recipes
+from ijepa_fast.config import RunConfig, flatten, from_dict, present, read_recipe, recipes
 from ijepa_fast.data.datasets import Sources, open_sources
 from ijepa_fast.evaluate.encoder import evaluate
 from ijepa_fast.run.environment import machine
@@ -81,7 +81,7 @@ def finished(config: RunConfig, kind: str) -> dict | None:
     if not path.exists():
         return None
     saved = json.loads(path.read_text())
-    return saved["figures"] if saved["settings"] == flatten(config) else None
+    return saved["figures"] if present(saved["settings"], strict=False) == flatten(config) else None
 
 
 def run(config: RunConfig, kind: str) -> dict:

@@ -298,8 +298,6 @@ def _evaluation_parser(command: str, description: str):
 
 def _evaluate(parser, argv: list[str], figure: str) -> int:
     parsed = _parse(parser, argv, ["data", "encoder", "layers", "device"])
-    from dataclasses import replace
-
     from ijepa_fast.data.datasets import open_sources
     from ijepa_fast.evaluate.encoder import evaluate
     from ijepa_fast.ranks import pick_device
@@ -308,7 +306,6 @@ def _evaluate(parser, argv: list[str], figure: str) -> int:
     model, config, step = load_run(parsed.checkpoint)
     if parsed.layers == "last4" and config.model.depth < 4:
         raise ValueError(f"--layers last4 needs an encoder of 4 blocks; {parsed.checkpoint} has {config.model.depth}")
-    config = replace(config, evaluation=replace(config.evaluation, layers=parsed.layers))
     sources = open_sources(
         parsed.data or config.data, None if parsed.data else config.evaluation.data, config.loader.max_pixels
     )
@@ -318,7 +315,7 @@ def _evaluate(parser, argv: list[str], figure: str) -> int:
             "per class in each); --data PATH evaluates on other images, which have them"
         )
     encoder = model.target_encoder if parsed.encoder == "target" else model.context_encoder
-    figures = evaluate(encoder.to(pick_device(parsed.device, 0)), sources, config)
+    figures = evaluate(encoder.to(pick_device(parsed.device, 0)), sources, config, layers=parsed.layers)
     print(json.dumps({"checkpoint": str(parsed.checkpoint), "step": step, "encoder": parsed.encoder,
                       "layers": parsed.layers, figure: figures[figure], "rank": figures["rank"]}))  # fmt: skip
     return 0

@@ -91,7 +91,6 @@ class EvaluationConfig:
         data: labelled images to test on; by default the test or val folder beside the training images.
         before_and_after: k-NN and linear probe of the untrained and of the trained target encoder.
         images: largest number of training images that k-NN and probe are fitted to, and of test images.
-        layers: features of the last block, or of the last four concatenated.
         resize_ratio: the shorter side of a test image is resized to this times img_size, then the centre is cut out.
             1 for sets whose images have the size of the crops.
         bank: training features kept for the online k-NN; 0 turns it off.
@@ -101,7 +100,6 @@ class EvaluationConfig:
     data: str | None = common(None)
     before_and_after: bool = True
     images: tuple[int, int] = (10_000, 10_000)
-    layers: Literal["last", "last4"] = "last"
     resize_ratio: float = 256 / 224
     bank: int = 20_000
     pictures: bool = True
@@ -148,10 +146,6 @@ class RunConfig:
     def __post_init__(self) -> None:
         train = self.train
         self.step.check(precision=train.precision, accumulate=train.accumulate, device=train.device)
-        if self.evaluation.layers == "last4" and self.model.depth < 4:
-            raise ValueError(
-                f"evaluation.layers last4 needs an encoder of 4 blocks, got model.depth {self.model.depth}"
-            )
 
 
 CHANGEABLE = {
@@ -192,6 +186,7 @@ RENAMED = {
     "optim.final_momentum": ("optim.momentum", 1),
     "evaluation.train_images": ("evaluation.images", 0),
     "evaluation.test_images": ("evaluation.images", 1),
+    "evaluation.layers": None,
     "evaluation.monitor_every": None,
     "loader.timeout": None,
 }

@@ -136,8 +136,6 @@ def test_the_last_four_of_fewer_blocks_are_refused(data, tmp_path, capsys):
     shallow.write_text(yaml.safe_dump(TINY | {"model": TINY["model"] | {"depth": 2}}))
     output = tmp_path / "run"
     flags = ["--config", str(shallow), "--data", str(data), "--output", str(output)]
-    assert cli.main(["pretrain", *flags, "--evaluation.layers", "last4"]) == 1
-    assert "evaluation.layers last4 needs an encoder of 4 blocks, got model.depth 2" in capsys.readouterr().err
     quick = ["--evaluation.before_and_after", "false", "--evaluation.pictures", "false"]
     assert cli.main(["pretrain", *flags, *quick]) == 0
     assert cli.main(["probe", str(output), "--layers", "last4"]) == 1

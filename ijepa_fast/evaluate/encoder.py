@@ -24,14 +24,17 @@ RANK_IMAGES = 2048
 """Unlabelled images whose features' rank is taken."""
 
 
-def evaluate(encoder: VisionTransformer, sources: Sources, config: RunConfig, baselines: bool = False) -> dict:
+def evaluate(
+    encoder: VisionTransformer, sources: Sources, config: RunConfig, *, layers: str = "last", baselines: bool = False
+) -> dict:
     """k-NN and linear-probe accuracy (in [0, 1]) of the encoder's pooled features on the test images, and their rank.
 
     Args:
         encoder: frozen; the target encoder is what the paper evaluates.
         sources: the training images fit k-NN and probe. Without labelled test images only the rank is taken, of the
             features of training images.
-        config: image size, number of images and layers.
+        config: image size and number of images.
+        layers: features of the "last" block, or of the last four ("last4"), concatenated.
         baselines: also "pixels" and "colours", the same figures for raw pixels and colour histograms.
 
     Returns:
@@ -40,7 +43,7 @@ def evaluate(encoder: VisionTransformer, sources: Sources, config: RunConfig, ba
     settings = config.evaluation
     if sources.test is None:
         images = image_loader(sources.train, min(RANK_IMAGES, settings.images[0]), config)
-        return {"rank": round(rank_me(extract_features(encoder, images, layers=settings.layers)[0]), 2)}
+        return {"rank": round(rank_me(extract_features(encoder, images, layers=layers)[0]), 2)}
 
     def train() -> EvalLoader:
         return image_loader(sources.train, settings.images[0], config)
@@ -48,8 +51,8 @@ def evaluate(encoder: VisionTransformer, sources: Sources, config: RunConfig, ba
     def test() -> EvalLoader:
         return image_loader(sources.test, settings.images[1], config)
 
-    fit = extract_features(encoder, train(), layers=settings.layers)
-    tested = extract_features(encoder, test(), layers=settings.layers)
+    fit = extract_features(encoder, train(), layers=layers)
+    tested = extract_features(encoder, test(), layers=layers)
     figures = _figures(fit, tested, config.seed) | {"rank": round(rank_me(tested[0]), 2)}
     if baselines:
         for name, features in (("pixels", pixel_features), ("colours", colour_histogram)):
