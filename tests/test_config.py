@@ -7,8 +7,6 @@ import pytest
 
 from ijepa_fast.config import (
     CHANGEABLE,
-    FIXED,
-    RENAMED,
     EvaluationConfig,
     RunConfig,
     as_dict,
@@ -21,6 +19,7 @@ from ijepa_fast.config import (
     recipes,
     value_text,
 )
+from ijepa_fast.former_settings import FIXED, RENAMED
 from ijepa_fast.masks.sampler import MaskConfig
 from ijepa_fast.model.vit import IMAGENET_MEAN
 

@@ -27,7 +27,8 @@ STANDS_ON = {
     "model": "attention masks side_stream",
     "optim": "ops",
     "step": "model masks optim",
-    "config": "step",
+    "former_settings": "",
+    "config": "step former_settings",
     # Around it: a run, its data, and what is shown of it.
     "run": "config ranks",
     "data": "philox ranks side_stream",

@@ -1,0 +1,86 @@
+"""Settings of earlier versions: what they are called now, so that old files, checkpoints and flags go on working."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+RENAMED = {
+    "model.attention": "step.attention",
+    "model.activation_checkpointing": "step.activation_checkpointing",
+    "model.mean": ("model.mean_std", 0),
+    "model.std": ("model.mean_std", 1),
+    "model.target_attention": None,
+    "train.capture": "step.capture",
+    "train.overlap_target": "step.overlap_target",
+    "train.wide_residual": "step.wide_residual",
+    "train.fp8_targets": "step.fp8_targets",
+    "train.compile": "step.blocks",
+    "train.fused": "step.blocks",
+    "overwrite": "resume",
+    "optim.start_lr": ("optim.lr_ends", 0),
+    "optim.final_lr": ("optim.lr_ends", 1),
+    "optim.weight_decay": ("optim.weight_decay", 0),
+    "optim.final_weight_decay": ("optim.weight_decay", 1),
+    "optim.momentum": ("optim.momentum", 0),
+    "optim.final_momentum": ("optim.momentum", 1),
+    "evaluation.train_images": ("evaluation.images", 0),
+    "evaluation.test_images": ("evaluation.images", 1),
+    "evaluation.layers": None,
+    "evaluation.monitor_every": None,
+    "loader.timeout": None,
+}
+"""Settings of earlier versions -> their present names, with the place in a pair for what is half of one now; None for
+those that are gone. A number alone for a pair is its first half: ``--optim.momentum 0.99`` leaves the end as it is."""
+
+FIXED = {
+    "model.init": "flat",
+    "objective.target_std": 1.0,
+    "objective.variance_eps": 1e-4,
+    "objective.target_eps": 1e-5,
+    "loader.shuffle": 1000,
+    "optim.weight_decay_shape": "cosine",
+    "optim.momentum_shape": "linear",
+    "optim.schedule_stretch": 1.0,
+    "optim.eps": 1e-8,
+    "optim.layer_decay": 1.0,
+}
+"""Settings of earlier versions that are constants now -> their value."""
+
+
+def present(settings: Mapping[str, object], base: Mapping[str, object], strict: bool = True) -> dict[str, object]:
+    """Settings by their dotted names, with those of earlier versions under their present names.
+
+    Args:
+        base: every setting, as it is where these change nothing: the other half of a pair of which they name one.
+        strict: whether a value other than the constant is an error for a setting in ``FIXED``, or is ignored.
+
+    Raises:
+        ValueError: a setting in ``FIXED`` has another value.
+    """
+    for name in FIXED.keys() & settings.keys() if strict else ():
+        if settings[name] != FIXED[name]:
+            raise ValueError(f"{name} is no setting any more and always {FIXED[name]}, got {settings[name]}")
+    now = {name: value for name, value in settings.items() if not is_former(name, value)}
+    for old, value in settings.items():
+        name = RENAMED.get(old)
+        if old == "overwrite":
+            if value and settings.get("resume", base["resume"]) == "never":
+                now[name] = "overwrite"
+        elif old == "train.fp8_targets":
+            now.setdefault(name, value not in ("off", False))
+        elif old in ("train.fused", "train.compile"):
+            on = [kind for kind in ("fused", "compile") if settings.get(f"train.{kind}")]
+            now.setdefault(name, "+".join(on) or "plain")
+        elif isinstance(name, tuple) and is_former(old, value):
+            pair, half = name
+            now[pair] = list(now.get(pair, base[pair]))
+            now[pair][half] = value
+        elif isinstance(name, str):
+            now.setdefault(name, value)
+    return now
+
+
+def is_former(name: str, value: object) -> bool:
+    """Whether it takes ``present`` to understand a setting: one that goes by another name now, or by none."""
+    of_a_pair = isinstance(RENAMED.get(name), tuple) and RENAMED[name][0] == name
+    return not isinstance(value, (list, tuple)) if of_a_pair else name in RENAMED or name in FIXED
