@@ -111,16 +111,8 @@ class TestAccelerate:
         "options", [{}, {"blocks": "fused"}, {"attention": "reference"}, {"activation_checkpointing": True}], ids=str
     )
     def test_it_trains_the_same(self, options):
-        losses = []
-        for model in (tiny(), tiny().accelerate(device="cpu", **options)):
-            optimizer = torch.optim.SGD(model.parameters(), 0.1)
-            losses.append([])
-            for step in range(2):
-                loss, _ = model(images(step))
-                loss.backward()
-                optimizer.step()
-                optimizer.zero_grad()
-                losses[-1].append(float(loss.detach()))
+        models = tiny(), tiny().accelerate(device="cpu", **options)
+        losses = [train(model, torch.optim.SGD(model.parameters(), 0.1), range(2)) for model in models]
         assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
     def test_options_are_those_of_the_step(self):
@@ -161,16 +153,7 @@ class TestFusedBlocks:
             fused = copy.deepcopy(fused)
         networks = (fused.context_encoder.norm, fused.target_encoder.norm, fused.predictor.predictor_norm)
         assert all(isinstance(norm, FusedLayerNorm) for norm in networks)
-        losses = []
-        for model in (plain, fused):
-            optimizer = FusedAdamW(parameter_groups(model), lr=1e-3)
-            losses.append([])
-            for number in range(3):
-                loss, _ = model(images(number))
-                loss.backward()
-                optimizer.step()
-                optimizer.zero_grad()
-                losses[-1].append(float(loss.detach()))
+        losses = [train(m, FusedAdamW(parameter_groups(m), lr=1e-3), range(3)) for m in (plain, fused)]
         assert losses[1] == pytest.approx(losses[0], rel=1e-5)
         assert fused.state_dict().keys() == plain.state_dict().keys()
 
@@ -179,9 +162,7 @@ class TestFusedBlocks:
         cast_weights(model, torch.bfloat16)
         model.fuse_blocks()
         optimizer = FusedAdamW(parameter_groups(model), lr=1e-3)
-        loss, _ = model(images(0))
-        loss.backward()
-        optimizer.step()
+        train(model, optimizer, range(1))
         weight = model.context_encoder.blocks[0].mlp.fc1.weight
         master = optimizer.state[weight]["master"]
         assert weight.dtype == torch.bfloat16 and master.dtype == torch.float32

@@ -134,8 +134,7 @@ class TestTargetEncoder:
         if follow:
             model.follow(optimizer)
         before = weights(model.target_encoder)
-        model(images())[0].backward()
-        optimizer.step()
+        train(model, optimizer, range(1))
         assert same(weights(model.target_encoder), before) and int(model.updates) == 0
 
     def test_other_optimizers_do_not_matter(self):
@@ -398,14 +397,8 @@ def cut(state: dict, prefix: str = "") -> dict:
 class TestUpdateTarget:
     def test_after_each_step_it_changes_nothing(self):
         model, alone = tiny(), tiny()
-        for one in (model, alone):
-            optimizer = torch.optim.SGD(one.parameters(), 0.1)
-            for step in range(3):
-                one(images(step))[0].backward()
-                optimizer.step()
-                optimizer.zero_grad()
-                if one is model:
-                    one.update_target()
+        train(model, torch.optim.SGD(model.parameters(), 0.1), range(3), after=model.update_target)
+        train(alone, torch.optim.SGD(alone.parameters(), 0.1), range(3))
         alone.update_target()
         assert int(model.updates) == int(alone.updates) == 3 and same(model.parameters(), alone.parameters())
 

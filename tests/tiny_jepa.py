@@ -40,8 +40,14 @@ def trained(model: JEPAModel) -> list[nn.Parameter]:
     return [p for p in model.parameters() if p.requires_grad]
 
 
-def train(model: JEPAModel, optimizer: torch.optim.Optimizer, steps: range) -> None:
+def train(model: JEPAModel, optimizer: torch.optim.Optimizer, steps: range, after=lambda: None) -> list[float]:
+    """The losses; ``after`` is called after each step."""
+    losses = []
     for step in steps:
-        model(images(step))[0].backward()
+        loss, _ = model(images(step))
+        loss.backward()
         optimizer.step()
         optimizer.zero_grad()
+        after()
+        losses.append(float(loss.detach()))
+    return losses
