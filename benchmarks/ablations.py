@@ -32,7 +32,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.results_files import accuracies, table
+from benchmarks.results_files import accuracies, between, table
 from ijepa_fast.bench.measure import save
 from ijepa_fast.config import RunConfig, flatten, from_dict, present, read_recipe, recipes
 from ijepa_fast.data.datasets import Sources, open_sources
@@ -193,13 +193,8 @@ def doc_start(results: str) -> str:
 
 
 def write_into(document: Path, table: str, start: str, end: str = DOC_END) -> None:
-    """Replace what stands between the two comments that mark the table's place. ValueError if they are not there."""
-    text = document.read_text()
-    head, start_mark, rest = text.partition(start)
-    _, end_mark, tail = rest.partition(end)
-    if not (start_mark and end_mark):
-        raise ValueError(f"{document} lacks the comments {start.strip()!r} and {end!r} around the table's place")
-    document.write_text(head + start + table + end + tail)
+    """Replace what stands between the two comments that mark the table's place."""
+    document.write_text(between(document.read_text(), start, end, table))
 
 
 def main() -> int:

@@ -72,6 +72,14 @@ def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     return "\n".join([f"| {' | '.join(head)} |", "|" + "---|" * len(head), *lines])
 
 
+def between(text: str, start: str, end: str, content: str) -> str:
+    """``text`` with ``content`` between two marks. ValueError unless the first is there once, and the second behind."""
+    head, *rest = text.split(start)
+    if len(rest) != 1 or end not in rest[0]:
+        raise ValueError(f"the marks must be there once: {start.strip()} ... {end}")
+    return head + start + content + rest[0][rest[0].index(end) :]
+
+
 def mean_and_deviation(values: Iterable[float], digits: int = 1) -> str:
     """Mean ± sample standard deviation; the value alone if there is one, and nothing if there is none."""
     values = list(values)

@@ -153,14 +153,6 @@ def test_the_table_by_hand():
     ]
 
 
-def test_a_document_without_a_place_for_the_table_is_left_alone(tmp_path):
-    document = tmp_path / "doc.md"
-    document.write_text(f"{START}no end\n")
-    with pytest.raises(ValueError, match="lacks the comments"):
-        ablations.write_into(document, "table\n", START)
-    assert document.read_text() == f"{START}no end\n"
-
-
 ROOT = Path(__file__).resolve().parents[1]
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks.report import __main__ as report
 from benchmarks.report import charts, sections
-from benchmarks.results_files import NOT_MEASURED, PHASES, load, trusted
+from benchmarks.results_files import NOT_MEASURED, PHASES, between, load, trusted
 
 ROOT = Path(__file__).resolve().parents[1]
 MACHINE = {
@@ -190,11 +190,11 @@ def test_accuracy_is_shown_by_comparison():
 
 
 def test_marks_must_be_there_once():
-    text = "a\n<!-- x: written by `python -m benchmarks.report` -->\nold\n<!-- end of x -->\nb"
-    assert report.between(text, "x", "new").split("\n")[2] == "new"
-    for broken in ("nothing", text + text):
-        with pytest.raises(ValueError, match="the marks of 'x' must be there once"):
-            report.between(broken, "x", "new")
+    text = "a\n<!-- x -->\nold\n<!-- end -->\nb <!-- end -->"
+    assert between(text, "<!-- x -->\n", "<!-- end -->", "new\n") == text.replace("old", "new")
+    for broken in ("nothing", text + text, "<!-- x -->\nno end"):
+        with pytest.raises(ValueError, match="the marks must be there once: <!-- x --> ... <!-- end -->"):
+            between(broken, "<!-- x -->\n", "<!-- end -->", "new\n")
 
 
 def test_files_without_a_kind_are_left_out(tmp_path):

@@ -16,23 +16,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.report.sections import mask_rates, precision, readme, results_page
-from benchmarks.results_files import Reports, load
+from benchmarks.results_files import Reports, between, load
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-def between(text: str, name: str, content: str) -> str:
-    """``text`` with ``content`` between the marks of that name.
-
-    Raises:
-        ValueError: the marks are not there.
-    """
-    start = f"<!-- {name}: written by `python -m benchmarks.report` -->\n"
-    end = f"<!-- end of {name} -->"
-    if text.count(start) != 1 or text.count(end) != 1:
-        raise ValueError(f"the marks of {name!r} must be there once: {start.strip()} ... {end}")
-    head, rest = text.split(start)
-    return f"{head}{start}{content}\n{rest[rest.index(end) :]}"
 
 
 def pages(root: Path, reports: Reports) -> dict[Path, str]:
@@ -42,7 +28,10 @@ def pages(root: Path, reports: Reports) -> dict[Path, str]:
         "docs/masks.md": ("mask rates", mask_rates(reports, "../benchmarks/results")),
         "docs/precision.md": ("precision", precision(reports)),
     }
-    texts = {root / path: between((root / path).read_text("utf-8"), *mark) for path, mark in marked.items()}
+    texts = {}
+    for path, (name, content) in marked.items():
+        marks = f"<!-- {name}: written by `python -m benchmarks.report` -->\n", f"<!-- end of {name} -->"
+        texts[root / path] = between((root / path).read_text("utf-8"), *marks, content + "\n")
     return {root / "benchmarks" / "RESULTS.md": results_page(reports), **texts}
 
 
