@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 
 RENAMED = {
@@ -74,10 +75,18 @@ def present(settings: Mapping[str, object], base: Mapping[str, object], strict: 
         elif isinstance(name, tuple) and is_former(old, value):
             pair, half = name
             now[pair] = list(now.get(pair, base[pair]))
-            now[pair][half] = value
+            now[pair][half] = _number(value)
         elif isinstance(name, str):
             now.setdefault(name, value)
     return now
+
+
+def _number(value: object) -> object:
+    """The number that a text is: YAML reads 5e-2 as text."""
+    for kind in (int, float) if isinstance(value, str) else ():
+        with contextlib.suppress(ValueError):
+            return kind(value)
+    return value
 
 
 def is_former(name: str, value: object) -> bool:

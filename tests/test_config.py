@@ -165,7 +165,7 @@ def test_a_warm_up_longer_than_the_run_is_a_tenth_of_it_and_named(caplog):
         ({"model": {"attention": "sdpa", "target_attention": "cudnn"}}, {"step": {"attention": "sdpa"}}),
         ({"model": {"activation_checkpointing": True}}, {"step": {"activation_checkpointing": True}}),
         ({"optim": {"lr": 2e-3, "start_lr": 1e-4}}, {"optim": {"lr": 2e-3, "lr_ends": [1e-4, 1e-6]}}),
-        ({"optim": {"weight_decay": 0.05}}, {"optim": {"weight_decay": [0.05, 0.4]}}),
+        ({"optim": {"weight_decay": "5e-2"}}, {"optim": {"weight_decay": [0.05, 0.4]}}),
         ({"optim": {"momentum": 0.98, "final_momentum": 0.99}}, {"optim": {"momentum": [0.98, 0.99]}}),
         ({"model": {"std": [0.5, 0.5, 0.5]}}, {"model": {"mean_std": [list(IMAGENET_MEAN), [0.5, 0.5, 0.5]]}}),
         ({"evaluation": {"test_images": 9, "monitor_every": 4}}, {"evaluation": {"images": [10_000, 9]}}),
@@ -197,6 +197,10 @@ def test_settings_of_earlier_versions(old, now):
         (["--overwrite", "false", "--resume=never"], ["--resume", "never"]),
         (["--optim.momentum", "0.99", "--seed", "1"], ["--optim.momentum", "[0.99, 1.0]", "--seed", "1"]),
         (["--optim.momentum", "[0.9, 0.99]"], ["--optim.momentum", "[0.9, 0.99]"]),
+        (
+            ["--optim.momentum", ".99", "--optim.start_lr=1e-4"],
+            ["--optim.momentum", "[0.99, 1.0]", "--optim.lr_ends", "[0.0001, 1e-06]"],
+        ),
     ],
 )
 def test_flags_of_earlier_versions_keep_their_place(typed, understood):
