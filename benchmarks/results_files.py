@@ -11,8 +11,6 @@ from typing import Any
 Report = dict[str, Any]
 Reports = dict[str, list[Report]]
 """Results files by kind."""
-PREFERRED_GPU = "H200"
-"""The GPU for which docs/kernels.md has floors."""
 NOT_MEASURED = "not measured yet"
 PHASES = ("masks and images", "target encoder", "context encoder", "predictor", "loss and backward", "update")
 """Parts of a step, in their order, that are timed apart."""
@@ -48,9 +46,8 @@ def failures(check: Report) -> list[str]:
 
 
 def trusted(reports: Reports) -> list[Report]:
-    """GPU runs whose tests passed, those of ``PREFERRED_GPU`` first."""
-    passed = [check for check in gpu_checks(reports) if not failures(check)]
-    return sorted(passed, key=lambda check: PREFERRED_GPU not in (gpu_of(check) or ""))
+    """GPU runs whose tests passed."""
+    return [check for check in gpu_checks(reports) if not failures(check)]
 
 
 def of_kind(reports: Reports, kind: str) -> list[Report]:

@@ -115,7 +115,7 @@ class RunConfig:
             WebDataset shards (PATH/{000..009}.tar or URLs, see docs/data.md), or "rendered" for the embedded labelled
             set. Has no default.
         output: folder of the run: config, metrics, checkpoints, pictures.
-        seed: of weights, data order, crops and masks.
+        seed: seed of weights, data order, crops and masks.
         resume: auto continues the run in the output folder if there is one; never refuses a folder that holds one;
             overwrite removes it, but no file that no run writes; require refuses a folder that holds none.
         init: weights that a new run begins with: another run or one of its checkpoints, an encoder of export, or a file
