@@ -280,15 +280,24 @@ def _table(summary: dict, config) -> str:
         before, after = summary["before"]["rank"], summary["after"]["rank"]
         lines.append(f"rank of the features: {before:.1f} {start}, {after:.1f} trained (near 1 they have collapsed)")
     loss = f", loss {summary['loss']:.4f} at the end" if summary.get("loss") is not None else ""
+    if best := summary.get("best"):
+        score = f"online k-NN {best['score']:.1%}" if best["by"] == "knn" else f"rank {best['score']:.1f}"
+        lines.append(f"best checkpoint: step {best['step']}, {score} (--checkpoint best of probe, knn, export, report)")
     bad = f", {len(summary['bad_files'])} undecodable images" if summary["bad_files"] else ""
     lines.append(f"{summary['steps']} steps in {summary['seconds']:.0f} s{loss}{bad}; everything is in {output}/")
     lines.append(f"Look at it: pca.png and curves.png there, or one page of all: ijepa-fast report {output}")
     return "\n".join(lines)
 
 
+def _add_checkpoint(parser) -> None:
+    parser.add_argument("run", type=Path, help="Folder of a run, or a checkpoint file.")
+    which = "Which one of the run: the newest, or the one with the best online k-NN (rank, without labels)."
+    parser.add_argument("--checkpoint", choices=("newest", "best"), default="newest", help=which)
+
+
 def _evaluation_parser(command: str, description: str):
     parser = _parser(command, description)
-    parser.add_argument("checkpoint", type=Path, help="Checkpoint file, or the folder of a run (its newest).")
+    _add_checkpoint(parser)
     parser.add_argument("--data", type=str | None, default=None, help="Labelled images; those of the run by default.")
     parser.add_argument("--encoder", choices=("target", "context"), default="target", help="Which encoder to evaluate.")
     parser.add_argument("--layers", choices=("last", "last4"), default="last", help="Last block, or last four.")
@@ -297,15 +306,16 @@ def _evaluation_parser(command: str, description: str):
 
 
 def _evaluate(parser, argv: list[str], figure: str) -> int:
-    parsed = _parse(parser, argv, ["data", "encoder", "layers", "device"])
+    parsed = _parse(parser, argv, ["checkpoint", "data", "encoder", "layers", "device"])
     from ijepa_fast.data.datasets import open_sources
     from ijepa_fast.evaluate.encoder import evaluate
     from ijepa_fast.ranks import pick_device
+    from ijepa_fast.run.checkpoint import find
     from ijepa_fast.weights.runs import load_run
 
-    model, config, step = load_run(parsed.checkpoint)
+    model, config, step = load_run(find(parsed.run, parsed.checkpoint))
     if parsed.layers == "last4" and config.model.depth < 4:
-        raise ValueError(f"--layers last4 needs an encoder of 4 blocks; {parsed.checkpoint} has {config.model.depth}")
+        raise ValueError(f"--layers last4 needs an encoder of 4 blocks; {parsed.run} has {config.model.depth}")
     sources = open_sources(
         parsed.data or config.data, None if parsed.data else config.evaluation.data, config.loader.max_pixels
     )
@@ -316,7 +326,7 @@ def _evaluate(parser, argv: list[str], figure: str) -> int:
         )
     encoder = model.target_encoder if parsed.encoder == "target" else model.context_encoder
     figures = evaluate(encoder.to(pick_device(parsed.device, 0)), sources, config, layers=parsed.layers)
-    print(json.dumps({"checkpoint": str(parsed.checkpoint), "step": step, "encoder": parsed.encoder,
+    print(json.dumps({"checkpoint": str(parsed.run), "step": step, "encoder": parsed.encoder,
                       "layers": parsed.layers, figure: figures[figure], "rank": figures["rank"]}))  # fmt: skip
     return 0
 
@@ -350,7 +360,7 @@ def _masks(argv: list[str]) -> int:
 
 def _report(argv: list[str]) -> int:
     parser = _parser("report", "Gather a run, finished or not, into one self-contained HTML page.")
-    parser.add_argument("run", type=Path, help="Folder of the run.")
+    _add_checkpoint(parser)
     parser.add_argument("--out", type=Path | None, default=None, help="File to write; RUN/report.html by default.")
     parser.add_argument("--images", type=int, default=6, help="Images in every picture.")
     parser.add_argument(
@@ -361,7 +371,7 @@ def _report(argv: list[str]) -> int:
     )
     parser.add_argument("--candidates", type=int, default=1000, help="Images among which neighbours are looked for.")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="Where to compute.")
-    parsed = _parse(parser, argv, ["out", "images", "patch", "candidates", "device"])
+    parsed = _parse(parser, argv, ["checkpoint", "out", "images", "patch", "candidates", "device"])
     from ijepa_fast.report import parse_patch, write_report
 
     patches = [parse_patch(text) for text in parsed.patch or ()]
@@ -373,6 +383,7 @@ def _report(argv: list[str]) -> int:
             patches=patches,
             candidates=parsed.candidates,
             device=parsed.device,
+            checkpoint=parsed.checkpoint,
         )
     )
     return 0
@@ -478,17 +489,18 @@ def _fastest(argv: list[str]) -> int:
 
 def _export(argv: list[str]) -> int:
     parser = _parser("export", "Write a checkpoint in the format of another library, or an encoder by itself.")
-    parser.add_argument("checkpoint", type=Path, help="Checkpoint file, or the folder of a run (its newest).")
+    _add_checkpoint(parser)
     formats = ("huggingface", "timm", "official", "safetensors")
     parser.add_argument("--to", choices=formats, required=True, help="Whose format.")
     parser.add_argument("--encoder", choices=("target", "context"), default="target", help="Official files hold both.")
     parser.add_argument("--out", type=Path, required=True, help="File to write; a folder for huggingface.")
     steps_help = "For the official format, which counts epochs; by default from the metrics of the run."
     parser.add_argument("--steps_per_epoch", type=int | None, default=None, help=steps_help)
-    parsed = _parse(parser, argv, ["to", "encoder", "out", "steps_per_epoch"])
+    parsed = _parse(parser, argv, ["checkpoint", "to", "encoder", "out", "steps_per_epoch"])
     from ijepa_fast.interop.export import export
+    from ijepa_fast.run.checkpoint import find
 
-    print(export(parsed.checkpoint, parsed.to, parsed.out, parsed.encoder, parsed.steps_per_epoch))
+    print(export(find(parsed.run, parsed.checkpoint), parsed.to, parsed.out, parsed.encoder, parsed.steps_per_epoch))
     return 0
 
 

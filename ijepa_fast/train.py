@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, nullcontext
@@ -19,6 +20,7 @@ from ijepa_fast.data.datasets import Sources, open_sources, train_loader
 from ijepa_fast.data.survey import announce
 from ijepa_fast.evaluate import HealthBuffer, OnlineKNN
 from ijepa_fast.evaluate.encoder import evaluate, evaluated_on
+from ijepa_fast.evaluate.health import mean_cosine
 from ijepa_fast.masks.sampler import MaskSampler
 from ijepa_fast.model.jepa import IJEPA
 from ijepa_fast.optim import FusedAdamW
@@ -100,6 +102,8 @@ class Run:
         done: steps done.
         saved: ``done`` at the newest checkpoint, -1 without one.
         loss: of the last log interval.
+        scores: what the best checkpoint is chosen by, at the log intervals since the last regular save.
+        best: "step", "score" and "by" of the best checkpoint, None before the first.
         seconds: of earlier starts.
     """
 
@@ -120,6 +124,8 @@ class Run:
     done: int = 0
     saved: int = -1
     loss: float | None = None
+    scores: list[float] = field(default_factory=list)
+    best: dict | None = None
     bad_files: dict = field(default_factory=dict)
     seconds: float = 0.0
     started: float = field(default_factory=time.monotonic)
@@ -173,6 +179,8 @@ def setup(config: RunConfig, me: Ranks) -> Run:
     total_steps = config.train.total_steps(loader.steps_per_epoch)
     schedules = config.optim.schedules(total_steps, loader.steps_per_epoch)
     prepare(model, config, config.train.batch_size // me.world_size // config.train.accumulate, me.device)
+    # Features of one log interval: those of older weights would lend a collapsed network their rank.
+    pushed = config.train.batch_size // me.world_size * math.ceil(config.train.log_every / MONITOR_EVERY)
     knn, width = None, config.model.embed_dim
     if sources.train.labels is not None and config.evaluation.bank:
         knn = OnlineKNN(width, capacity=min(config.evaluation.bank, len(sources.train)), device=me.device)
@@ -187,7 +195,7 @@ def setup(config: RunConfig, me: Ranks) -> Run:
         optimizer=make_optimizer(model, config),
         scaler=make_scaler(config, me.device),
         schedules=schedules,
-        health=HealthBuffer(width, device=me.device),
+        health=HealthBuffer(width, capacity=min(2048, max(128, pushed)), device=me.device),
         knn=knn,
         meter=Meter(me, config.train.batch_size),
     )
@@ -233,6 +241,7 @@ def _continue(run: Run, state: Checkpoint) -> None:
     restore_training(state, run.model, run.optimizer, run.scaler)
     run.done = run.saved = state.step
     run.bad_files, run.seconds = state.extra["bad_files"], state.extra.get("seconds", 0.0)
+    run.scores, run.best = state.extra.get("scores", []), state.extra.get("best")
     tensors, device = state.tensors, run.me.device
     if len(features := tensors["health.features"]):
         run.health.push(features.to(device))
@@ -290,7 +299,7 @@ def train(run: Run) -> None:
         run_log = RunLog(run.folder, run.total_steps, run.done, run.folder.name) if me.is_main else None
         if run_log is not None:
             open_.callback(run_log.close)
-            run.loss = run_log.last.get("loss")
+            run.loss = run_log.records[-1].get("loss") if run_log.records else None
         open_.enter_context(stop)
         batches = iter(DevicePrefetcher(run.loader, me.device))
         for step in range(run.done, run.total_steps):
@@ -352,11 +361,35 @@ def _write_metrics(run: Run, run_log: RunLog | None) -> None:
         "momentum": run.schedules.momentum_at(run.done - 1),
         "skipped": int(run.optimizer.skipped),
         **run.health.report(),
+        "cosine": mean_cosine(run.health.features()[-run.images_per_rank :]),
         "knn": run.knn.accuracy() if run.knn is not None else None,
         "bad_files": len(run.bad_files),
     }
     run_log.write(metrics)
     run.loss = metrics["loss"]
+    if (score := metrics.get(_best_by(run))) is not None and math.isfinite(score):
+        run.scores.append(score)
+
+
+def _best_by(run: Run) -> str:
+    """The figure that the best checkpoint has the most of: online k-NN, or the rank of the features without labels."""
+    return "knn" if run.knn is not None else "rank"
+
+
+def _is_best(run: Run) -> bool:
+    """Whether a regular save beats the best one so far, by the mean over the log intervals since the save before it.
+
+    A single interval's k-NN has an error of some two points; the highest of many would be the luckiest.
+    """
+    regular = run.done % run.config.train.save_every == 0 or run.done == run.total_steps
+    if not regular or not run.scores:
+        return False
+    score, by = sum(run.scores) / len(run.scores), _best_by(run)
+    run.scores = []
+    if run.best is not None and run.best["by"] == by and run.best["score"] >= score:
+        return False
+    run.best = {"step": run.done, "score": score, "by": by}
+    return True
 
 
 def save(run: Run, interval: bool = True) -> None:
@@ -369,12 +402,15 @@ def save(run: Run, interval: bool = True) -> None:
     tensors = training_tensors(run.model, run.optimizer) | {"health.features": run.health.features()}
     if run.knn is not None:
         tensors |= {f"knn.{name}": rows for name, rows in run.knn.rows().items()}
+    best = _is_best(run)
     extra = about_run(run.config, run.sources.train.fingerprint, run.scaler) | {
         "bad_files": run.bad_files | run.loader.bad,
         "seconds": _seconds(run),
         "interval": measured,
+        "scores": run.scores,
+        "best": run.best,
     }
-    checkpoints.save(run.folder / "checkpoints", Checkpoint(run.done, tensors, extra), run.config.train.keep)
+    checkpoints.save(run.folder / "checkpoints", Checkpoint(run.done, tensors, extra), run.config.train.keep, best)
 
 
 def finish(run: Run) -> dict:
@@ -382,7 +418,7 @@ def finish(run: Run) -> dict:
     config, path, before = run.config, run.folder / "summary.json", run.folder / "before.json"
     if path.exists() and (summary := json.loads(path.read_text())).get("steps") == run.total_steps:
         return summary
-    summary = {"steps": run.total_steps, "bad_files": run.bad_files, "loss": run.loss}
+    summary = {"steps": run.total_steps, "bad_files": run.bad_files, "loss": run.loss, "best": run.best}
     if before.exists():
         log.info("evaluating the trained encoder %s", evaluated_on(run.sources, config))
         figures = json.loads(before.read_text())

@@ -29,7 +29,7 @@ def test_metrics_of_later_steps_are_dropped_and_the_last_is_known(tmp_path):
     lines = [{"step": step, "loss": step / 10} for step in (4, 8, 12)]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 1')
     log = RunLog(tmp_path, 20, 8, "run")
-    assert log.last == lines[1]
+    assert log.records[-1] == lines[1]
     log.write({"step": 12, "loss": float("nan"), "images_per_second": 0.02, "knn": None})
     log.close()
     kept = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]

@@ -5,7 +5,7 @@ import torch
 
 from ijepa_fast import cli
 from ijepa_fast.evaluate import encoder as evaluation
-from ijepa_fast.report.pictures import newest
+from ijepa_fast.report.pictures import trained_by
 from ijepa_fast.report.record import read_record
 from ijepa_fast.run import checkpoint
 from ijepa_fast.train import load_trained, pretrain
@@ -44,5 +44,5 @@ def test_all_commands_take_the_fp32_masters_of_a_bf16_run(data, tmp_path, monkey
     out = tmp_path / "encoder.safetensors"
     assert cli.main(["export", str(folder), "--to", "safetensors", "--encoder", which, "--out", str(out)]) == 0
     assert_same(load_encoder(out)[0], expected)
-    trained = newest(read_record(folder), torch.device("cpu")).model
+    trained = trained_by(read_record(folder), torch.device("cpu")).model
     assert_same(getattr(trained, f"{which}_encoder"), expected)

@@ -71,6 +71,19 @@ def feature_health(features: Tensor) -> dict[str, float]:
     }
 
 
+def mean_cosine(features: Tensor) -> float:
+    """Mean cosine between two different rows of features [n, D]: 1 where all point the same way. Waits for the device.
+
+    NaN with fewer than two rows.
+    """
+    count = len(features)
+    if count < 2:
+        return float("nan")
+    # In fp64, because networks at their start, and collapsed ones, differ in the last digits of fp32.
+    mean = F.normalize(features.detach().double(), dim=1).mean(0)
+    return float((mean.square().sum() * count - 1) / (count - 1))
+
+
 class HealthBuffer:
     """The pooled target features of the last ``capacity`` images, in fp32. Pushing never waits for the device."""
 

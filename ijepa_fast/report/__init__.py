@@ -10,7 +10,7 @@ from ijepa_fast.data.datasets import Sources, open_sources
 from ijepa_fast.ranks import pick_device
 from ijepa_fast.report.findings import findings
 from ijepa_fast.report.page import page
-from ijepa_fast.report.pictures import Attempt, Trained, all_pictures, attempt, newest
+from ijepa_fast.report.pictures import Attempt, Trained, all_pictures, attempt, trained_by
 from ijepa_fast.report.record import RunRecord, read_record
 from ijepa_fast.run.environment import describe
 from ijepa_fast.run.files import write_text
@@ -26,6 +26,7 @@ def write_report(
     patches: Sequence[tuple[int, int]] = (),
     candidates: int = 1000,
     device: str = "auto",
+    checkpoint: str = "newest",
 ) -> Path:
     """Write the page of a run, finished or not; what cannot be shown is named on it, with the reason.
 
@@ -38,6 +39,7 @@ def write_report(
         patches: (row, column) of the patches whose similarity to the others is shown; some on the diagonal by default.
         candidates: images among which the nearest neighbours of others are looked for.
         device: auto, cpu or cuda.
+        checkpoint: newest or best, of which the pictures are.
 
     Returns:
         The path written.
@@ -50,7 +52,7 @@ def write_report(
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
     run = read_record(Path(folder))
-    trained = attempt(newest, run, pick_device(device, 0))
+    trained = attempt(trained_by, run, pick_device(device, 0), checkpoint)
     config = attempt(_config, run) if trained.failure else Attempt(trained.value.config, None)
     sources = Attempt(None, config.failure)
     if not config.failure:
@@ -127,6 +129,10 @@ def _facts(run: RunRecord, trained: Trained | None, sources: Sources | None) -> 
         )
         facts["input"] = f"{model.img_size} px in {side} x {side} patches of {model.patch_size} px"
         facts["pictures of"] = f"checkpoint at step {trained.step:,}"
+        if trained.best is not None:
+            score = trained.best["score"]
+            score = f"online k-NN {score:.1%}" if trained.best["by"] == "knn" else f"rank {score:.1f}"
+            facts["best checkpoint so far"] = f"step {trained.best['step']:,}, {score}"
     facts["data"] = str(run.config.get("data"))
     if sources is not None:
         facts["training images"] = f"{len(sources.train):,}"

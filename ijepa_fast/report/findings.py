@@ -6,11 +6,8 @@ import math
 from statistics import median
 
 from ijepa_fast.report.record import RunRecord, number
+from ijepa_fast.run.diagnosis import diagnose
 
-COLLAPSED_RANK = 2.0
-"""RankMe of pooled features is 1 when all lie on one line; below 2 they do not even spread over a plane."""
-RANK_LOSS = 0.5
-"""A rank that has fallen below this share of its peak is reported: dimensions are being lost."""
 SLOW_LOADING = 0.2
 """Share of the time spent waiting for images from which a faster loader would pay."""
 _EXAMPLES = 5
@@ -18,7 +15,8 @@ _EXAMPLES = 5
 
 def findings(run: RunRecord) -> list[str]:
     """One sentence for each thing to look at, the most serious first; empty if there is none."""
-    return [*_unfinished(run), *_not_finite(run), *_collapse(run), *_accuracy(run), *_losses_of_data(run)]
+    curves = diagnose(run.metrics).values()
+    return [*_unfinished(run), *_not_finite(run), *curves, *_accuracy(run), *_losses_of_data(run)]
 
 
 def _unfinished(run: RunRecord) -> list[str]:
@@ -43,21 +41,6 @@ def _not_finite(run: RunRecord) -> list[str]:
         }
     )
     return [f"Infinite or NaN values were recorded: {', '.join(bad)}."] if bad else []
-
-
-def _collapse(run: RunRecord) -> list[str]:
-    ranks = run.series("rank")
-    if not ranks:
-        return []
-    (step, last), (peak_step, peak) = ranks[-1], max(ranks, key=lambda point: point[1])
-    if last < COLLAPSED_RANK:
-        return [f"The features have collapsed: their rank is {last:.2f} at step {step:,.0f}, where 1 is a single line."]
-    if last < RANK_LOSS * peak:
-        return [
-            f"The features are losing dimensions: their rank is {last:.1f} at step {step:,.0f}, after {peak:.1f} at "
-            f"step {peak_step:,.0f}."
-        ]
-    return []
 
 
 def _accuracy(run: RunRecord) -> list[str]:

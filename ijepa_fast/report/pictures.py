@@ -55,8 +55,9 @@ class Trained:
         config: of the run.
         step: steps done.
         model: the networks.
-        untrained: target encoder as it was before the first step.
+        untrained: a target encoder with random weights; what the run began with, unless that was weights of others.
         data: fingerprint of the images trained on.
+        best: "step", "score" and "by" of the run's best checkpoint by then, None before there is one.
     """
 
     config: RunConfig
@@ -64,21 +65,23 @@ class Trained:
     model: IJEPA
     untrained: torch.nn.Module
     data: str
+    best: dict | None = None
 
 
-def newest(run: RunRecord, device: torch.device) -> Trained:
-    """The networks of a run's newest checkpoint, and the target encoder it began with.
+def trained_by(run: RunRecord, device: torch.device, which: str = "newest") -> Trained:
+    """The networks of a run's newest or best checkpoint, and an untrained target encoder beside them.
 
     Raises:
         CheckpointError, ValueError, RuntimeError: there is none, it is damaged, or does not fit this version.
     """
-    path = checkpoints.find(run.folder)
+    path = checkpoints.find(run.folder, which)
     state = checkpoints.load(path)
     with torch.random.fork_rng(devices=[]):
         model, config = networks_of(state, path)
         torch.manual_seed(config.seed)
         untrained = config.model.build(config.objective).target_encoder
-    return Trained(config, state.step, model.to(device).eval(), untrained.to(device).eval(), state.extra["data"])
+    networks = model.to(device).eval(), untrained.to(device).eval()
+    return Trained(config, state.step, *networks, state.extra["data"], state.extra.get("best"))
 
 
 def default_patches(grid: tuple[int, int]) -> list[tuple[int, int]]:

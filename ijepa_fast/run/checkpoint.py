@@ -11,7 +11,9 @@ import contextlib
 import hashlib
 import json
 import logging
+import os
 import re
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +22,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ijepa_fast.run.files import write_tensors
+from ijepa_fast.run.files import flush, write_tensors
 
 log = logging.getLogger(__name__)
 
@@ -28,6 +30,8 @@ FORMAT = "ijepa_fast-2"
 WITHOUT_CHECKSUM = "ijepa_fast-1"
 """Format of earlier versions."""
 MOST_STEPS = 10**9 - 1
+BEST = "best.safetensors"
+"""Name of a run's best checkpoint, beside the newest ones."""
 _KEY = "ijepa_fast"
 _NAME = re.compile(r"step_(\d{9})\.safetensors")
 _CHECKSUM = re.compile(rb'"sha256":"([0-9a-f]{64})"')
@@ -62,8 +66,11 @@ def path_of(folder: Path, step: int) -> Path:
     return folder / f"step_{step:09d}.safetensors"
 
 
-def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
+def save(folder: Path, checkpoint: Checkpoint, keep: int, best: bool = False) -> Path:
     """Write a checkpoint and remove all but the newest ``keep``. Returns its path.
+
+    Args:
+        best: keep it as the best one, too, in place of the one that was.
 
     Raises:
         OSError: it cannot be written; the older ones are untouched.
@@ -77,11 +84,26 @@ def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
         newest = max(list_steps(folder), default=None)
         kept = "there is no older checkpoint" if newest is None else f"{path_of(folder, newest)} is untouched"
         raise OSError(f"{error}; {kept}") from error
+    if best:
+        _keep_as_best(final)
     for old in list_steps(folder)[:-keep]:
         path_of(folder, old).unlink()
     for leftover in folder.glob("step_*.partial"):
         leftover.unlink()
     return final
+
+
+def _keep_as_best(file: Path) -> None:
+    """Another name for the same file, where there are hard links, else a copy."""
+    temporary, named = file.with_name(BEST + ".partial"), file.with_name(BEST)
+    temporary.unlink(missing_ok=True)
+    try:
+        os.link(file, temporary)
+    except OSError:
+        shutil.copyfile(file, temporary)
+        flush(temporary)
+    os.replace(temporary, named)
+    flush(file.parent)
 
 
 def _hashed(path: Path) -> tuple[bytes | None, bytes, int]:
@@ -116,16 +138,23 @@ def list_steps(folder: Path) -> list[int]:
     return sorted(int(m[1]) for entry in folder.iterdir() if (m := _NAME.fullmatch(entry.name)))
 
 
-def find(path: Path) -> Path:
-    """The checkpoint file that ``path`` means: itself, or the newest in a run's or a checkpoint folder.
+def find(path: Path, which: str = "newest") -> Path:
+    """The checkpoint file that ``path`` means: itself, or the newest or best one in a run's or a checkpoint folder.
+
+    RUN/checkpoints/best is understood as well, without the suffix of the file.
 
     Raises:
         CheckpointError: there is none.
     """
-    if path.is_file():
-        return path
+    for file in (path, path.with_name(path.name + ".safetensors")):
+        if file.is_file():
+            return file
     for folder in (path / "checkpoints", path):
+        if which == "best" and (folder / BEST).is_file():
+            return folder / BEST
         if steps := list_steps(folder):
+            if which == "best":
+                raise CheckpointError(f"{folder} holds no {BEST}: a run keeps one from its first regular save on")
             return path_of(folder, steps[-1])
     raise CheckpointError(f"no checkpoint at {path}" + ("" if path.exists() else ": it does not exist"))
 

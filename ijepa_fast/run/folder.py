@@ -24,6 +24,8 @@ RUN_FILES = (
     "checkpoints/step_*.safetensors",
     "checkpoints/step_*.partial",
     "checkpoints/step_*.damaged",
+    "checkpoints/best.safetensors",
+    "checkpoints/best.safetensors.partial",
     "tensorboard/events.out.tfevents.*",
     "curves.png",
     "masks.png",

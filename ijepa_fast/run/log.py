@@ -14,6 +14,7 @@ from pathlib import Path
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from ijepa_fast.run.diagnosis import NORMAL, diagnose
 from ijepa_fast.run.files import write_text
 
 log = logging.getLogger(__name__)
@@ -35,12 +36,13 @@ class RunLog:
         description: left of the bar.
 
     Attributes:
-        last: the metrics written last, of earlier starts too; empty before the first.
+        records: all metrics written, of earlier starts too.
     """
 
     def __init__(self, folder: Path, total_steps: int, start_step: int, description: str):
         path = folder / "metrics.jsonl"
-        self.last = _drop_lines_after(path, start_step)
+        self.records = _drop_lines_after(path, start_step)
+        self._said: set[str] = set()
         self._open = contextlib.ExitStack()
         self._file = self._open.enter_context(path.open("a", encoding="utf-8"))
         self._events = _events(folder / "tensorboard", start_step)
@@ -67,7 +69,7 @@ class RunLog:
     def write(self, metrics: dict[str, float | int | None]) -> None:
         """Record one interval. ``metrics["step"]`` counts the steps done; None and NaN values are left out."""
         metrics = {k: v for k, v in metrics.items() if v is not None and not (isinstance(v, float) and math.isnan(v))}
-        self.last = metrics
+        self.records.append(metrics)
         self._file.write(json.dumps(metrics) + "\n")
         self._file.flush()
         if self._events is not None:
@@ -81,6 +83,10 @@ class RunLog:
         self._bar.set_postfix_str(", ".join(shown))
         if self._bar.disable:
             log.info("step %d/%d: %s", metrics["step"], self._bar.total, ", ".join(shown))
+        for kind, sentence in diagnose(self.records).items():
+            if kind not in self._said:
+                self._said.add(kind)
+                log.log(logging.INFO if kind == NORMAL else logging.WARNING, "%s", sentence)
 
     def close(self) -> None:
         self._open.close()
@@ -139,8 +145,8 @@ def heard() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _drop_lines_after(path: Path, step: int) -> dict:
-    """Rewrite a file of metrics without later steps; returns its last record, or an empty one."""
+def _drop_lines_after(path: Path, step: int) -> list[dict]:
+    """Rewrite a file of metrics without later steps; returns the records that stay."""
     kept = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ():
         try:
@@ -152,4 +158,4 @@ def _drop_lines_after(path: Path, step: int) -> dict:
             continue
     if path.exists():
         write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
-    return kept[-1] if kept else {}
+    return kept
