@@ -40,6 +40,7 @@ commands:
   knn        k-NN accuracy of a checkpoint
   evaluate   judge an encoder, of this package or another, by the tasks that papers report
   features   write the features of images to a file
+  finetune   train all of an encoder on labelled images
   neighbours draw the images whose features are most like those of a given one
   masks      draw the masks of a configuration
   export     write a checkpoint for transformers, timm or the official code
@@ -69,7 +70,7 @@ def main(argv: list[str] | None = None) -> int:
         "bench": _bench,
         "fastest": _fastest,
         "doctor": _doctor,
-        **dict.fromkeys(("evaluate", "features", "neighbours"), partial(_downstream, argv[:1])),
+        **dict.fromkeys(("evaluate", "features", "neighbours", "finetune"), partial(_downstream, argv[:1])),
     }
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE)

@@ -44,6 +44,8 @@ class Stream(IntEnum):
     PROBE = 10
     SHUFFLE = 11
     SHOT = 12
+    DENSE = 13
+    CORRUPTION = 14
 
 
 def philox4x32(counter, key):

@@ -1,7 +1,8 @@
-"""Scenes with known answers: one striped square on noise, whose class is the direction of its stripes.
+"""Scenes with known answers: one square on noise, whose class is the direction of its stripes.
 
-Stripes have random phase and no mean, so that neither colours nor single pixels give the class away. Background is mask
-value 0 and 6 m away; a square of class c has mask value 1 + c and is 1 + c metres away.
+Stripes are upright, level, both, or diagonal both ways: a mirror image has the same class. They have random phase and
+no mean, so that neither colours nor single pixels give the class away. Background is mask value 0 and 6 m away; a
+square of class c has mask value 1 + c and is 1 + c metres away.
 """
 
 import functools
@@ -15,6 +16,7 @@ from ijepa_fast.model.vit import VisionTransformer
 
 SIDE, CLASSES, FAR = 32, 4, 6.0
 STEPS = 160
+DIRECTIONS = ((0,), (90,), (0, 90), (45, 135))
 BUILD = {"img_size": SIDE, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2, "mlp_ratio": 2.0}
 
 
@@ -24,8 +26,11 @@ def scene(number: int, width: int = SIDE, height: int = SIDE):
     label, side = number % CLASSES, int(rng.integers(14, 23))
     x0, y0 = int(rng.integers(0, width - side + 1)), int(rng.integers(0, height - side + 1))
     y, x = np.mgrid[:height, :width]
-    angle = label * np.pi / CLASSES
-    stripes = np.sin(2 * np.pi / 5 * (x * np.cos(angle) + y * np.sin(angle)) + rng.uniform(0, 2 * np.pi))
+    waves = [
+        np.sin(2 * np.pi / 5 * (x * np.cos(angle) + y * np.sin(angle)) + rng.uniform(0, 2 * np.pi))
+        for angle in np.deg2rad(DIRECTIONS[label])
+    ]
+    stripes = sum(waves) / len(waves) ** 0.5
     inside = (x >= x0) & (x < x0 + side) & (y >= y0) & (y < y0 + side)
     grey = 128 + np.where(inside, 80 * stripes, 0)[..., None] + rng.normal(0, 25, (height, width, 3))
     mask = np.where(inside, 1 + label, 0).astype(np.uint8)

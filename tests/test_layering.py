@@ -38,11 +38,11 @@ STANDS_ON = {
     "weights": "run",
     "jepa_model": "weights evaluate",
     "interop": "jepa_model",
-    "report": "plots weights",
+    "report": "downstream",
     "downstream": "plots interop",
     "bench": "run",
     "doctor": "attention masks run",
-    "cli": "train report downstream doctor bench",
+    "cli": "train report doctor bench",
     "__main__": "cli",
     "__init__": "",  # names its modules as strings and imports them on first use
 }

@@ -72,6 +72,14 @@ class TestFinishedRun:
         assert "Finished: 12 of 12 steps" in page.text
         assert "Chance among 2 classes is 50.0%" in page.text
 
+    def test_tasks_of_evaluate_are_shown_and_a_damaged_file_is_named(self, run):
+        (run / "evaluation").mkdir()
+        entry = {"data": "photos", "trained": {"figures": {"mIoU": 0.4567}, "chance": {"mIoU": 0.1}}}
+        (run / "evaluation" / "evaluation.json").write_text(json.dumps({"tasks": {"segmentation": entry}}))
+        assert "segmentation mIoU 45.7 % 10.0 % photos" in " ".join(page_of(run).text.split())
+        (run / "evaluation" / "evaluation.json").write_text('{"tasks": {"segmentation": {"trained": 1}}}')
+        assert read_record(run).problems == ["evaluation.json is not what ijepa-fast evaluate writes"]
+
     def test_every_kind_of_curve_is_there_and_its_figures_in_a_table(self, finished, page):
         labels = " ".join(attributes.get("aria-label", "") for attributes in page.all("svg"))
         last = json.loads((finished / "run" / "metrics.jsonl").read_text().splitlines()[-1])

@@ -99,9 +99,13 @@ def lowshot(subject: Subject) -> dict:
 
 def accuracies(subject: Subject, figures: dict[str, float]) -> dict:
     """Figures of a task and, for each, the accuracy of always saying the most frequent class."""
-    labels = subject.data.test.labels
-    chance = float(np.bincount(labels[labels >= 0]).max() / (labels >= 0).sum())
-    return {"figures": figures, "chance": dict.fromkeys(figures, chance)}
+    return {"figures": figures, "chance": dict.fromkeys(figures, chance(subject.data.test))}
+
+
+def chance(test: Source) -> float:
+    """Accuracy of always saying the most frequent class."""
+    labels = test.labels[test.labels >= 0]
+    return float(np.bincount(labels).max() / len(labels))
 
 
 def classifier():

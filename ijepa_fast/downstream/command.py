@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ijepa_fast.downstream.embed import check_out, neighbours, open_images, write_features
 from ijepa_fast.downstream.encoders import Loaded, digest, load_any, untrained
+from ijepa_fast.downstream.finetune import Finetuning, finetune
 from ijepa_fast.downstream.results import chart, table
 from ijepa_fast.downstream.store import at_most
 from ijepa_fast.downstream.tasks import TASKS, Options, Subject, named_tasks, open_data
@@ -166,6 +167,24 @@ def neighbours_command(argv: list[str], make_parser, parse) -> int:
     return 0
 
 
+def finetune_command(argv: list[str], make_parser, parse) -> int:
+    """``ijepa-fast finetune``."""
+    parser = _parser(
+        make_parser, "finetune", "Train all of an encoder on labelled images; under torchrun on all ranks."
+    )
+    parser.add_argument("--test", type=str | None, default=None, help="Test images, where not beside the others.")
+    parser.add_argument("--out", type=Path, required=True, help="Folder to write to, and to continue from.")
+    parser.add_class_arguments(Finetuning)
+    parsed = _parsed(parser, argv, parse)
+    recipe = Finetuning(**{f.name: parsed[f.name] for f in fields(Finetuning)})
+    loaded = load_any(parsed.weights, parsed.encoder)
+    report = finetune(loaded, parsed.data or loaded.data, parsed.test, recipe, parsed.out, parsed.device)
+    print(
+        f"accuracy {report['accuracy']:.1%} (chance {report['chance']:.1%}); encoder and figures are in {parsed.out}/"
+    )
+    return 0
+
+
 def _subject(parser, argv: list[str], parse):
     """(Namespace, function that gives the ``Subject`` of unlabelled images with a folder for its features)."""
     names = ("image_size", "layers", "limit", "precision", "workers")
@@ -184,4 +203,9 @@ def _subject(parser, argv: list[str], parse):
     return parsed, subject
 
 
-COMMANDS = {"evaluate": evaluate_command, "features": features_command, "neighbours": neighbours_command}
+COMMANDS = {
+    "evaluate": evaluate_command,
+    "features": features_command,
+    "neighbours": neighbours_command,
+    "finetune": finetune_command,
+}

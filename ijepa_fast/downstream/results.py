@@ -6,19 +6,25 @@ from pathlib import Path
 
 from ijepa_fast.plots.sheet import COLOURS, FAINT, INK, MUTED, SMALL_POINTS, blank_figure, written
 
+COLUMNS = ("task", "figure", "encoder", "untrained", "chance", "images")
+
+
+def cells(report: dict) -> list[tuple[str, ...]]:
+    """One row of ``COLUMNS`` for each figure of each task, as text."""
+    rows = []
+    for name, label, entry in lines(report):
+        shares = [shown(label, figure(entry, whose, label)) for whose in ("trained", "untrained", "chance")]
+        if (deviation := entry["trained"].get("deviation", {}).get(label)) is not None:
+            shares[0] += f" +- {100 * deviation:.1f}"
+        rows.append((name, label, *shares, entry["data"]))
+    return rows
+
 
 def table(report: dict) -> str:
-    """One row for each figure of each task, in Markdown that reads as text, too."""
-    rows = [("task", "figure", "encoder", "untrained", "chance", "images")]
-    for name, label, entry in lines(report):
-        cells = [shown(label, figure(entry, whose, label)) for whose in ("trained", "untrained", "chance")]
-        if (deviation := entry["trained"].get("deviation", {}).get(label)) is not None:
-            cells[0] += f" +- {100 * deviation:.1f}"
-        rows.append((name, label, *cells, entry["data"]))
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    text = [
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows
-    ]
+    """The figures in Markdown that reads as text, too."""
+    rows = [COLUMNS, *cells(report)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    text = ["| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in rows]
     text.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
     step = f", step {report['step']}" if "step" in report else ""
     which = f", {report['encoder']} encoder" if report["encoder"] else ""

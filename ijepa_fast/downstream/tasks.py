@@ -46,9 +46,20 @@ class Task(NamedTuple):
 TASKS = {
     "knn": Task("classify.knn", "classes", "20 nearest neighbours vote"),
     "linear": Task("classify.linear", "classes", "quick linear probe on features of central crops"),
+    "linear_protocol": Task(
+        "heads.linear_protocol", "classes", "linear layer as in the paper: LARS, 50 epochs of crops"
+    ),
+    "attentive": Task("heads.attentive", "classes", "one cross-attention block with a learned query"),
     "lowshot": Task("classify.lowshot", "classes", "logistic regression on few labelled images"),
+    "robustness": Task("robustness.robustness", "classes", "linear probe on corrupted test images (ImageNet-C)"),
+    "segmentation": Task("dense.segmentation", "masks", "linear layer and nearest neighbours on patch features"),
+    "depth": Task("dense.depth", "depth", "linear layer on patch features"),
 }
-OPENED_BY = {"classes": "classify.open_classes"}
+OPENED_BY = {
+    "classes": "classify.open_classes",
+    "masks": "dense_data.open_masks",
+    "depth": "dense_data.open_depth",
+}
 """Kind of data -> the function that opens and checks it."""
 
 
@@ -91,6 +102,9 @@ class Options:
         limit: at most so many training and so many test images, spread evenly.
         shots: lowshot - shares of the training images (1%) and numbers of images of each class (5).
         draws: lowshot - how often these images are drawn.
+        epochs: passes over the images for heads that see crops of them, by default each task's own number.
+        ignore: segmentation - mask value of pixels that do not count.
+        depth_scale: depth - metres for each unit of a map, by default 0.001 in PNG and 1 in npy files.
         precision: fp32, or bf16 for autocast.
         workers: decoding processes.
         seed: of heads, draws and crops.
@@ -101,12 +115,15 @@ class Options:
     limit: int | None = None
     shots: str = "1%,10%,1,5"
     draws: int = 5
+    epochs: int | None = None
+    ignore: int = 255
+    depth_scale: float | None = None
     precision: Literal["fp32", "bf16"] = "fp32"
     workers: int | Literal["auto"] = "auto"
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("image_size", "limit", "draws"):
+        for name in ("image_size", "limit", "draws", "epochs"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
@@ -151,7 +168,7 @@ class Subject:
         """Average-pooled features of a split: [n, D], or of four blocks [n, 4 * D], of which the last D are "last"."""
         if split not in self._features:
             source = getattr(self.data, split)
-            folder = self.work({"split": split, "images": source.fingerprint, **self._key()})
+            folder = self.work({"split": split, "images": source.fingerprint, **self.key()})
             self._features[split] = self.extracted(folder, source, self.pooled, title=f"{split} features")
         return self._features[split]
 
@@ -164,12 +181,12 @@ class Subject:
             self.encoder,
             image_size=self.image_size,
             resize_ratio=self.resize_ratio,
-            key=self._key() | {"patches": patches},
+            key=self.key() | {"patches": patches},
             workers=self.options.workers,
             title=title,
         )
 
-    def _key(self) -> dict:
+    def key(self) -> dict:
         """What decides the features of an image."""
         options = {name: getattr(self.options, name) for name in ("layers", "precision")}
         return {"weights": self.weights, "size": self.image_size, "device": self.device.type, **options}
@@ -189,6 +206,14 @@ class Subject:
         """Patch features [B, N, D] of the last block."""
         with evaluation_mode(self.encoder):
             return self._autocast(self.encoder, images)
+
+    @torch.no_grad()
+    def outputs(self, images: Tensor) -> list[Tensor]:
+        """Patch features [B, N, D] of the last four blocks, or of the last one of an encoder with fewer."""
+        with evaluation_mode(self.encoder):
+            if len(self.encoder.blocks) < 4:
+                return [self._autocast(self.encoder, images)]
+            return self._autocast(partial(self.encoder.intermediate_layers, n=4), images)
 
     def _autocast(self, function: Callable, images: Tensor):
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.precision == "bf16"):

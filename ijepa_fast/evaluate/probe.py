@@ -54,12 +54,63 @@ class ProbeResult:
     grid: list[ProbeSetting]
 
 
-@torch.no_grad()
+@dataclass(frozen=True)
+class FittedProbe:
+    """A linear classifier of features [n, D].
+
+    Attributes:
+        setting: the one it was trained with, with its accuracy on the held-out images.
+        train_accuracy: on all training images.
+        grid: all settings that were tried.
+    """
+
+    heads: _Heads
+    classes: Tensor
+    setting: ProbeSetting
+    train_accuracy: float
+    grid: list[ProbeSetting]
+
+    @torch.no_grad()
+    def predict(self, features: Tensor) -> Tensor:
+        """Labels int64 [n], on the device of the features that it was fitted on."""
+        features = features.to(self.classes.device).float()
+        return self.classes[((features - self.heads.mean) @ self.heads.weight + self.heads.bias).argmax(1)]
+
+    def accuracy(self, features: Tensor, labels: Tensor) -> float:
+        """Share of the images that it gets right; a label that no training image has is an error."""
+        return float((self.predict(features) == labels.to(self.classes.device)).double().mean())
+
+
 def linear_probe(
+    train_features: Tensor, train_labels: Tensor, test_features: Tensor, test_labels: Tensor, **options
+) -> ProbeResult:
+    """Test accuracy of a linear softmax classifier, see ``fit_linear_probe``, whose ``options`` these are.
+
+    The test images are scored once, at the very end, and have no other use. Images with label -1 are left out.
+
+    Raises:
+        ValueError: as ``fit_linear_probe``.
+    """
+    features, labels = labelled(test_features, test_labels, "test")
+    if train_features.dim() == 2 and train_features.shape[1] != features.shape[1]:
+        raise ValueError(
+            f"training features have {train_features.shape[1]} dimensions, test features {features.shape[1]}"
+        )
+    probe = fit_linear_probe(train_features, train_labels, **options)
+    return ProbeResult(
+        accuracy=probe.accuracy(features, labels),
+        learning_rate=probe.setting.learning_rate,
+        weight_decay=probe.setting.weight_decay,
+        validation_accuracy=probe.setting.validation_accuracy,
+        train_accuracy=probe.train_accuracy,
+        grid=probe.grid,
+    )
+
+
+@torch.no_grad()
+def fit_linear_probe(
     train_features: Tensor,
     train_labels: Tensor,
-    test_features: Tensor,
-    test_labels: Tensor,
     *,
     learning_rates: Sequence[float] = LEARNING_RATES,
     weight_decays: Sequence[float] = WEIGHT_DECAYS,
@@ -67,12 +118,12 @@ def linear_probe(
     batch_size: int = 256,
     validation_share: float = 0.2,
     seed: int = 0,
-) -> ProbeResult:
-    """Test accuracy of a linear softmax classifier.
+) -> FittedProbe:
+    """A linear softmax classifier.
 
     All pairs of learning rate and weight decay are trained in one pass on a part of the training images; the pair
     that is best on the rest (stratified by class; on a tie, the one with the lower cross-entropy) is trained again on
-    all of them and then, once, scored on the test images. These have no other use.
+    all of them.
 
     Features are standardised with the mean and std of the images that the classifier is trained on, and rotated to
     their principal axes, along which SGD takes steps in proportion to 1 / variance. So a learning rate means the same
@@ -84,9 +135,8 @@ def linear_probe(
     function of the data and ``seed``.
 
     Args:
-        train_features, test_features: [n, D].
-        train_labels, test_labels: int64 [n], any integers; images with label -1 are left out. A test label that no
-            training image has counts as an error.
+        train_features: [n, D].
+        train_labels: int64 [n], any integers; images with label -1 are left out.
         learning_rates: relative to the step of a quadratic model; cosine decay to 0.
         weight_decays: L2 penalties.
         epochs: passes over the training images, more if they give fewer than 200 steps.
@@ -105,9 +155,6 @@ def linear_probe(
     if not 0 < validation_share < 1:
         raise ValueError(f"validation_share must be between 0 and 1, got {validation_share}")
     features, labels = labelled(train_features, train_labels, "training")
-    test = labelled(test_features, test_labels, "test")  # checked here, read at the very end
-    if test[0].shape[1] != features.shape[1]:
-        raise ValueError(f"training features have {features.shape[1]} dimensions, test features {test[0].shape[1]}")
     classes, targets = labels.unique(return_inverse=True)
     held_out = stratified_split(targets, validation_share, seed)
     schedule = {"num_classes": len(classes), "epochs": epochs, "batch_size": batch_size, "seed": seed}
@@ -124,16 +171,8 @@ def linear_probe(
             f"choosing among {len(settings)} settings needs a class with at least two training images; "
             f"{len(labels)} images of {len(classes)} classes were given. Pass one learning rate and one weight decay"
         )
-    chosen = grid[best]
-    final = _train(features, targets, [chosen], **schedule)
-    return ProbeResult(
-        accuracy=_test_accuracy(final, classes, *test),
-        learning_rate=chosen.learning_rate,
-        weight_decay=chosen.weight_decay,
-        validation_accuracy=chosen.validation_accuracy,
-        train_accuracy=float(final.score(features, targets)[0]),
-        grid=grid,
-    )
+    final = _train(features, targets, [grid[best]], **schedule)
+    return FittedProbe(final, classes, grid[best], float(final.score(features, targets)[0]), grid)
 
 
 def best_linear_probe(
@@ -274,13 +313,6 @@ def _shuffled_batches(count: int, batches: int, seed: int, device: torch.device)
 def _words(count: int, seed: int, stream: Stream, step: int, device: torch.device) -> Tensor:
     """One random word for each of ``count`` images, int64 [count]."""
     return random_words(seed, stream, step, torch.arange(count, device=device), 0)[0]
-
-
-def _test_accuracy(heads: _Heads, classes: Tensor, features: Tensor, labels: Tensor) -> float:
-    labels = labels.to(classes.device)
-    targets = torch.searchsorted(classes, labels).clamp_max(len(classes) - 1)
-    targets = torch.where(classes[targets] == labels, targets, -1)
-    return float(heads.score(features.to(classes.device), targets)[0])
 
 
 def _settings(learning_rates: Sequence[float], weight_decays: Sequence[float]) -> list[ProbeSetting]:

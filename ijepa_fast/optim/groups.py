@@ -49,7 +49,7 @@ def parameter_groups(model: nn.Module, layer_decay: float = 1.0, *, norm_is_a_la
                     continue
                 key, scale = f"{part}-{'decay' if wanted else 'nodecay'}", 1.0
                 if part == "encoder" and layer_decay < 1:
-                    layer = _layer_of(name, depth)
+                    layer = layer_of(name, depth)
                     key, scale = f"{key}-{layer}", layer_decay ** max(depth + norm_is_a_layer - layer, 0)
                 group = groups.setdefault(key, {"params": [], "name": key, "decays": wanted, "lr_scale": scale})
                 group["params"].append(parameter)
@@ -59,7 +59,8 @@ def parameter_groups(model: nn.Module, layer_decay: float = 1.0, *, norm_is_a_la
     return sorted(groups.values(), key=lambda g: [g["name"].startswith(prefix) for prefix in order].index(True))
 
 
-def _layer_of(name: str, depth: int) -> int:
+def layer_of(name: str, depth: int) -> int:
+    """Layer of an encoder's parameter: 0 for the patch embedding, then the blocks, and depth + 1 for the final norm."""
     if match := re.match(r"blocks\.(\d+)\.", name):
         return int(match[1]) + 1
     return 0 if name.startswith("patch_embed.") else depth + 1

@@ -10,6 +10,7 @@ from html import escape
 from statistics import median
 
 from ijepa_fast.config import RunConfig, flatten
+from ijepa_fast.downstream.results import COLUMNS
 from ijepa_fast.report.charts import chart, compact
 from ijepa_fast.report.findings import figures
 from ijepa_fast.report.pictures import Picture
@@ -63,7 +64,7 @@ def page(
     """
     name = run.folder.resolve().name
     sections = [
-        ("results", "Results", _results(run, classes)),
+        ("results", "Results", _results(run, classes) + _evaluation(run)),
         ("curves", "Curves", _curves(run)),
         ("pictures", "Pictures", "".join(map(_picture, pictures))),
         ("configuration", "Configuration", _configuration(run)),
@@ -148,6 +149,17 @@ def _tiles(run: RunRecord) -> str:
         for name, value, note in tiles
     )
     return f'<dl class="tiles">{items}</dl>'
+
+
+def _evaluation(run: RunRecord) -> str:
+    """The figures of ``ijepa-fast evaluate``, where there are some."""
+    if not run.evaluation:
+        return ""
+    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in COLUMNS)
+    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in run.evaluation)
+    return f"""<div class="wide" role="region" aria-label="Evaluation" tabindex="0"><table class="figures">
+<caption>Tasks on frozen features, by <code>ijepa-fast evaluate</code>.</caption>
+<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"""
 
 
 def _results(run: RunRecord, classes: int | None) -> str:

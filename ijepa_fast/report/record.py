@@ -10,6 +10,7 @@ from pathlib import Path
 
 import yaml
 
+from ijepa_fast.downstream.results import cells
 from ijepa_fast.run import checkpoint as checkpoints
 
 
@@ -25,6 +26,7 @@ class RunRecord:
         summary: what a finished run wrote, else None.
         checkpoint_step: steps done at the newest checkpoint, None without one.
         environment: name -> version, of the last start; empty if it was not recorded.
+        evaluation: rows of ``downstream.results.COLUMNS``, of ``ijepa-fast evaluate``.
         problems: files and lines that could not be read, in words.
     """
 
@@ -35,6 +37,7 @@ class RunRecord:
     summary: dict | None = None
     checkpoint_step: int | None = None
     environment: dict = field(default_factory=dict)
+    evaluation: list[tuple[str, ...]] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
 
     @property
@@ -86,8 +89,17 @@ def read_record(folder: Path) -> RunRecord:
         summary=_mapping(folder / "summary.json", json.loads, problems),
         checkpoint_step=steps[-1] if steps else None,
         environment=_mapping(folder / "environment.json", json.loads, problems) or {},
+        evaluation=_evaluation(folder / "evaluation" / "evaluation.json", problems),
         problems=problems,
     )
+
+
+def _evaluation(path: Path, problems: list[str]) -> list[tuple[str, ...]]:
+    try:
+        return cells({"tasks": {}} | (_mapping(path, json.loads, problems) or {}))
+    except (KeyError, TypeError, AttributeError, ValueError):
+        problems.append(f"{path.name} is not what ijepa-fast evaluate writes")
+        return []
 
 
 def number(value: object) -> float | None:

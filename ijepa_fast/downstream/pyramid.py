@@ -1,0 +1,101 @@
+"""A pyramid of feature maps from a plain ViT, as a backbone of torchvision's detectors.
+
+ViTDet's simple feature pyramid (arXiv 2203.16527, section 3): all scales come from the last block. Attention is global
+at all resolutions; ViTDet's windows, which save time at 1,024 px, are left out.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ijepa_fast.model.vit import VisionTransformer
+
+
+class ChannelNorm(nn.LayerNorm):
+    """Layer norm over the channels of [B, C, H, W]."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class SimpleFeaturePyramid(nn.Module):
+    """Maps "0" to "3" at 4, 2, 1 and 1/2 times the patch grid, and "pool" at 1/4.
+
+    Args:
+        encoder: trained along, or frozen by ``encoder.requires_grad_(False)``.
+        out_channels: of all maps.
+
+    Attributes:
+        strides: pixels from one place of each map to the next.
+        out_channels: what torchvision asks a backbone for.
+
+    Raises:
+        ValueError: patches are too small to be cut into four.
+    """
+
+    def __init__(self, encoder: VisionTransformer, out_channels: int = 256):
+        super().__init__()
+        width, patch = encoder.embed_dim, encoder.patch_size
+        if patch % 2 or patch < 4:
+            raise ValueError(f"a feature pyramid needs an even patch size of at least 4 px, got {patch}")
+        self.encoder, self.out_channels = encoder, out_channels
+        self.strides = [max(1, patch // 4), patch // 2, patch, 2 * patch, 4 * patch]
+        half, quarter = width // 2, width // 4
+
+        def up(before: int, after: int) -> nn.ConvTranspose2d:
+            return nn.ConvTranspose2d(before, after, 2, stride=2)
+
+        scales = [
+            (nn.Sequential(up(width, half), ChannelNorm(half), nn.GELU(), up(half, quarter)), quarter),
+            (up(width, half), half),
+            (nn.Identity(), width),
+            (nn.MaxPool2d(2), width),
+        ]
+        self.scales = nn.ModuleList(
+            nn.Sequential(
+                scale,
+                nn.Conv2d(channels, out_channels, 1, bias=False),
+                ChannelNorm(out_channels),
+                nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False),
+                ChannelNorm(out_channels),
+            )
+            for scale, channels in scales
+        )
+
+    def forward(self, images: Tensor) -> OrderedDict[str, Tensor]:
+        """Normalised images [B, C, h, w], whose sides are multiples of twice the patch size -> maps by name."""
+        grid = self.encoder.grid_of(*images.shape[2:])
+        x = self.encoder(images).unflatten(1, grid).permute(0, 3, 1, 2)
+        maps = OrderedDict((str(place), scale(x)) for place, scale in enumerate(self.scales))
+        maps["pool"] = F.max_pool2d(maps["3"], 1, 2)
+        return maps
+
+
+def mask_rcnn(encoder: VisionTransformer, classes: int, size: int, longest: int | None = None, **options) -> nn.Module:
+    """torchvision's ``MaskRCNN`` on the pyramid of an encoder.
+
+    Args:
+        classes: with the background, which is class 0.
+        size: images are resized until their shorter side has so many pixels, or the longer one ``longest``.
+        longest: 4/3 of ``size`` by default.
+        options: of ``MaskRCNN``.
+    """
+    from torchvision.models.detection import MaskRCNN
+    from torchvision.models.detection.rpn import AnchorGenerator
+
+    backbone = SimpleFeaturePyramid(encoder, options.pop("out_channels", 256))
+    anchors = AnchorGenerator(tuple((8 * stride,) for stride in backbone.strides), ((0.5, 1.0, 2.0),) * 5)
+    return MaskRCNN(
+        backbone,
+        classes,
+        min_size=size,
+        max_size=longest or size * 4 // 3,
+        image_mean=encoder.patch_embed.mean,
+        image_std=encoder.patch_embed.std,
+        rpn_anchor_generator=anchors,
+        size_divisible=4 * encoder.patch_size,
+        **options,
+    )
