@@ -16,7 +16,7 @@ from ijepa_fast.downstream import dense_data, heads, store
 from ijepa_fast.downstream.command import evaluate
 from ijepa_fast.downstream.dense import confusion, depth_sums, scores
 from ijepa_fast.downstream.dense_data import DenseLoader, Pairs, open_depth, open_masks
-from ijepa_fast.downstream.encoders import Loaded, load_any, untrained
+from ijepa_fast.downstream.encoders import Loaded, load_any
 from ijepa_fast.downstream.finetune import Classifier, layer_groups
 from ijepa_fast.downstream.heads import Lars
 from ijepa_fast.downstream.pyramid import SimpleFeaturePyramid
@@ -193,14 +193,15 @@ def test_bad_masks_are_an_error_before_features_are_taken(loaded, tmp_path, monk
 
 
 def test_finetuning_learns_continues_and_gives_an_encoder(classes, loaded, tmp_path, monkeypatch, capsys):
-    weights, out = tmp_path / "new.safetensors", tmp_path / "out"
-    save_encoder(weights, untrained(loaded.encoder))
+    weights, out = tmp_path / "trained.safetensors", tmp_path / "out"
+    save_encoder(weights, loaded.encoder)
     flags = ["--data", str(classes), "--device", "cpu", "--workers", "0", "--epochs", "6", "--batch_size", "32"]
-    flags += ["--lr", "1e-2", "--warmup_epochs", "1"]
+    flags += ["--lr", "2e-2", "--warmup_epochs", "1", "--shots", "30"]
     command = ["finetune", str(weights), *flags, "--out"]
     assert cli.main([*command, str(out)]) == 0
     report = json.loads((out / "finetune.json").read_text())
-    assert report["losses"][-1] < 0.97 * report["losses"][0] and report["chance"] == 0.25
+    assert report["losses"][-1] < 0.9 * report["losses"][0]
+    assert report["accuracy"] > 0.4 and report["chance"] == 0.25 and report["training images"] == 120
     assert len(report["losses"]) == 6 and f"{report['accuracy']:.1%}" in capsys.readouterr().out
     tuned = load_any(out / "encoder.safetensors")
     assert tuned.about["encoder"] == "fine-tuned"

@@ -18,7 +18,7 @@ from ijepa_fast.evaluate import (
     pixel_features,
     pool_features,
 )
-from ijepa_fast.evaluate.probe import ProbeSetting, _train, stratified_split
+from ijepa_fast.evaluate.probe import ProbeSetting, _train, fit_linear_probe, stratified_split
 from ijepa_fast.model.vit import VisionTransformer
 
 
@@ -174,7 +174,8 @@ class TestProbe:
         x, y = blobs(240, 5, 3, 2.0, seed=1)
         x = x * torch.tensor([1, 10, 0.1, 1, 3.0]) + 5
         decay = 0.05
-        heads = _train(x, y, [ProbeSetting(1.0, decay, 0.0)], num_classes=3, epochs=1500, batch_size=240, seed=0)
+        setting = [ProbeSetting(1.0, decay, 0.0)]
+        heads = _train(x, y, torch.arange(240), setting, num_classes=3, epochs=1500, batch_size=240, seed=0)
         z = ((x.double() - x.double().mean(0)) / x.double().std(0, correction=0)).float()
         weight, bias = torch.zeros(5, 3, requires_grad=True), torch.zeros(3, requires_grad=True)
         optimizer = torch.optim.LBFGS([weight, bias], max_iter=200, line_search_fn="strong_wolfe")
@@ -197,6 +198,16 @@ class TestProbe:
         moved = linear_probe(train * scale + 3, labels, test * scale + 3, answers)
         assert moved.accuracy == pytest.approx(plain.accuracy, abs=0.011)
         assert 0.4 < plain.accuracy < 0.99
+
+    def test_features_taken_in_parts_give_the_same_classifier(self, monkeypatch):
+        train, labels = blobs(300, 10, 4, 2.0, seed=1)
+        test, answers = blobs(200, 10, 4, 2.0, seed=2)
+        whole = fit_linear_probe(train, labels)
+        monkeypatch.setattr("ijepa_fast.evaluate.probe._VALUES_AT_ONCE", 700)
+        parts = fit_linear_probe(train, labels)
+        torch.testing.assert_close(parts.heads.weight.abs(), whole.heads.weight.abs(), atol=1e-3, rtol=1e-3)
+        assert parts.accuracy(test, answers) == pytest.approx(whole.accuracy(test, answers), abs=0.005)
+        assert torch.equal(whole.predict(test), whole.predict(test.double()))
 
     def test_test_images_do_not_touch_the_choice(self):
         train, labels = blobs(200, 12, 4, 3.0, seed=1)

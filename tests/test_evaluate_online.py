@@ -52,6 +52,9 @@ class TestKNN:
         whole = knn_predict(bank, labels, queries)
         monkeypatch.setattr("ijepa_fast.evaluate.knn._SIMILARITIES_AT_ONCE", 700)
         assert knn_predict(bank, labels, queries).tolist() == whole.tolist()
+        # Nor that of the parts of the bank, at least k entries each.
+        monkeypatch.setattr("ijepa_fast.evaluate.knn._BANK_AT_ONCE", 1)
+        assert knn_predict(bank, labels, queries).tolist() == whole.tolist()
 
     def test_accuracy_counts_and_leaves_out_what_has_no_label(self):
         bank, labels = blobs(100, 16, 5, 0.1, seed=1)

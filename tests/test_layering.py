@@ -39,10 +39,10 @@ STANDS_ON = {
     "jepa_model": "weights evaluate",
     "interop": "jepa_model",
     "report": "downstream",
-    "downstream": "plots interop",
+    "downstream": "plots jepa_model",
     "bench": "run",
     "doctor": "attention masks run",
-    "cli": "train report doctor bench",
+    "cli": "train report interop doctor bench",
     "__main__": "cli",
     "__init__": "",  # names its modules as strings and imports them on first use
 }

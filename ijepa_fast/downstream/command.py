@@ -56,10 +56,14 @@ def evaluate(
     chosen = named_tasks(tasks)
     kind = next(iter(chosen.values())).data
     options.check(loaded.encoder)
-    if data is None:
+    if data is None and kind == "classes":
         data, evaluation_data = loaded.data, evaluation_data or loaded.evaluation_data
     if data is None:
         raise ValueError("no images are given: --data PATH")
+    if kind != "classes" and evaluation_data:
+        raise ValueError(
+            f"test images with {kind} lie beside the training images; --test {evaluation_data} is not read"
+        )
     images = open_data(kind, data, evaluation_data, options)
     out = loaded.results if out is None else Path(out)
     out.mkdir(parents=True, exist_ok=True)

@@ -106,7 +106,6 @@ def depth_sums(predicted: Tensor, target: Tensor) -> Tensor:
 
 
 def _fit(subject: Subject, task: str, outputs: int, loss) -> DenseHead:
-    torch.manual_seed(subject.options.seed)
     head = DenseHead(subject.encoder.embed_dim, outputs).to(subject.device)
     batch = min(BATCH, len(subject.data.train))
     loader = _loader(subject, "train")

@@ -40,7 +40,10 @@ class Task(NamedTuple):
 
     def run(self, subject: Subject) -> dict:
         module, _, name = self.function.partition(".")
-        return getattr(importlib.import_module(f"ijepa_fast.downstream.{module}"), name)(subject)
+        function = getattr(importlib.import_module(f"ijepa_fast.downstream.{module}"), name)
+        with torch.random.fork_rng(devices=[]):  # heads begin with the same weights whatever was run before
+            torch.manual_seed(subject.options.seed)
+            return function(subject)
 
 
 TASKS = {

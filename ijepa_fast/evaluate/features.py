@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 Layers = Literal["last", "last4"]
 UNLABELLED = -1
+_ROWS_AT_ONCE = 1 << 16
 
 
 def pool_features(outputs: Tensor | Sequence[Tensor]) -> Tensor:
@@ -142,10 +143,13 @@ def labelled(features: Tensor, labels: Tensor, name: str) -> tuple[Tensor, Tenso
         )
     labels = labels.to(features.device, torch.int64)
     kept = labels != UNLABELLED
-    features, labels = features.detach()[kept].float(), labels[kept]
-    if not len(labels):
+    if not kept.any():
         raise ValueError(f"{name} data has no labelled image")
-    broken = int((~features.isfinite().all(1)).sum())
+    # Features may be a file larger than memory: they are copied only where rows are left out.
+    features = features.detach().float()
+    if not kept.all():
+        features, labels = features[kept], labels[kept]
+    broken = sum(int((~part.isfinite().all(1)).sum()) for part in features.split(_ROWS_AT_ONCE))
     if broken:
         raise ValueError(f"{name} features of {broken} of {len(labels)} images are not finite")
     return features, labels

@@ -13,6 +13,7 @@ from ijepa_fast.evaluate.features import UNLABELLED, labelled
 from ijepa_fast.evaluate.ring_buffer import RingBuffer
 
 _SIMILARITIES_AT_ONCE = 1 << 25
+_BANK_AT_ONCE = 1 << 26
 MAX_BANK = 50_000
 
 
@@ -50,16 +51,25 @@ def knn_predict(
     if not len(bank):
         raise ValueError("the bank of neighbours is empty")
     k = min(k, len(bank))
-    bank_Dn = F.normalize(bank.float(), dim=1).T
-    chunk = max(1, min(1024, _SIMILARITIES_AT_ONCE // len(bank)))
+    part = max(k, _BANK_AT_ONCE // bank.shape[1])
+    chunk = max(1, min(1024, _SIMILARITIES_AT_ONCE // min(part, len(bank))))
     predictions = []
     for start in range(0, len(queries), chunk):
         rows = slice(start, start + chunk)
-        similarity_Qn = F.normalize(queries[rows].to(bank.device).float(), dim=1) @ bank_Dn
-        if query_ids is not None and bank_ids is not None:
-            ids_Q1 = query_ids[rows, None]
-            similarity_Qn.masked_fill_((ids_Q1 == bank_ids) & (ids_Q1 >= 0), float("-inf"))
-        nearest_Qk, neighbours_Qk = similarity_Qn.topk(k, dim=1)
+        queries_QD = F.normalize(queries[rows].to(bank.device).float(), dim=1)
+        best: list[tuple[Tensor, Tensor]] = []
+        # A bank may be a file that is larger than memory: no more than a part of it is there at once.
+        for first in range(0, len(bank), part):
+            similarity_Qn = queries_QD @ F.normalize(bank[first : first + part].float(), dim=1).T
+            if query_ids is not None and bank_ids is not None:
+                ids_Q1, ids_n = query_ids[rows, None], bank_ids[first : first + part]
+                similarity_Qn.masked_fill_((ids_Q1 == ids_n) & (ids_Q1 >= 0), float("-inf"))
+            nearest_Qk, places_Qk = similarity_Qn.topk(min(k, similarity_Qn.shape[1]), dim=1)
+            best.append((nearest_Qk, places_Qk + first))
+        nearest_Qk, neighbours_Qk = (torch.cat(found, dim=1) for found in zip(*best, strict=True))
+        if len(best) > 1:
+            nearest_Qk, places_Qk = nearest_Qk.topk(k, dim=1)
+            neighbours_Qk = neighbours_Qk.gather(1, places_Qk)
         labels_Qk = bank_labels[neighbours_Qk]
         # Relative to similarity 1, which changes no vote and cannot overflow.
         weights_Qk = ((nearest_Qk - 1) / temperature).exp()

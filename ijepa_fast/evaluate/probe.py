@@ -23,6 +23,8 @@ _MIN_STEPS = 200
 _DAMPING = 1e-3
 _SMALLEST_VARIANCE = 1e-6
 _LOGITS_AT_ONCE = 1 << 25
+_VALUES_AT_ONCE = 1 << 27
+"""Values of features that are copied at once, half a GiB in fp32."""
 
 
 @dataclass(frozen=True)
@@ -131,8 +133,8 @@ def fit_linear_probe(
     features of an untrained encoder have nearly all their variance in a few directions, and would look worse than they
     are. Weight decay is an L2 penalty on the weights of the standardised features, ``weight_decay / 2 * |w|^2``.
 
-    Everything is computed on the device of the features, which needs room for three copies of them. Results are a
-    function of the data and ``seed``.
+    Everything is computed on the device of the features, with copies of at most half a GiB of them at once: they may be
+    a memory-mapped file. Results are a function of the data and ``seed``.
 
     Args:
         train_features: [n, D].
@@ -160,8 +162,8 @@ def fit_linear_probe(
     schedule = {"num_classes": len(classes), "epochs": epochs, "batch_size": batch_size, "seed": seed}
 
     if held_out.any():
-        heads = _train(features[~held_out], targets[~held_out], settings, **schedule)
-        accuracy, loss = heads.score(features[held_out], targets[held_out])
+        heads = _train(features, targets, (~held_out).nonzero().flatten(), settings, **schedule)
+        accuracy, loss = heads.score(features, targets, held_out.nonzero().flatten())
         grid = [replace(s, validation_accuracy=a) for s, a in zip(settings, accuracy.tolist(), strict=True)]
         best = max(range(len(grid)), key=lambda i: (grid[i].validation_accuracy, -loss[i].item()))
     elif len(settings) == 1:
@@ -171,8 +173,9 @@ def fit_linear_probe(
             f"choosing among {len(settings)} settings needs a class with at least two training images; "
             f"{len(labels)} images of {len(classes)} classes were given. Pass one learning rate and one weight decay"
         )
-    final = _train(features, targets, [grid[best]], **schedule)
-    return FittedProbe(final, classes, grid[best], float(final.score(features, targets)[0]), grid)
+    everything = torch.arange(len(targets), device=targets.device)
+    final = _train(features, targets, everything, [grid[best]], **schedule)
+    return FittedProbe(final, classes, grid[best], float(final.score(features, targets, everything)[0]), grid)
 
 
 def best_linear_probe(
@@ -219,22 +222,22 @@ class _Heads:
     bias: Tensor  # [S * C]
     num_settings: int
 
-    def score(self, features: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Accuracy and mean cross-entropy of every setting, fp64 [S]; targets -1 are counted as errors."""
+    def score(self, features: Tensor, targets: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Accuracy and mean cross-entropy of every setting on some rows, fp64 [S]."""
         correct = torch.zeros(self.num_settings, dtype=torch.float64, device=features.device)
         loss = torch.zeros_like(correct)
-        rows = max(1, _LOGITS_AT_ONCE // len(self.bias))
-        for x, y in zip(features.split(rows), targets.split(rows), strict=True):
+        for part in rows.split(max(1, _LOGITS_AT_ONCE // len(self.bias))):
+            x, y = features[part], targets[part]
             logits_BSC = ((x - self.mean) @ self.weight + self.bias).unflatten(1, (self.num_settings, -1))
             correct += (logits_BSC.argmax(2) == y[:, None]).sum(0)
-            picked = y.clamp_min(0)[:, None, None].expand(-1, self.num_settings, 1)
-            loss -= logits_BSC.log_softmax(2).gather(2, picked).sum((0, 2))
-        return correct / len(features), loss / len(features)
+            loss -= logits_BSC.log_softmax(2).gather(2, y[:, None, None].expand(-1, self.num_settings, 1)).sum((0, 2))
+        return correct / len(rows), loss / len(rows)
 
 
 def _train(
     features: Tensor,
     targets: Tensor,
+    rows: Tensor,
     settings: Sequence[ProbeSetting],
     *,
     num_classes: int,
@@ -242,15 +245,18 @@ def _train(
     batch_size: int,
     seed: int,
 ) -> _Heads:
-    """Momentum SGD on mean cross-entropy from zero weights, every setting on the same batches.
+    """Momentum SGD on mean cross-entropy of some rows from zero weights, every setting on the same batches.
 
     The weights of all settings lie side by side, so that logits and gradients are one matrix product each.
     """
     device, num_settings = features.device, len(settings)
-    mean, axes_DR, variance_R = _principal_axes(features)
-    z_nR = (features - mean) @ axes_DR
+    mean, axes_DR, variance_R = _principal_axes(features, rows)
     directions = len(variance_R)
-    batches = math.ceil(len(z_nR) / batch_size)
+    batches = math.ceil(len(rows) / batch_size)
+    # Rotated once where there is room for a copy of the features, else batch by batch.
+    fits = len(rows) * directions <= _VALUES_AT_ONCE
+    z_nR = (features[rows] - mean) @ axes_DR if fits else None
+    targets = targets[rows]
     steps = max(epochs * batches, _MIN_STEPS)
 
     def per_setting(values: list[float]) -> Tensor:
@@ -258,17 +264,17 @@ def _train(
 
     decay = per_setting([s.weight_decay for s in settings])
     # A batch of b rows shows its covariance with an error of relative size R / b.
-    rate = per_setting([s.learning_rate for s in settings]) / (1 + directions * batches / len(z_nR))
+    rate = per_setting([s.learning_rate for s in settings]) / (1 + directions * batches / len(rows))
     rate_R = rate / (variance_R + _DAMPING * variance_R.mean())[:, None]
     weight = torch.zeros(directions, num_settings * num_classes, device=device)
     bias = weight.new_zeros(num_settings * num_classes)
     weight_momentum, bias_momentum = torch.zeros_like(weight), torch.zeros_like(bias)
     class_C = torch.arange(num_classes, device=device)
-    for step, rows in zip(range(steps), _shuffled_batches(len(z_nR), batches, seed, device), strict=False):
-        z_BR = z_nR[rows]
+    for step, picked in zip(range(steps), _shuffled_batches(len(rows), batches, seed, device), strict=False):
+        z_BR = z_nR[picked] if fits else (features[rows[picked]] - mean) @ axes_DR
         wrong_BSC = torch.addmm(bias, z_BR, weight).unflatten(1, (num_settings, num_classes)).softmax(2)
-        wrong_BSC -= (targets[rows, None] == class_C)[:, None].float()
-        wrong = wrong_BSC.flatten(1) / len(rows)
+        wrong_BSC -= (targets[picked, None] == class_C)[:, None].float()
+        wrong = wrong_BSC.flatten(1) / len(picked)
         weight_momentum.lerp_(z_BR.T @ wrong, 1 - _MOMENTUM)
         bias_momentum.lerp_(wrong.sum(0), 1 - _MOMENTUM)
         anneal = 0.5 * (1 + math.cos(math.pi * step / steps))
@@ -278,25 +284,30 @@ def _train(
     return _Heads(mean, axes_DR @ weight, bias, num_settings)
 
 
-def _principal_axes(features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean [D], and of the standardised features the principal axes and their variances [R].
+def _principal_axes(features: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean [D] of some rows, and of the standardised features the principal axes and their variances [R].
 
     The axes [D, R] contain the division by the std: ``(x - mean) @ axes`` has uncorrelated columns. Constant features
     have no part in them, nor have directions with less variance than fp32 tells from rounding.
     """
-    count, dim = features.shape
-    mean = features.double().mean(0)
-    std = features.double().std(0, correction=0)
+    count, dim = len(rows), features.shape[1]
+    parts = rows.split(max(1, _VALUES_AT_ONCE // dim))
+    mean = sum(features[part].double().sum(0) for part in parts) / count
+    std = (sum((features[part].double() - mean).square_().sum(0) for part in parts) / count).sqrt()
     varies = std > _SMALLEST_VARIANCE * mean.abs()
     scale = torch.where(varies, 1 / std, 0).float()
     mean = mean.float()
-    x = (features - mean) * scale
     if count < dim:
+        x = (features[rows] - mean) * scale
         variance, left = torch.linalg.eigh(x @ x.T / count)
         kept = variance > _SMALLEST_VARIANCE * variance[-1]
         axes = x.T @ (left[:, kept] / (count * variance[kept]).sqrt())
     else:
-        variance, axes = torch.linalg.eigh(x.T @ x / count)
+        gram = 0
+        for part in parts:
+            x = (features[part] - mean) * scale
+            gram += x.T @ x
+        variance, axes = torch.linalg.eigh(gram / count)
         kept = variance > _SMALLEST_VARIANCE * variance[-1]
         axes = axes[:, kept]
     return mean, scale[:, None] * axes, variance[kept]
