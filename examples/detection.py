@@ -114,6 +114,7 @@ def main() -> None:
     parser.add_argument("--layer-decay", type=float, default=0.8)
     parser.add_argument("--size", type=int, default=1024, help="shorter side of the images in pixels")
     parser.add_argument("--channels", type=int, default=256, help="of the feature pyramid")
+    parser.add_argument("--rois", type=int, default=512, help="boxes of each image that the heads are trained on")
     parser.add_argument("--freeze", action="store_true", help="train pyramid and heads alone")
     parser.add_argument("--workers", type=int, default=4)
     parser.add_argument("--out", type=Path, help="file for the weights, written after every epoch and continued from")
@@ -126,7 +127,9 @@ def main() -> None:
         raise SystemExit(f"test boxes are of categories that no training image has: {sorted(strangers)}")
     encoder = load_any(arguments.weights).encoder.requires_grad_(not arguments.freeze)
     classes = 1 + len(train.categories)
-    model = mask_rcnn(encoder, classes, arguments.size, out_channels=arguments.channels).to(device)
+    model = mask_rcnn(
+        encoder, classes, arguments.size, out_channels=arguments.channels, box_batch_size_per_image=arguments.rois
+    ).to(device)
     optimizer = FusedAdamW(groups(model, arguments.layer_decay), lr=arguments.lr, max_grad_norm=1.0)
     batches = torch.utils.data.DataLoader(
         train, arguments.batch_size, shuffle=True, collate_fn=lambda rows: tuple(zip(*rows, strict=True)),

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -216,12 +217,15 @@ def test_bad_input_is_an_error_before_features_are_taken(scenes, weights, tmp_pa
         (["--data", str(scenes), "--tasks", ","], "no task is named"),
         (["--data", str(scenes), "--layers", "last4"], "layers last4 needs an encoder of 4 blocks, this one has 2"),
         (["--data", str(scenes), "--image_size", "30"], "cannot be cut into patches of 4 px"),
-        (["--data", str(scenes), "--tasks", "lowshot", "--shots", "1%,x"], "got 'x'"),
+        (["--data", str(scenes), "--shots", "1%,x"], "got 'x'"),
         ([], "no images are given"),
     ):
         assert cli.main(["evaluate", str(weights), *arguments, "--out", str(tmp_path / "out")]) in (1, 2)
         assert message in " ".join(capsys.readouterr().err.split()), arguments
     assert cli.main(["evaluate", str(tmp_path / "none"), "--data", str(scenes)]) == 1
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    assert cli.main(["evaluate", str(weights), "--data", str(scenes), "--tasks", "lowshot"]) == 1
+    assert "pip install -e '.[evaluate]'" in capsys.readouterr().err
     with pytest.raises(ValueError, match="no task"):
         named_tasks("")
 

@@ -1,6 +1,8 @@
 """Tasks that train heads, or the encoder, and those on pixels: against scenes with known answers and hand counts."""
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -206,9 +208,7 @@ def test_finetuning_learns_continues_and_gives_an_encoder(classes, loaded, tmp_p
     tuned = load_any(out / "encoder.safetensors")
     assert tuned.about["encoder"] == "fine-tuned"
 
-    from ijepa_fast.downstream import finetune
-
-    write, saved = finetune.write_whole, []
+    write, saved = heads.write_whole, []
 
     def stopping(*arguments):
         write(*arguments)
@@ -216,14 +216,25 @@ def test_finetuning_learns_continues_and_gives_an_encoder(classes, loaded, tmp_p
         if len(saved) == 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(finetune, "write_whole", stopping)
+    monkeypatch.setattr(heads, "write_whole", stopping)
     assert cli.main([*command, str(tmp_path / "stopped")]) == 130
     assert cli.main([*command, str(tmp_path / "stopped")]) == 0
     again = json.loads((tmp_path / "stopped" / "finetune.json").read_text())
     assert again["losses"] == report["losses"] and again["accuracy"] == report["accuracy"] and len(saved) == 6
-    assert cli.main([*command, str(out), "--seed", "1"]) == 1
-    assert "holds a fine-tuning with another seed" in capsys.readouterr().err
     assert cli.main([*command, str(tmp_path / "x"), "--warmup_epochs", "9"]) == 1
+
+
+@pytest.mark.slow
+def test_finetuning_on_two_ranks_is_that_on_one(classes, loaded, tmp_path):
+    save_encoder(tmp_path / "trained.safetensors", loaded.encoder)
+    flags = ["finetune", "trained.safetensors", "--data", str(classes), "--device", "cpu", "--workers", "0"]
+    flags += ["--epochs", "2", "--warmup_epochs", "1", "--batch_size", "32", "--out"]
+    for count in (1, 2):
+        start = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}", "-m", "ijepa_fast"]
+        subprocess.run([sys.executable, *start, *flags, str(count)], cwd=tmp_path, check=True, timeout=600)
+    one, two = (json.loads((tmp_path / name / "finetune.json").read_text()) for name in "12")
+    assert two["losses"] == pytest.approx(one["losses"], abs=2e-3)
+    assert two["accuracy"] == pytest.approx(one["accuracy"], abs=0.03)
 
 
 def test_learning_rates_fall_from_the_head_to_the_embedding(loaded):

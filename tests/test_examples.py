@@ -1,5 +1,6 @@
 """Every script of examples/ runs, at tiny size, and does what it says."""
 
+import importlib.util
 import re
 import runpy
 import sys
@@ -8,7 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 from image_files import smooth_image
+from rendered_scenes import trained_encoder, write_boxes
 from safetensors.torch import load_file
+
+from ijepa_fast.weights.encoder_file import save_encoder
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 
@@ -81,3 +85,19 @@ def test_no_script_is_left_out():
     scripts = {path.name for path in EXAMPLES.glob("*.py")} - {"images.py"}
     tested = set(re.findall(r'run\("([a-z_]+\.py)"', Path(__file__).read_text()))
     assert scripts == tested
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    any(importlib.util.find_spec(name) is None for name in ("torchvision", "faster_coco_eval")),
+    reason="torchvision or faster-coco-eval is not installed",
+)
+def test_detection_learns_boxes_and_continues(run, tmp_path):
+    write_boxes(tmp_path / "coco", 200, 60)
+    save_encoder(tmp_path / "encoder.safetensors", trained_encoder())
+    flags = ["encoder.safetensors", "--data", "coco", "--size", 32, "--channels", 32, "--batch-size", 8, "--lr", 2e-3]
+    flags += ["--rois", 32, "--freeze", "--workers", 0, "--epochs", 6, "--out", "detector.pt"]
+    printed = run("detection.py", *flags)
+    assert float(re.search(r"box AP50: ([\d.]+)", printed)[1]) > 0.5
+    again = run("detection.py", *flags)  # nothing is left to train
+    assert "epoch" not in again and again in printed

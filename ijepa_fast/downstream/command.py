@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import logging
 import time
@@ -56,6 +57,9 @@ def evaluate(
     chosen = named_tasks(tasks)
     kind = next(iter(chosen.values())).data
     options.check(loaded.encoder)
+    for task in chosen.values():
+        if task.needs:
+            importlib.import_module(task.needs)  # now, and not when there are features already
     if data is None and kind == "classes":
         data, evaluation_data = loaded.data, evaluation_data or loaded.evaluation_data
     if data is None:
@@ -73,7 +77,7 @@ def evaluate(
     encoders = {"trained": loaded.encoder} | ({"untrained": untrained(loaded.encoder)} if compare else {})
     for whose, encoder in encoders.items():
         of = weights if whose == "trained" else digest(encoder)
-        settings = asdict(options) | {"resize_ratio": loaded.resize_ratio}
+        settings = asdict(options) | {"resize_ratio": loaded.resize_ratio, "workers": None}  # of any number
         subject = Subject(encoder.to(where), of, images, out / "work", options, loaded.resize_ratio)
         for name, task in chosen.items():
             key = settings | {"data": [images.train.fingerprint, images.test.fingerprint]}

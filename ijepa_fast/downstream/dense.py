@@ -116,10 +116,12 @@ def _fit(subject: Subject, task: str, outputs: int, loss) -> DenseHead:
         targets = torch.stack(sample.targets).to(subject.device)
         return loss(F.interpolate(head(tokens, grid), targets.shape[1:], mode="bilinear", align_corners=False), targets)
 
-    optimizer = partial(torch.optim.AdamW, head.parameters(), lr=RATE, weight_decay=DECAY)
-    key = {"task": task, "images": subject.data.train.fingerprint, "outputs": outputs}
+    optimizer = torch.optim.AdamW(head.parameters(), lr=RATE, weight_decay=DECAY)
+    images, seed = subject.data.train.fingerprint, subject.options.seed
+    key = {"task": task, "images": images, "outputs": outputs, "epochs": epochs, "seed": seed, **subject.key()}
+    kept = subject.work(key).with_suffix(".pt")
     per_epoch = len(subject.data.train) // batch
-    train(subject, key, head, optimizer, cosine, epochs, per_epoch, partial(loader.crops, batch), of)
+    train(kept, head, optimizer, cosine, epochs, per_epoch, partial(loader.crops, batch), of, task)
     return head.requires_grad_(False)
 
 

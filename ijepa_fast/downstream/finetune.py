@@ -2,39 +2,32 @@
 
 from __future__ import annotations
 
-import logging
 import time
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
-from ijepa_fast.data import EvalLoader, TrainLoader
-from ijepa_fast.data.datasets import Sources
+from ijepa_fast.data import Batch, EvalLoader, TrainLoader
 from ijepa_fast.downstream.classify import chance, drawn, open_classes
 from ijepa_fast.downstream.encoders import Loaded, digest
-from ijepa_fast.downstream.heads import CROP_SCALE, FLIP
+from ijepa_fast.downstream.heads import CROP_SCALE, FLIP, cosine, train
 from ijepa_fast.downstream.store import BATCH, Part
-from ijepa_fast.downstream.tasks import Options
+from ijepa_fast.downstream.tasks import Options, keyed
 from ijepa_fast.evaluate.features import pool_features
 from ijepa_fast.model.vit import VisionTransformer
 from ijepa_fast.optim import FusedAdamW
 from ijepa_fast.optim.groups import decays, layer_of
-from ijepa_fast.optim.schedules import interpolate
-from ijepa_fast.ranks import Ranks, ranks
+from ijepa_fast.ranks import ranks
 from ijepa_fast.run.environment import describe
-from ijepa_fast.run.files import write_json, write_whole
+from ijepa_fast.run.files import write_json
 from ijepa_fast.weights.encoder_file import save_encoder
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -102,69 +95,31 @@ def finetune(
     """Fine-tune on one process or, under torchrun, on several; kept after every epoch, and continued after a stop.
 
     Returns:
-        What finetune.json holds: accuracy on the test images, loss of every epoch, the recipe. On other ranks than the
-        first the same. The encoder is written to encoder.safetensors, which ``evaluate`` reads.
+        What finetune.json holds, on every rank: accuracy on the test images, loss of every epoch, the recipe. The
+        encoder is written to encoder.safetensors, which ``evaluate`` reads.
 
     Raises:
-        ValueError: images or settings cannot be used; or the folder holds a fine-tuning with other ones.
+        ValueError: images or settings cannot be used.
     """
     options = Options(image_size=recipe.image_size, limit=recipe.limit)
     options.check(loaded.encoder)
     sources = open_classes(data, evaluation_data, options)
     rows = drawn(torch.from_numpy(sources.train.labels), recipe.shots, recipe.seed, 0).numpy()
-    sources = sources._replace(train=Part(sources.train, rows))
-    key = asdict(recipe) | {"weights": digest(loaded.encoder), "images": sources.train.fingerprint}
+    train_images = Part(sources.train, rows)
+    size = recipe.image_size or loaded.encoder.grid[0] * loaded.encoder.patch_size
+    key = asdict(recipe) | {"weights": digest(loaded.encoder), "images": train_images.fingerprint}
     with ranks(device) as me:
-        return _Run(loaded, sources, recipe, out, key, me).run()
-
-
-class _Run:
-    """One fine-tuning."""
-
-    def __init__(self, loaded: Loaded, sources: Sources, recipe: Finetuning, out: Path, key: dict, me: Ranks):
-        self.loaded, self.sources, self.recipe, self.out, self.key, self.me = loaded, sources, recipe, out, key, me
-        torch.manual_seed(recipe.seed)
-        classes = int(sources.train.labels.max()) + 1
-        self.model = Classifier(loaded.encoder, classes).to(me.device)
-        self.optimizer = FusedAdamW(layer_groups(self.model, recipe.layer_decay, recipe.weight_decay), lr=0.0)
-        self.size = recipe.image_size or loaded.encoder.grid[0] * loaded.encoder.patch_size
-        batch = min(recipe.batch_size, len(sources.train)) // me.world_size * me.world_size
+        batch = min(recipe.batch_size, len(train_images)) // me.world_size * me.world_size
         if not batch:
-            raise ValueError(f"{len(sources.train)} training images cannot be shared by {me.world_size} ranks")
-        self.batch, self.kept = batch, out / "finetune.pt"
-        self.done, self.losses = 0, []
-
-    def run(self) -> dict:
-        self._continue()
-        started = time.monotonic()
-        if self.me.world_size > 1:
-            gpus = [self.me.device] if self.me.device.type == "cuda" else None
-            model = DistributedDataParallel(self.model, device_ids=gpus)
-        else:
-            model = self.model
-        self._train(model)
-        accuracy = self._accuracy()
-        report = self.loaded.about | {
-            "accuracy": accuracy,
-            "chance": chance(self.sources.test),
-            "training images": len(self.sources.train),
-            "losses": self.losses,
-            "recipe": asdict(self.recipe),
-            "seconds": round(time.monotonic() - started, 1),
-            "environment": describe(),
-        }
-        if self.me.is_main:
-            write_json(self.out / "finetune.json", report)
-            save_encoder(self.out / "encoder.safetensors", self.model.encoder, {"encoder": "fine-tuned"})
-        self.me.barrier()
-        return report
-
-    def _train(self, model: nn.Module) -> None:
-        recipe, me = self.recipe, self.me
+            raise ValueError(f"{len(train_images)} training images cannot be shared by {me.world_size} ranks")
+        torch.manual_seed(recipe.seed)
+        model = wrapped = Classifier(loaded.encoder, int(train_images.labels.max()) + 1).to(me.device)
+        if me.world_size > 1:
+            wrapped = DistributedDataParallel(model, device_ids=[me.device] if me.device.type == "cuda" else None)
         loader = TrainLoader(
-            self.sources.train,
-            image_size=self.size,
-            global_batch=self.batch,
+            train_images,
+            image_size=size,
+            global_batch=batch,
             seed=recipe.seed,
             rank=me.rank,
             world_size=me.world_size,
@@ -172,71 +127,55 @@ class _Run:
             scale=CROP_SCALE,
             flip=FLIP,
         )
-        per_epoch = loader.steps_per_epoch
-        total, first = recipe.epochs * per_epoch, self.done * per_epoch
-        if first == total:
-            return
-        loader.start_at(first, total - first)
-        peak, warmup = recipe.lr * self.batch / 256, recipe.warmup_epochs * per_epoch
-        losses = torch.zeros((), device=me.device)
-        model.train()
-        with tqdm(
-            total=total, initial=first, desc="finetune", unit="step", disable=None if me.is_main else True
-        ) as bar:
-            for step, batch in enumerate(loader, start=first):
-                rising = interpolate("linear", 0.0, peak, (step + 1) / max(warmup, 1))
-                falling = interpolate("cosine", peak, 0.0, (step - warmup) / max(total - warmup, 1))
-                for group in self.optimizer.param_groups:
-                    group["lr"] = min(rising, falling)
-                labels = batch.labels.to(me.device, non_blocking=True)
-                logits = self._logits(model, batch.images)
-                loss = F.cross_entropy(logits, labels, label_smoothing=recipe.label_smoothing)
-                self.optimizer.zero_grad()
-                loss.backward()
-                self.optimizer.step()
-                losses += loss.detach()
-                bar.update()
-                if (step + 1) % per_epoch == 0:
-                    self.losses.append(round(float(losses) / per_epoch, 4))
-                    losses.zero_()
-                    self._keep((step + 1) // per_epoch)
 
-    def _logits(self, model: nn.Module, images: Tensor) -> Tensor:
-        device = self.me.device
-        with torch.autocast(device.type, torch.bfloat16, enabled=self.recipe.precision == "bf16"):
-            return model(images.to(device, non_blocking=True)).float()
+        def batches(done: int, total: int) -> Iterable[Batch]:
+            loader.start_at(done, total - done)
+            return loader
 
-    @torch.no_grad()
-    def _accuracy(self) -> float:
-        """On all labelled test images, of which every rank takes a share."""
-        test = self.sources.test
-        mine = Part(test, np.flatnonzero(test.labels >= 0)[self.me.rank :: self.me.world_size])
-        self.model.eval()
-        counts = torch.zeros(2, dtype=torch.float64, device=self.me.device)
-        ratio = self.loaded.resize_ratio
-        for batch in EvalLoader(mine, self.size, BATCH, self.recipe.workers, resize_ratio=ratio):
-            right = self._logits(self.model, batch.images).argmax(1).cpu() == batch.labels
-            counts += torch.tensor([right.sum(), len(right)], device=self.me.device)
-        if self.me.world_size > 1:
-            dist.all_reduce(counts)
-        return float(counts[0] / counts[1])
+        def logits(module: nn.Module, images: Tensor) -> Tensor:
+            with torch.autocast(me.device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
+                return module(images.to(me.device, non_blocking=True)).float()
 
-    def _keep(self, epochs: int) -> None:
-        if self.me.is_main:
-            state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "epochs": epochs}
-            self.out.mkdir(parents=True, exist_ok=True)
-            write_whole(self.kept, partial(torch.save, state | {"losses": self.losses, "key": self.key}))
+        def loss(some: Batch) -> Tensor:
+            labels = some.labels.to(me.device, non_blocking=True)
+            return F.cross_entropy(logits(wrapped, some.images), labels, label_smoothing=recipe.label_smoothing)
 
-    def _continue(self) -> None:
-        if not self.kept.exists():
-            return
-        state = torch.load(self.kept, map_location=self.me.device, weights_only=True)
-        if changed := [name for name, value in self.key.items() if state["key"].get(name) != value]:
-            raise ValueError(f"{self.out} holds a fine-tuning with another {', '.join(changed)}: give another --out")
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.done, self.losses = state["epochs"], state["losses"]
-        log.info("%d of %d epochs are done already", self.done, self.recipe.epochs)
+        rate = recipe.lr * batch / 256
+        optimizer = FusedAdamW(layer_groups(model, recipe.layer_decay, recipe.weight_decay), lr=rate)
+        warmup, per_epoch = recipe.warmup_epochs / recipe.epochs, loader.steps_per_epoch
+        first = 1 / (recipe.epochs * per_epoch)
+
+        def factor(progress: float) -> float:
+            if progress < warmup:
+                return (progress + first) / (warmup + first)
+            return cosine((progress - warmup) / (1 - warmup))
+
+        kept, started = keyed(out / "work", key).with_suffix(".pt"), time.monotonic()
+        losses = train(
+            kept, model, optimizer, factor, recipe.epochs, per_epoch, batches, loss, "finetune", main=me.is_main
+        )
+        test = Part(sources.test, np.flatnonzero(sources.test.labels >= 0)[me.rank :: me.world_size])
+        counts = torch.zeros(2, dtype=torch.float64, device=me.device)
+        with torch.no_grad():
+            for some in EvalLoader(test, size, BATCH, recipe.workers, resize_ratio=loaded.resize_ratio):
+                right = logits(model, some.images).argmax(1).cpu() == some.labels
+                counts += torch.tensor([right.sum(), len(right)], device=me.device)
+        if me.world_size > 1:
+            torch.distributed.all_reduce(counts)
+        report = loaded.about | {
+            "accuracy": float(counts[0] / counts[1]),
+            "chance": chance(sources.test),
+            "training images": len(train_images),
+            "losses": losses,
+            "recipe": asdict(recipe),
+            "seconds": round(time.monotonic() - started, 1),
+            "environment": describe(),
+        }
+        if me.is_main:
+            write_json(out / "finetune.json", report)
+            save_encoder(out / "encoder.safetensors", model.encoder, {"encoder": "fine-tuned"})
+        me.barrier()
+    return report
 
 
 def layer_groups(model: Classifier, layer_decay: float, weight_decay: float) -> list[dict]:

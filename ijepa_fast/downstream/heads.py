@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -141,7 +142,8 @@ def fit(
 
     Args:
         heads: modules on lists of [B, N, D], the outputs of the last blocks, by name.
-        optimizer, factor, epochs: as in ``train``.
+        optimizer: makes the optimizer, once the heads are on the device.
+        factor, epochs: as in ``train``.
         batch: images of a step.
     """
     device, seed = subject.device, subject.options.seed
@@ -167,8 +169,9 @@ def fit(
         labels = images.labels.to(device, non_blocking=True)
         return sum(F.cross_entropy(head(outputs), labels) for head in models)
 
-    key = {"task": name, "images": part.fingerprint, "batch": batch}
-    train(subject, key, models, optimizer, factor, epochs, loader.steps_per_epoch, batches, loss)
+    key = {"task": name, "images": part.fingerprint, "batch": batch, "epochs": epochs, "seed": seed, **subject.key()}
+    kept = subject.work(key).with_suffix(".pt")
+    train(kept, models, optimizer(), factor, epochs, loader.steps_per_epoch, batches, loss, name)
     chosen = score(subject, models, held_out)
     best = int(np.argmax(chosen))
     return accuracies(subject, {"accuracy": score(subject, models, subject.data.test)[best]}) | {
@@ -180,49 +183,63 @@ def fit(
 
 
 def train(
-    subject: Subject,
-    key: dict,
+    kept: Path,
     models: nn.Module,
-    optimizer: Callable[[], torch.optim.Optimizer],
+    optimizer: torch.optim.Optimizer,
     factor: Callable[[float], float],
     epochs: int,
     per_epoch: int,
     batches: Callable[[int, int], Iterable],
     loss: Callable[[Any], Tensor],
-) -> None:
-    """Train heads, keep what is done after every epoch, and continue from that after a stop.
+    title: str,
+    main: bool = True,
+) -> list[float]:
+    """Train, keep what is done after every epoch, and continue from that after a stop.
 
     Args:
-        key: whatever decides the outcome beside encoder, epochs and seed.
-        models: the heads, on the subject's device.
-        optimizer: makes the optimizer; its groups have the full learning rates.
+        kept: file for what is done, of these settings alone.
+        models: what the file holds, on its device.
+        optimizer: its groups have the full learning rates.
         factor: of the learning rates, by the share of the steps that are done.
         batches: (steps done, steps in all) -> the batches of the steps that remain.
         loss: of one batch.
+        title: for the progress bar.
+        main: whether this process writes the file and shows the bar.
+
+    Returns:
+        Mean loss of every epoch.
     """
-    key = key | {"epochs": epochs, "seed": subject.options.seed, **subject.key()}
-    kept, total, done = subject.work(key).with_suffix(".pt"), epochs * per_epoch, 0
-    optimizer = optimizer()
-    rates = [group["lr"] for group in optimizer.param_groups]
+    device, total, done = next(models.parameters()).device, epochs * per_epoch, 0
+    rates, losses = [group["lr"] for group in optimizer.param_groups], []
     if kept.exists():
-        state = torch.load(kept, map_location=subject.device, weights_only=True)
-        models.load_state_dict(state["heads"])
+        state = torch.load(kept, map_location=device, weights_only=True)
+        models.load_state_dict(state["models"])
         optimizer.load_state_dict(state["optimizer"])
-        done = state["steps"]
+        done, losses = state["steps"], state["losses"]
     models.train()
-    with tqdm(total=total, initial=done, desc=key["task"], unit="step", disable=None) as bar:
+    sums = torch.zeros((), device=device)
+    with tqdm(total=total, initial=done, desc=title, unit="step", disable=None if main else True) as bar:
         for step, batch in enumerate(batches(done, total) if done < total else (), start=done):
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * factor(step / total)
             optimizer.zero_grad()
-            loss(batch).backward()
+            now = loss(batch)
+            now.backward()
             optimizer.step()
+            sums += now.detach()
             bar.update()
             if (step + 1) % per_epoch == 0:
-                state = {"heads": models.state_dict(), "optimizer": optimizer.state_dict(), "steps": step + 1}
-                kept.parent.mkdir(parents=True, exist_ok=True)
-                write_whole(kept, partial(torch.save, state))
+                if torch.distributed.is_initialized():
+                    torch.distributed.all_reduce(sums)
+                    sums /= torch.distributed.get_world_size()
+                losses.append(round(float(sums) / per_epoch, 4))
+                sums.zero_()
+                state = {"models": models.state_dict(), "optimizer": optimizer.state_dict()}
+                if main:
+                    kept.parent.mkdir(parents=True, exist_ok=True)
+                    write_whole(kept, partial(torch.save, state | {"steps": step + 1, "losses": losses}))
     models.eval()
+    return losses
 
 
 def cosine(progress: float) -> float:

@@ -74,21 +74,25 @@ class SimpleFeaturePyramid(nn.Module):
         return maps
 
 
-def mask_rcnn(encoder: VisionTransformer, classes: int, size: int, longest: int | None = None, **options) -> nn.Module:
+def mask_rcnn(
+    encoder: VisionTransformer, classes: int, size: int, longest: int | None = None, out_channels: int = 256, **options
+) -> nn.Module:
     """torchvision's ``MaskRCNN`` on the pyramid of an encoder.
 
     Args:
         classes: with the background, which is class 0.
         size: images are resized until their shorter side has so many pixels, or the longer one ``longest``.
         longest: 4/3 of ``size`` by default.
+        out_channels: of the pyramid and of the mask head.
         options: of ``MaskRCNN``.
     """
     from torchvision.models.detection import MaskRCNN
+    from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
     from torchvision.models.detection.rpn import AnchorGenerator
 
-    backbone = SimpleFeaturePyramid(encoder, options.pop("out_channels", 256))
+    backbone = SimpleFeaturePyramid(encoder, out_channels)
     anchors = AnchorGenerator(tuple((8 * stride,) for stride in backbone.strides), ((0.5, 1.0, 2.0),) * 5)
-    return MaskRCNN(
+    model = MaskRCNN(
         backbone,
         classes,
         min_size=size,
@@ -99,3 +103,7 @@ def mask_rcnn(encoder: VisionTransformer, classes: int, size: int, longest: int 
         size_divisible=4 * encoder.patch_size,
         **options,
     )
+    # torchvision's mask head has 256 channels whatever the pyramid has.
+    model.roi_heads.mask_head = MaskRCNNHeads(out_channels, (out_channels,) * 4, dilation=1)
+    model.roi_heads.mask_predictor = MaskRCNNPredictor(out_channels, out_channels, classes)
+    return model

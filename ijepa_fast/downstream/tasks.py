@@ -20,7 +20,7 @@ from ijepa_fast.downstream.store import Features, extract
 from ijepa_fast.evaluate.features import evaluation_mode, pool_features
 from ijepa_fast.model.vit import VisionTransformer
 
-Kind = Literal["classes", "masks", "depth", "boxes"]
+Kind = Literal["classes", "masks", "depth"]
 
 
 class Task(NamedTuple):
@@ -32,11 +32,13 @@ class Task(NamedTuple):
             "deviation" where they are known; and whatever else explains the figures.
         data: what the images are labelled with.
         about: what it does, in words.
+        needs: package that it imports, of an extra.
     """
 
     function: str
     data: Kind
     about: str
+    needs: str | None = None
 
     def run(self, subject: Subject) -> dict:
         module, _, name = self.function.partition(".")
@@ -53,7 +55,7 @@ TASKS = {
         "heads.linear_protocol", "classes", "linear layer as in the paper: LARS, 50 epochs of crops"
     ),
     "attentive": Task("heads.attentive", "classes", "one cross-attention block with a learned query"),
-    "lowshot": Task("classify.lowshot", "classes", "logistic regression on few labelled images"),
+    "lowshot": Task("classify.lowshot", "classes", "logistic regression on few labelled images", "sklearn"),
     "robustness": Task("robustness.robustness", "classes", "linear probe on corrupted test images (ImageNet-C)"),
     "segmentation": Task("dense.segmentation", "masks", "linear layer and nearest neighbours on patch features"),
     "depth": Task("dense.depth", "depth", "linear layer on patch features"),
@@ -224,8 +226,12 @@ class Subject:
 
     def work(self, key: dict) -> Path:
         """Folder for what ``key`` decides."""
-        name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
-        return self.folder / name
+        return keyed(self.folder, key)
+
+
+def keyed(folder: Path, key: dict) -> Path:
+    """A path in a folder for what ``key`` decides, and nothing else."""
+    return folder / hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def on(device: torch.device, values: Tensor) -> Tensor:
