@@ -33,7 +33,7 @@ def test_all_commands_take_the_fp32_masters_of_a_bf16_run(data, tmp_path, monkey
 
     judged = []
 
-    def evaluate(encoder, *_):
+    def evaluate(encoder, sources, config, *, layers):
         judged.append(encoder)
         return {"knn": 0.0, "probe": 0.0, "rank": 1.0}
 
