@@ -182,7 +182,7 @@ def present_flags(arguments: list[str], base: Mapping[str, object] | None = None
         ValueError: one of them has no value, or one that is in ``former_settings.FIXED`` another one.
     """
     kept, old, place, rest = [], {}, 0, list(arguments)
-    names = former_settings.RENAMED.keys() | former_settings.FIXED.keys()
+    names = former_settings.RENAMED.keys() | former_settings.FIXED.keys() | former_settings.GONE.keys()
     if any(argument.partition("=")[0] == "--overwrite" for argument in arguments):
         names |= {"resume"}  # which says half of it
     while rest:

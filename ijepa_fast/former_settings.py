@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Mapping
 
 RENAMED = {
@@ -10,7 +11,6 @@ RENAMED = {
     "model.activation_checkpointing": "step.activation_checkpointing",
     "model.mean": ("model.mean_std", 0),
     "model.std": ("model.mean_std", 1),
-    "model.target_attention": None,
     "train.capture": "step.capture",
     "train.overlap_target": "step.overlap_target",
     "train.wide_residual": "step.wide_residual",
@@ -26,12 +26,9 @@ RENAMED = {
     "optim.final_momentum": ("optim.momentum", 1),
     "evaluation.train_images": ("evaluation.images", 0),
     "evaluation.test_images": ("evaluation.images", 1),
-    "evaluation.layers": None,
-    "evaluation.monitor_every": None,
-    "loader.timeout": None,
 }
-"""Settings of earlier versions -> their present names, with the place in a pair for what is half of one now; None for
-those that are gone. A number alone for a pair is its first half: ``--optim.momentum 0.99`` leaves the end as it is."""
+"""Settings of earlier versions -> their present names, with the place in a pair for what is half of one now. A number
+alone for a pair is its first half: ``--optim.momentum 0.99`` leaves the end as it is."""
 
 FIXED = {
     "model.init": "flat",
@@ -45,7 +42,17 @@ FIXED = {
     "optim.eps": 1e-8,
     "optim.layer_decay": 1.0,
 }
-"""Settings of earlier versions that are constants now -> their value."""
+"""Settings of earlier versions that are constants now -> their value. Another one would change what is learned."""
+
+GONE = {
+    "model.target_attention": None,
+    "loader.timeout": 600.0,
+    "evaluation.layers": "last",
+    "evaluation.monitor_every": 8,
+}
+"""Settings of earlier versions that change nothing that is learned -> the value that they had by default."""
+
+log = logging.getLogger(__name__)
 
 
 def present(settings: Mapping[str, object], base: Mapping[str, object], strict: bool = True) -> dict[str, object]:
@@ -53,7 +60,8 @@ def present(settings: Mapping[str, object], base: Mapping[str, object], strict: 
 
     Args:
         base: every setting, as it is where these change nothing: the other half of a pair of which they name one.
-        strict: whether a value other than the constant is an error for a setting in ``FIXED``, or is ignored.
+        strict: whether it is an error, or ignored, that a setting in ``FIXED`` has another value. The same for ``GONE``
+            is told in the log then.
 
     Raises:
         ValueError: a setting in ``FIXED`` has another value.
@@ -61,6 +69,9 @@ def present(settings: Mapping[str, object], base: Mapping[str, object], strict: 
     for name in FIXED.keys() & settings.keys() if strict else ():
         if settings[name] != FIXED[name]:
             raise ValueError(f"{name} is no setting any more and always {FIXED[name]}, got {settings[name]}")
+    for name, value in settings.items() if strict else ():
+        if value != GONE.get(name, value):
+            log.warning("%s is no setting any more: %s is ignored", name, value)
     now = {name: value for name, value in settings.items() if not is_former(name, value)}
     for old, value in settings.items():
         name = RENAMED.get(old)
@@ -92,4 +103,4 @@ def _number(value: object) -> object:
 def is_former(name: str, value: object) -> bool:
     """Whether it takes ``present`` to understand a setting: one that goes by another name now, or by none."""
     of_a_pair = isinstance(RENAMED.get(name), tuple) and RENAMED[name][0] == name
-    return not isinstance(value, (list, tuple)) if of_a_pair else name in RENAMED or name in FIXED
+    return not isinstance(value, (list, tuple)) if of_a_pair else name in {**RENAMED, **FIXED, **GONE}

@@ -19,7 +19,7 @@ from ijepa_fast.config import (
     recipes,
     value_text,
 )
-from ijepa_fast.former_settings import FIXED, RENAMED
+from ijepa_fast.former_settings import FIXED, GONE, RENAMED
 from ijepa_fast.masks.sampler import MaskConfig
 from ijepa_fast.model.vit import IMAGENET_MEAN
 
@@ -182,7 +182,7 @@ def test_settings_of_earlier_versions(old, now):
         joined.append(f"{flag}={value}")
         parts += [flag, value]
     assert " ".join(present_flags(joined)).replace("=", " ") == " ".join(present_flags(parts))
-    gone = {name for name, now in RENAMED.items() if not isinstance(now, tuple)} | FIXED.keys()
+    gone = {name for name, now in RENAMED.items() if not isinstance(now, tuple)} | FIXED.keys() | GONE.keys()
     assert not gone & {part.removeprefix("--") for part in present_flags(parts)}
 
 
@@ -217,9 +217,12 @@ def test_half_of_a_pair_leaves_the_other_as_it_is(tmp_path):
     assert read_recipe(str(tmp_path / "half.yaml"), onto=flatten(settings))["optim"]["weight_decay"] == [0.5, 0.3]
 
 
-def test_settings_that_became_constants_are_ignored_in_what_is_only_read():
+def test_settings_that_became_constants_are_ignored_in_what_is_only_read(caplog):
     old = as_dict(RunConfig()) | {"objective": {"target_eps": 1e-6, "loss": "l1"}}
     assert from_dict(old, strict=False).objective.loss == "l1"
+    for settings in ({"evaluation": {"layers": "last"}}, {"evaluation": {"layers": "last4"}}):
+        assert from_dict(settings) == RunConfig()
+    assert caplog.messages == ["evaluation.layers is no setting any more: last4 is ignored"]
     with pytest.raises(ValueError, match="optim.eps is no setting any more and always 1e-08, got 0.1"):
         present_flags(["--optim.eps", "0.1"])
 
