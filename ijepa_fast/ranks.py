@@ -78,11 +78,11 @@ def pick_device(name: str, local_rank: int) -> torch.device:
 
 
 @contextmanager
-def ranks(device: str = "auto", timeout: timedelta = timedelta(minutes=10)) -> Iterator[Ranks]:
+def ranks(device: str = "auto", timeout: timedelta = timedelta(minutes=20)) -> Iterator[Ranks]:
     """Join the process group that torchrun's environment describes, and leave it at the end.
 
     Without these variables the process is alone. With only some of them, or with a rendezvous that fails, every rank
-    gets an error: nobody trains alone by accident.
+    gets an error: nobody trains alone by accident. Ranks wait for each other up to ``timeout``, longer than for images.
 
     Raises:
         ValueError: incomplete environment, or a device that is not there.

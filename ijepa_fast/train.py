@@ -15,7 +15,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from ijepa_fast.config import RunConfig, TrainConfig, as_dict
-from ijepa_fast.data import DevicePrefetcher, StopRequested
+from ijepa_fast.data import DevicePrefetcher, LoaderError, StopRequested
 from ijepa_fast.data.datasets import Sources, open_sources, train_loader
 from ijepa_fast.data.survey import announce
 from ijepa_fast.evaluate import HealthBuffer, OnlineKNN
@@ -34,7 +34,7 @@ from ijepa_fast.run.build import make_optimizer, make_scaler, make_step, prepare
 from ijepa_fast.run.checkpoint import Checkpoint, CheckpointDamaged, CheckpointError
 from ijepa_fast.run.environment import describe
 from ijepa_fast.run.files import write_json, write_text
-from ijepa_fast.run.log import RunLog, heard
+from ijepa_fast.run.log import ESTIMATED_BY, RunLog, heard
 from ijepa_fast.run.meter import Meter
 from ijepa_fast.run.signals import StopFlag
 from ijepa_fast.step.options import StepOptions
@@ -302,12 +302,12 @@ def train(run: Run) -> None:
             run.loss = run_log.records[-1].get("loss") if run_log.records else None
         open_.enter_context(stop)
         batches = iter(DevicePrefetcher(run.loader, me.device))
-        for step in range(run.done, run.total_steps):
-            batch = _next_batch(run, batches)
-            # All ranks stop at the same step, whoever was told.
+        first = run.done
+        for step in range(first, run.total_steps):
+            batch, failure = _next_batch(run, batches)
+            # All ranks stop at the same step, whoever was told, and whoever has no images.
             if me.any(batch is None or stop()):
-                save(run)
-                raise Stopped(f"stopped by a signal after step {step} of {run.total_steps}; run again to continue")
+                _stop(run, failure)
 
             stop.now(f"step {step + 1}")
             # Features of all patches are computed only where they are read.
@@ -319,6 +319,8 @@ def train(run: Run) -> None:
             run.meter.add(result, run.images_per_rank)
             if monitored:
                 _watch(run, result, batch)
+            if step - first in (0, ESTIMATED_BY):
+                result.losses.total.item()  # the device is done with the step now, and has not only been asked for it
             if run_log is not None:
                 run_log.advance()
             if run.done % config.train.log_every == 0 or run.done == run.total_steps:
@@ -327,19 +329,28 @@ def train(run: Run) -> None:
                 save(run)
 
 
-def _next_batch(run: Run, batches: Iterator):
-    """The next batch, or None if a signal came first. Where there is none to be had, the run is saved."""
+def _next_batch(run: Run, batches: Iterator) -> tuple:
+    """The next batch, or None if a signal came first or there is none to be had; and the error in the last case."""
     run.stop.now("the wait for images")
     try:
         with run.meter.waiting():
-            return next(batches)
+            return next(batches), None
     except StopRequested:
-        return None
-    except (OSError, RuntimeError):
-        if run.done > max(run.saved, 0):
-            # The other ranks know nothing of it: no part of this may wait for them.
-            save(run, interval=run.me.world_size == 1)
-        raise
+        return None, None
+    except (OSError, RuntimeError) as error:
+        return None, error
+
+
+def _stop(run: Run, failure: Exception | None) -> None:
+    """Save and end the run, on all ranks together; ``failure`` is why this one has no images."""
+    failures = run.me.union({} if failure is None else {run.me.rank: str(failure)})
+    if not failures or run.done > max(run.saved, 0):
+        save(run)
+    if failure is not None:
+        raise failure
+    if failures:
+        raise LoaderError("; ".join(f"no images on rank {rank}: {text}" for rank, text in sorted(failures.items())))
+    raise Stopped(f"stopped by a signal after step {run.done} of {run.total_steps}; run again to continue")
 
 
 def _watch(run: Run, result: StepResult, batch) -> None:
@@ -392,10 +403,10 @@ def _is_best(run: Run) -> bool:
     return True
 
 
-def save(run: Run, interval: bool = True) -> None:
-    """Write a checkpoint; with ``interval`` every rank must, because what the meter holds is a mean over all."""
+def save(run: Run) -> None:
+    """Write a checkpoint. Every rank must come here, because what the meter holds is a mean over all of them."""
     _raise_if_bad(run.step)
-    measured = run.meter.state() if interval else None
+    measured = run.meter.state()
     run.saved = run.done
     if not run.me.is_main:
         return

@@ -6,6 +6,7 @@ Prints one line before each step, so that a test knows when to act. Settings are
 """
 
 import json
+import os
 import sys
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
@@ -14,6 +15,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from ijepa_fast import train
+from ijepa_fast.data import DevicePrefetcher
 from ijepa_fast.step.train_step import TrainStep
 from ijepa_fast.train import Stopped, pretrain
 from tests.tiny import tiny_run
@@ -28,12 +31,29 @@ def changed(config, name, value):
     return replace(config, **{first: value})
 
 
+def fail(rank, step):
+    """Let the loader of a rank break before a step."""
+
+    class Failing(DevicePrefetcher):
+        def __iter__(self):
+            for i, batch in enumerate(super().__iter__()):
+                if i == step:
+                    raise RuntimeError("a test broke it")
+                yield batch
+
+    if int(os.environ["RANK"]) == rank:
+        train.DevicePrefetcher = Failing
+
+
 def main():
     data, output, *settings = sys.argv[1:]
     torch.set_num_threads(1)
     config = tiny_run(data, output)
     for setting in settings:
         name, _, value = setting.partition("=")
+        if name == "fail":
+            fail(*json.loads(value))
+            continue
         config = changed(config, name, json.loads(value))
     run = TrainStep.__call__
 

@@ -7,6 +7,8 @@ import stat
 import subprocess
 import sys
 from errno import EINVAL, EIO, ENOSPC
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -247,3 +249,25 @@ def test_a_folder_in_use_is_refused_and_a_crash_leaves_no_lock(data, tmp_path):
     with locked(tmp_path / "run"):
         assert (tmp_path / "run" / ".lock").read_text().startswith(f"process {os.getpid()} on ")
     assert not list((tmp_path / "run").iterdir())
+
+
+def test_a_folder_in_use_is_refused_where_locks_are_those_of_windows(tmp_path, monkeypatch):
+    held = set()
+
+    def locking(descriptor, mode, count):
+        if (number := os.fstat(descriptor).st_ino) in held:
+            raise PermissionError(13, "Permission denied")
+        held.add(number)
+
+    def unlink(path, missing_ok=False):
+        raise PermissionError(13, "used by another process")
+
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    monkeypatch.setitem(sys.modules, "msvcrt", SimpleNamespace(locking=locking, LK_NBLCK=2))
+    with monkeypatch.context() as patch, locked(tmp_path):
+        patch.setattr(Path, "unlink", unlink)
+        with pytest.raises(CheckpointError, match=f"is in use by process {os.getpid()} on "), locked(tmp_path):
+            pass
+    held.clear()  # as closing the file does there
+    with locked(tmp_path):
+        pass

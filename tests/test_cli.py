@@ -95,7 +95,7 @@ def test_doctor_names_what_is_missing(capsys):
         (["pretrain", "--model.num_heads", "5"], 1, "model.embed_dim 768, the width of the encoder, cannot be split"),
         (["probe", "/nowhere"], 1, "no checkpoint at /nowhere"),
         (["probe", "/nowhere", "--layers", "last5"], 2, "invalid choice: 'last5'"),
-        (["probe"], 2, "arguments are required: checkpoint"),
+        (["probe"], 2, "arguments are required: run"),
         (["import", "/nowhere.pth.tar", "--out", "/nowhere"], 1, "there is no file or folder /nowhere.pth.tar"),
     ],
 )

@@ -48,7 +48,11 @@ def launch(data, output, world_size, *settings):
         processes.append(
             subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         )
-    ends = [(p.communicate(timeout=240)[1], p.returncode) for p in processes]
+    return [(p.communicate(timeout=240)[1], p.returncode) for p in processes]
+
+
+def trained(data, output, world_size, *settings):
+    ends = launch(data, output, world_size, *settings)
     assert all(code == 0 for _, code in ends), ends[0][0][-3000:]
     lines = (output / "metrics.jsonl").read_text().splitlines()
     return [json.loads(line) for line in lines], checkpoint.load(checkpoint.find(output)).tensors
@@ -57,13 +61,19 @@ def launch(data, output, world_size, *settings):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
-    [[], REGULARISED, ["masks.group_size=4", 'masks.context="batch_min"'], ["train.accumulate=2"]],
-    ids=["exact", "variance-covariance", "batch_min", "accumulate"],
+    [
+        [],
+        REGULARISED,
+        ["masks.per_image=3", *REGULARISED],
+        ["masks.group_size=4", 'masks.context="batch_min"'],
+        ["train.accumulate=2"],
+    ],
+    ids=["exact", "variance-covariance", "several masks", "batch_min", "accumulate"],
 )
 def test_two_ranks_train_like_one(data, tmp_path, settings):
     settings = settings + LONG_INTERVALS
-    one, weights = launch(data, tmp_path / "one", 1, *settings)
-    two, weights_of_two = launch(data, tmp_path / "two", 2, *settings)
+    one, weights = trained(data, tmp_path / "one", 1, *settings)
+    two, weights_of_two = trained(data, tmp_path / "two", 2, *settings)
     assert len(one) == len(two) == 12
     for a, b in zip(one, two, strict=True):
         for name in ("loss", "loss_prediction", "loss_variance", "loss_covariance"):
@@ -71,6 +81,15 @@ def test_two_ranks_train_like_one(data, tmp_path, settings):
     for name, value in weights.items():
         if name.startswith("model."):
             torch.testing.assert_close(weights_of_two[name], value, rtol=1e-2, atol=5e-4, msg=name)
+
+
+@pytest.mark.slow
+def test_a_loader_that_fails_on_one_rank_saves_first_and_ends_all(data, tmp_path):
+    ends = launch(data, tmp_path / "run", 2, "fail=[1, 7]")
+    assert [code for _, code in ends] == [1, 1]
+    assert "LoaderError: no images on rank 1: a test broke it" in ends[0][0] and "a test broke it" in ends[1][0]
+    assert checkpoint.load(checkpoint.find(tmp_path / "run")).step == 7
+    trained(data, tmp_path / "run", 2)
 
 
 def test_an_incomplete_environment_is_an_error(monkeypatch):

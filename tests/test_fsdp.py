@@ -9,6 +9,8 @@ import pytest
 
 from tests.fsdp_checks import CHECKS
 
+pytestmark = pytest.mark.slow
+
 WORKER = Path(__file__).parent / "fsdp_checks.py"
 
 

@@ -14,7 +14,9 @@ from ijepa_fast.config import from_dict, read_recipe
 from ijepa_fast.interop import official
 from ijepa_fast.interop.export import export
 from ijepa_fast.model.vit import VisionTransformer
+from ijepa_fast.run import auto
 from ijepa_fast.run import checkpoint as checkpoints
+from ijepa_fast.step.train_step import PRECISION_DTYPES
 from ijepa_fast.weights.encoder_file import KEY, load_encoder, save_encoder
 from ijepa_fast.weights.official import read, write
 from ijepa_fast.weights.reading import WeightsError, layer_norm_eps, read_safetensors, set_layer_norm_eps
@@ -217,8 +219,9 @@ def test_an_encoder_alone_becomes_both_encoders(tmp_path, capsys, precision):
             torch.testing.assert_close(network.state_dict(), encoder.state_dict(), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_training_starts_from_an_imported_encoder(data, tmp_path, precision):
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16", "auto"])
+def test_training_starts_from_an_imported_encoder(data, tmp_path, precision, monkeypatch):
+    """In the precision of the machine that trains, where none is named."""
     encoder, _ = encoder_files(tmp_path)
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(TINY))
     arguments = ["--config", str(tmp_path / "tiny.yaml"), "--data", str(data), "--train.precision", precision]
@@ -227,11 +230,16 @@ def test_training_starts_from_an_imported_encoder(data, tmp_path, precision):
     start = checkpoints.load(checkpoints.find(tmp_path / "run"))
     model, _, _ = load_run(tmp_path / "run")
     torch.testing.assert_close(model.target_encoder.state_dict(), encoder.state_dict(), rtol=0, atol=0)
+    monkeypatch.setattr(auto, "supported_precision", lambda device: ("bf16", "a test says so"))
     assert cli.main(["pretrain", "--config", str(tmp_path / "run" / "config.yaml")]) == 0
     end = checkpoints.load(checkpoints.find(tmp_path / "run"))
     assert (start.step, end.step) == (0, 4)
-    kept = {name: value.dtype for name, value in end.tensors.items() if not name.startswith("knn.")}
-    assert {name: value.dtype for name, value in start.tensors.items()} == kept
+    assert {value.dtype for value in start.tensors.values()} == {torch.float32}
+    dtype = PRECISION_DTYPES[{"auto": "bf16"}.get(precision, precision)]
+    assert end.tensors["model.context_encoder.blocks.0.attn.qkv.weight"].dtype == dtype
+    master = end.tensors.get("optimizer.context_encoder.blocks.0.attn.qkv.weight.master")
+    assert (master is None) == (dtype == torch.float32)
+    assert cli.main(["pretrain", "--config", str(tmp_path / "run" / "config.yaml")]) == 0  # it is trained
 
 
 @pytest.fixture(scope="module")

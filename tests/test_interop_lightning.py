@@ -39,19 +39,21 @@ def trainer(folder, epochs: int = 2, **settings) -> L.Trainer:
     )
 
 
-def module() -> IJEPAModule:
+def module(config: dict = SETTINGS["config"]) -> IJEPAModule:
     torch.manual_seed(0)
-    return IJEPAModule(**SETTINGS)
+    return IJEPAModule(**SETTINGS | {"config": config})
 
 
 class TestModule:
-    def test_it_trains_as_the_plain_loop_does(self, tmp_path):
-        lit = module()
+    @pytest.mark.parametrize("per_image", [1, 3])
+    def test_it_trains_as_the_plain_loop_does(self, tmp_path, per_image):
+        config = SETTINGS["config"] | {"masks": {"per_image": per_image}}
+        lit = module(config)
         fit = trainer(tmp_path)
         fit.fit(lit, loader(), loader())
 
         torch.manual_seed(0)
-        model = JEPAModel(SETTINGS["config"], total_steps=2 * BATCHES)
+        model = JEPAModel(config, total_steps=2 * BATCHES)
         schedules = Schedules(2 * BATCHES, warmup_steps=2, lr=1e-2)
         optimizer = FusedAdamW(parameter_groups(model))
         for step in range(2 * BATCHES):
@@ -152,10 +154,11 @@ CALLBACK = {"masks": MaskConfig(min_keep=1), "seed": 3, "momentum": 0.9}
 
 
 class TestCallback:
-    @pytest.mark.parametrize("accumulate", [1, 2])
-    def test_masks_and_one_update_per_step(self, tmp_path, accumulate):
-        own, callback = Own(), IJEPACallback(**CALLBACK)
-        sampler = MaskSampler(CALLBACK["masks"], (6, 6))
+    @pytest.mark.parametrize(("accumulate", "per_image"), [(1, 1), (2, 1), (1, 3)])
+    def test_masks_and_one_update_per_step(self, tmp_path, accumulate, per_image):
+        masks = MaskConfig(min_keep=1, per_image=per_image)
+        own, callback = Own(), IJEPACallback(**CALLBACK | {"masks": masks})
+        sampler = MaskSampler(masks, (6, 6))
         steps = 2 * BATCHES // accumulate
         reference = copy.deepcopy(own.target_encoder)
         schedule = Schedules(steps, momentum=(0.9, 1.0))

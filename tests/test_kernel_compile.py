@@ -48,6 +48,7 @@ def reports() -> dict[str, dict]:
     return json.loads(done.stdout)
 
 
+@pytest.mark.slow
 def test_good_kernels_have_no_failures(reports):
     good = reports["good"]
     assert good["failures"] == [] and good["main_load_bits"] == 128 and good["matrix"] == {}
@@ -56,6 +57,7 @@ def test_good_kernels_have_no_failures(reports):
     assert product["failures"] == [] and product["matrix"]["HGMMA"] > 0 and product["shared"] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "message"),
     [

@@ -118,7 +118,8 @@ def test_bad_files_are_reported_in_the_log_and_in_the_summary(tmp_path, caplog):
     config = replace(config, loader=replace(config.loader, max_bad_share=0.5))
     with caplog.at_level("INFO", logger="ijepa_fast.run.log"):
         summary = pretrain(config)
-    assert re.search(r"step 12/12: loss \d+\.\d{4}, \d+ img/s, .*, 1 damaged file skipped", caplog.text)
+    assert re.search(r"step 12/12: loss \d+\.\d{4}, [\d.]+ img/s, .*, 1 damaged file skipped", caplog.text)
+    assert re.search(r"about \d+ s to go: 7 steps of [\d.e-]+ s, by the first ones", caplog.text)
     assert list(summary["bad_files"]) == [str(tmp_path / "train" / "ant" / "broken.png")]
 
 

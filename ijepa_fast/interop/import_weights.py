@@ -9,8 +9,6 @@ import torch
 
 from ijepa_fast.config import ModelConfig, RunConfig
 from ijepa_fast.interop.official.training_state import moments_of
-from ijepa_fast.ranks import pick_device
-from ijepa_fast.run.auto import resolved
 from ijepa_fast.weights.any_format import Networks, read_any
 from ijepa_fast.weights.reading import WeightsError, architecture, load_weights, square_side
 from ijepa_fast.weights.runs import save_run
@@ -45,8 +43,6 @@ def import_weights(
     if imported.ours:
         raise WeightsError(f"{source} is a run of ijepa_fast and needs no import: probe, knn, export, --init read it")
     config = replace(config, output=str(out), model=_model_config(imported, config.model, num_heads))
-    if config.train.precision == "auto":
-        config = resolved(config, pick_device(config.train.device, 0))
     torch.manual_seed(config.seed)
     model = config.model.build(config.objective)
     load_weights(model.context_encoder, imported.context, f"context encoder of {source}")

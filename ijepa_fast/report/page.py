@@ -16,6 +16,7 @@ from ijepa_fast.report.findings import figures
 from ijepa_fast.report.pictures import Picture
 from ijepa_fast.report.record import RunRecord, number
 from ijepa_fast.report.style import CSS
+from ijepa_fast.run.log import duration
 
 _PERCENT = 100
 # Title, factor to the unit in the title, and the lines: key in metrics.jsonl -> label.
@@ -103,14 +104,7 @@ def _status(run: RunRecord) -> str:
     state = "Finished" if run.summary is not None else "Unfinished"
     status = f"{state}: {run.last_step:,}{of} steps" + (f", {epochs:.3g} epochs" if epochs else "")
     seconds = number((run.summary or {}).get("seconds"))
-    return status + (f", {_duration(seconds)} in all" if seconds else "")
-
-
-def _duration(seconds: float) -> str:
-    for unit, size in (("days", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= 1.5 * size:
-            return f"{seconds / size:.1f} {unit}"
-    return f"{seconds:.0f} s"
+    return status + (f", {duration(seconds)} in all" if seconds else "")
 
 
 def _warnings(warnings: Sequence[str]) -> str:

@@ -126,8 +126,8 @@ def remove_run(folder: Path) -> int:
 def locked(folder: Path) -> Iterator[None]:
     """Hold the folder of a run, which is made if it is not there, for this process alone.
 
-    The lock is on a file in it and ends with the process, however that ends. Where there are no locks (Windows, some
-    network file systems), nothing is held.
+    The lock is on a file in it and ends with the process, however that ends. Where there are no locks (some network
+    file systems), nothing is held.
 
     Raises:
         CheckpointError: another process holds it.
@@ -139,7 +139,7 @@ def locked(folder: Path) -> Iterator[None]:
         with contextlib.ExitStack() as held:
             if file := _lock(path):
                 held.callback(file.close)
-                held.callback(path.unlink, missing_ok=True)
+                held.callback(_remove, path)
                 file.truncate(0)
                 file.write(f"process {os.getpid()} on {socket.gethostname()}")
                 file.flush()
@@ -149,16 +149,30 @@ def locked(folder: Path) -> Iterator[None]:
             folder.rmdir()
 
 
-def _lock(path: Path):
+def _remove(path: Path) -> None:
+    with contextlib.suppress(PermissionError):  # Windows removes no open file; unlocked, it is in nobody's way
+        path.unlink(missing_ok=True)
+
+
+def _hold(file) -> None:
+    """Lock an open file for this process, or raise OSError; not for loader workers, which are forked from it."""
     try:
         import fcntl
-    except ImportError:
-        return None
+    except ImportError:  # Windows, where what is locked cannot be read: a byte behind the text, which others read
+        import msvcrt
+
+        file.seek(1 << 20)
+        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        file.seek(0)
+    else:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def _lock(path: Path):
     while True:
         file = path.open("a+")
         try:
-            # A lock of the process: loader workers, which are forked from it, do not keep it.
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _hold(file)
             if path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno())):
                 return file
             file.close()  # whoever held it has removed it just now
@@ -224,7 +238,9 @@ def _refuse_other_runs(state: Checkpoint, config: RunConfig, data: str) -> None:
     folder, extra = Path(config.output), state.extra
     # Settings that came into being since the run began had their defaults then.
     allowed, refused = changes(flatten(RunConfig()) | present(extra["settings"]), flatten(config))
-    others = {name: change for name, change in refused.items() if name not in LENGTH}
+    # Imported weights were not trained in any precision yet.
+    open_still = {*LENGTH, *(["train.precision"] if extra["settings"].get("train.precision") == "auto" else [])}
+    others = {name: change for name, change in refused.items() if name not in open_still}
     if others:
         listed = ", ".join(f"{name} ({old!r} -> {new!r})" for name, (old, new) in others.items())
         raise CheckpointError(

@@ -8,6 +8,7 @@ import logging
 import math
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,6 +20,8 @@ from ijepa_fast.run.files import write_text
 
 log = logging.getLogger(__name__)
 
+ESTIMATED_BY = 4
+"""Steps after a start's first, which compiles and warms up, by which the time to the end is estimated."""
 SHOWN = {"loss": "loss {:.4f}", "images_per_second": "{} img/s", "rank": "rank {:.1f}", "knn": "k-NN {:.1%}"}
 """What people are shown of the metrics, and how."""
 
@@ -43,6 +46,7 @@ class RunLog:
         path = folder / "metrics.jsonl"
         self.records = _drop_lines_after(path, start_step)
         self._said: set[str] = set()
+        self._start, self._steps, self._since = start_step, 0, 0.0
         self._open = contextlib.ExitStack()
         self._file = self._open.enter_context(path.open("a", encoding="utf-8"))
         self._events = _events(folder / "tensorboard", start_step)
@@ -64,7 +68,15 @@ class RunLog:
             self._open.enter_context(_ticking(self._bar))
 
     def advance(self) -> None:
+        """Count a step; some steps after the first, say how long the others will take."""
         self._bar.update()
+        self._steps += 1
+        if self._steps == 1:
+            self._since = time.monotonic()
+        left = self._bar.total - self._start - self._steps
+        if self._steps == 1 + ESTIMATED_BY and left:
+            seconds = (time.monotonic() - self._since) / ESTIMATED_BY
+            log.info("about %s to go: %d steps of %.2g s, by the first ones", duration(left * seconds), left, seconds)
 
     def write(self, metrics: dict[str, float | int | None]) -> None:
         """Record one interval. ``metrics["step"]`` counts the steps done; None and NaN values are left out."""
@@ -92,6 +104,13 @@ class RunLog:
         self._open.close()
         if self._events is not None:
             self._events.close()
+
+
+def duration(seconds: float) -> str:
+    for unit, size in (("days", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 1.5 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.0f} s"
 
 
 def rate(value: float) -> str:

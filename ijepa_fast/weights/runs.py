@@ -10,13 +10,9 @@ from torch import Tensor
 
 from ijepa_fast.config import RunConfig, as_dict, flatten, from_dict
 from ijepa_fast.model.jepa import IJEPA
-from ijepa_fast.model.vit import cast_weights
 from ijepa_fast.optim import FusedAdamW, parameter_groups
-from ijepa_fast.ranks import pick_device
 from ijepa_fast.run import checkpoint as checkpoints
-from ijepa_fast.run.auto import resolved
 from ijepa_fast.run.checkpoint import Checkpoint, CheckpointDamaged, CheckpointError
-from ijepa_fast.step.train_step import PRECISION_DTYPES
 from ijepa_fast.weights.reading import WeightsError, load_weights
 
 ENCODERS = {"target": "target_encoder", "context": "context_encoder"}
@@ -94,6 +90,7 @@ def check_training(
     total_steps: int,
 ) -> None:
     """CheckpointDamaged unless ``restore_training`` can continue from the checkpoint; nothing is changed."""
+    state = _in_precision_of(optimizer, state, model, scaler)
     width = model.target_encoder.embed_dim
     health = state.tensors.get("health.features", torch.zeros(()))
     if health.dim() != 2 or health.shape[1] != width or health.dtype != torch.float32:
@@ -112,12 +109,31 @@ def restore_training(
     state: Checkpoint, model: IJEPA, optimizer: FusedAdamW, scaler: torch.amp.GradScaler | None
 ) -> None:
     """Continue from a checkpoint that ``check_training`` has let pass."""
+    state = _in_precision_of(optimizer, state, model, scaler)
     names = {parameter: name for name, parameter in model.named_parameters()}
     model.load_state_dict(checkpoints.select(state.tensors, "model"))
     checkpoints.load_optimizer_tensors(optimizer, names, state.tensors)
     optimizer.skipped.copy_(state.tensors["optimizer_skipped"])
     if scaler is not None:
         scaler.load_state_dict(state.extra["scaler"])
+
+
+def _in_precision_of(
+    optimizer: FusedAdamW, state: Checkpoint, model: IJEPA, scaler: torch.amp.GradScaler | None
+) -> Checkpoint:
+    """An imported checkpoint, which is fp32, as a run of this precision has it; any other as it is."""
+    if "imported" not in state.extra:
+        return state
+    tensors = dict(state.tensors)
+    for name, wanted in training_tensors(model, optimizer).items():
+        of, _, kind = name.removeprefix("optimizer.").rpartition(".")
+        if kind in ("master", "ema") and name not in tensors:
+            of = of if kind == "master" else of.replace("context_encoder", "target_encoder", 1)
+            tensors[name] = state.tensors[f"model.{of}"]
+        if name in tensors and wanted.is_floating_point():
+            tensors[name] = tensors[name].to(wanted.dtype)
+    fresh = None if scaler is None else scaler.state_dict()
+    return Checkpoint(state.step, tensors, state.extra | {"scaler": state.extra["scaler"] or fresh})
 
 
 def save_run(
@@ -134,12 +150,11 @@ def save_run(
 
     Args:
         folder: of the run; the file goes to its checkpoints/.
-        model: fp32, on the CPU; to train on, its weights are cast to the run's precision here.
-        config: of the run; the precision that "auto" stands for is that of this machine.
+        model: fp32, on the CPU.
+        config: of the run, which casts the weights to its precision when it begins: there, not here, if that is auto.
         step: steps done.
         moments: dotted parameter name -> exp_avg and exp_avg_sq; by default zero, as at the start of a run.
-        data: fingerprint of the training images. None: a checkpoint to evaluate, in fp32 and without
-            optimizer state.
+        data: fingerprint of the training images. None: a checkpoint to evaluate, without optimizer state.
         about: where the weights are from, kept in the file as "imported".
 
     Returns:
@@ -151,14 +166,8 @@ def save_run(
     folder = Path(folder)
     if checkpoints.list_steps(folder / "checkpoints"):
         raise WeightsError(f"{folder} already holds a run; give another folder")
-    if config.train.precision == "auto":
-        config = resolved(config, pick_device(config.train.device, 0))
-    scaler = torch.amp.GradScaler("cpu") if config.train.precision == "fp16" else None
-    extra = about_run(config, data, scaler) | {"bad_files": {}, "imported": dict(about or {})}
-    state = {}
-    if data is not None:
-        state = _training_state(model, config, step, moments or {})
-        cast_weights(model, PRECISION_DTYPES[config.train.precision])
+    extra = about_run(config, data, None) | {"bad_files": {}, "imported": dict(about or {})}
+    state = {} if data is None else _training_state(model, config, step, moments or {})
     tensors = {f"model.{name}": value for name, value in model.state_dict().items()} | state
     return checkpoints.save(folder / "checkpoints", Checkpoint(step, tensors, extra), keep=1)
 
@@ -166,22 +175,12 @@ def save_run(
 def _training_state(
     model: IJEPA, config: RunConfig, step: int, moments: Mapping[str, Mapping[str, Tensor]]
 ) -> dict[str, Tensor]:
-    """What a checkpoint holds beside the networks; masters and averages are the fp32 weights."""
-    dtype = PRECISION_DTYPES[config.train.precision]
+    """What a checkpoint holds beside fp32 networks."""
     names = {parameter: name for name, parameter in model.named_parameters()}
     optimizer = FusedAdamW(parameter_groups(model))
     tensors = {"health.features": torch.zeros(0, config.model.embed_dim), "optimizer_skipped": torch.zeros(())}
-    low = {
-        f"{name}.weight"
-        for name, module in model.named_modules()
-        if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d))
-    }
     for parameter, state in optimizer.state.items():
         name = names[parameter]
         values = {**state, "step": torch.tensor(float(step)), **moments.get(name, {})}
-        if name in low and dtype != torch.float32:
-            values["master"] = parameter.detach().clone()
-            if (average := optimizer.averages.get(parameter)) is not None:
-                values["ema"] = average.detach().clone()
         tensors |= {f"optimizer.{name}.{key}": value for key, value in values.items()}
     return tensors
