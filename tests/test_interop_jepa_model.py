@@ -124,7 +124,7 @@ class TestAccelerate:
         ("options", "words"),
         [
             ({"block": "fused"}, "accelerate has no key 'block' (did you mean 'blocks'?)"),
-            ({"blocks": "fast"}, "step.blocks must be one of plain, compile"),
+            ({"blocks": "fast"}, "step.blocks must be one of auto, plain, compile"),
             ({"capture": True}, "capture needs a step that has the optimizer"),
             ({"activation_checkpointing": "auto"}, "activation_checkpointing must be true or false"),
             ({"fp8_targets": True}, "step.fp8_targets needs train.precision bf16, got fp32"),

@@ -3,13 +3,15 @@
 import pytest
 import torch
 from model_cases import assert_equal, assert_same_gradients, gradients, make_images, make_masks, make_model
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.utils import counters
 
-from ijepa_fast.masks.sampler import MaskConfig
+from ijepa_fast.masks.sampler import MaskConfig, MaskSampler
 from ijepa_fast.model.fused_blocks import fuse
-from tests.tiny import images, tiny_step
+from ijepa_fast.step import options
+from tests.tiny import GRID, MASKS, images, tiny_model, tiny_step
 
-GRID = (6, 6)
+COMPILE = torch.compile
 
 
 def compile_blocks(model, fused=False):
@@ -53,3 +55,62 @@ def test_other_token_counts_compile_nothing(masks, fused):
     # Context, target encoder and predictor, each inside and at its last block where that differs; fused, and first.
     assert 0 < compiled <= (9 if fused else 6)
     assert counters["stats"]["unique_graphs"] == compiled
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("blocks", ["compile", "fused+compile"])
+def test_everything_is_compiled_before_the_first_step(monkeypatch, blocks):
+    torch.compiler.reset()
+    monkeypatch.setattr(torch, "compile", lambda function, **o: COMPILE(function, **o | {"backend": "aot_eager"}))
+    step = tiny_step()
+    counters.clear()
+    options.apply(options.StepOptions(blocks=blocks), step.model, device=torch.device("cpu"), precision="fp32")
+    assert 0 < (compiled := counters["stats"]["unique_graphs"])
+    for number in range(4):
+        step(images(number), number, all_targets=number % 2 == 0)
+    assert counters["stats"]["unique_graphs"] == compiled
+
+
+def broken(function, **options):
+    """torch.compile whose code for the backward pass cannot be made."""
+
+    def fail(*_):
+        raise RuntimeError("gcc: fatal error\nand more")
+
+    backend = aot_autograd(fw_compiler=lambda graph, inputs: graph, bw_compiler=fail)
+    return COMPILE(function, **options | {"backend": backend})
+
+
+def test_a_compiler_that_fails_leaves_plain_blocks_and_says_so_once(monkeypatch, caplog):
+    monkeypatch.setattr(torch, "compile", broken)
+    monkeypatch.setattr(options, "blocks_on", lambda blocks, device: "compile")
+    caplog.set_level("INFO", logger="ijepa_fast")
+    model, plain = tiny_model(), tiny_model()
+    options.apply(options.StepOptions(), model, device=torch.device("cpu"), precision="fp32")
+    (warning,) = [record for record in caplog.records if record.levelname == "WARNING" and "ijepa_fast" in record.name]
+    assert "FAILED" in warning.message and warning.message.endswith("RuntimeError: gcc: fatal error")
+    assert all(parameter.grad is None for parameter in model.parameters())
+    masks = MaskSampler(MASKS, GRID).sample(8, seed=0, step=0)
+    ours, theirs = (network(images(0), masks)[0].total for network in (model, plain))
+    assert torch.equal(ours, theirs) and ours.requires_grad
+    # Whoever asks for it is told.
+    with pytest.raises(RuntimeError, match="gcc: fatal error"):
+        asked = options.StepOptions(blocks="compile")
+        options.apply(asked, tiny_model(), device=torch.device("cpu"), precision="fp32")
+
+
+def test_auto_is_plain_on_the_cpu_and_compiled_where_a_gpu_has_a_c_compiler(monkeypatch, caplog):
+    caplog.set_level("INFO", logger="ijepa_fast")
+    assert options.blocks_on("auto", torch.device("cpu")) == "plain" and not caplog.records
+    gpu = torch.device("cuda")
+    assert options.blocks_on("fused", gpu) == "fused" and not caplog.records
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(options.shutil, "which", lambda name: name == "gcc" or None)
+    monkeypatch.setattr(options.Path, "exists", lambda path: True)
+    assert options.blocks_on("auto", gpu) == "compile"
+    monkeypatch.setattr(options.Path, "exists", lambda path: False)
+    assert options.blocks_on("auto", gpu) == "plain"
+    monkeypatch.setattr(options.shutil, "which", lambda name: None)
+    assert options.blocks_on("auto", gpu) == "plain"
+    said = [record.message for record in caplog.records]
+    assert said[0] == "step.blocks compile" and "Python.h" in said[1] and "no C compiler" in said[2]

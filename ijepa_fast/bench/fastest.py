@@ -24,7 +24,7 @@ from ijepa_fast.config import RunConfig, flatten, value_text, with_settings
 from ijepa_fast.run.auto import resolved
 from ijepa_fast.run.build import use_deterministic
 from ijepa_fast.run.environment import machine
-from ijepa_fast.step.options import Machine, alternatives, machine_of
+from ijepa_fast.step.options import Machine, alternatives, blocks_on, machine_of
 from ijepa_fast.step.train_step import PRECISION_DTYPES, TrainStep
 
 Settings = dict[str, Any]
@@ -97,6 +97,7 @@ def fastest(
         Failed: the step as configured does not run.
     """
     config = resolved(config, device)
+    config = with_settings(config, {"step.blocks": blocks_on(config.step.blocks, device)})
     check(config, images, seconds, gpus)
     report: dict[str, Any] = {"schema": SCHEMA, "kind": "fastest", "name": name, "images": images, "gpus": gpus}
     report |= {"precision": config.train.precision, "ways": [], "settings": {}, "gain": 1.0}

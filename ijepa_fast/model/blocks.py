@@ -156,17 +156,19 @@ class BlockStack(nn.Module):
             if isinstance(module, Attention):
                 module.backend = backend
 
-    def compile_blocks(self, backend: str = "inductor") -> None:
+    def compile_blocks(self, backend: str | None = "inductor") -> None:
         """Compile each block. Blocks of equal form share their code, for any token counts.
 
         Args:
-            backend: of ``torch.compile``.
+            backend: of ``torch.compile``; None for plain blocks again.
         """
         # All compiled modules of a process share the count of versions: one for each width, dtype and kind of sets.
         # Training and evaluation together make nearly the 8 that are allowed, past which dynamo raises.
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, COMPILED_VERSIONS)
         for module in self.modules():
-            if isinstance(module, Block):
+            if isinstance(module, Block) and backend is None:
+                module._compiled_call_impl = None
+            elif isinstance(module, Block):
                 module.compile(fullgraph=True, dynamic=True, backend=backend)
 
     def widened(self, x: Tensor) -> Tensor:

@@ -6,22 +6,32 @@ Everything else that must know of an option (whether a resumed run may change it
 
 from __future__ import annotations
 
+import importlib.util
+import logging
+import os
+import shutil
+import sysconfig
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 
 from ijepa_fast.attention.dispatch import BACKENDS, Request, resolve
-from ijepa_fast.masks.sampler import MaskConfig
+from ijepa_fast.masks.sampler import MaskConfig, Masks
 from ijepa_fast.model.config import ModelConfig
 from ijepa_fast.model.jepa import IJEPA
 from ijepa_fast.model.vit import cast_weights
+from ijepa_fast.ragged import Ragged
 from ijepa_fast.side_stream import SideStream
 from ijepa_fast.step.memory import needs_checkpointing
 from ijepa_fast.step.train_step import PRECISION_DTYPES
 
-Blocks = Literal["plain", "compile", "fused", "fused+compile"]
+log = logging.getLogger(__name__)
+
+Blocks = Literal["auto", "plain", "compile", "fused", "fused+compile"]
 
 
 class Machine(NamedTuple):
@@ -75,12 +85,13 @@ def _option(
 
 @dataclass(frozen=True)
 class StepOptions:
-    """How a training step is computed. All are off until they are measured on a GPU (docs/step.md).
+    """How a training step is computed. All but blocks are off until they are measured on a GPU (docs/step.md).
 
     Args:
         blocks: plain, compile (torch.compile, one code for all token counts), fused (the package's kernels: norms that
-            add the residual, GELU inside products, split sums for weight gradients), or fused+compile. Fused blocks on
-            a GPU need bf16 or fp16, and with fp8_targets the target encoder keeps plain ones.
+            add the residual, GELU inside products, split sums for weight gradients), fused+compile, or auto: compile on
+            a GPU where a C compiler is there, else plain. Fused blocks on a GPU need bf16 or fp16, and with fp8_targets
+            the target encoder keeps plain ones.
         attention: variable-length attention backend, see `ijepa-fast doctor`.
         activation_checkpointing: recompute blocks in the backward pass to save memory: true, false, or auto (only
             where the GPU would be too small without).
@@ -95,9 +106,9 @@ class StepOptions:
     """
 
     blocks: Blocks = _option(
-        "plain",
-        tries=lambda machine: get_args(Blocks),
-        suffixes={"compile": "compile", "fused": "fused"},
+        "auto",
+        tries=lambda machine: get_args(Blocks)[1:],
+        suffixes={"plain": "plain", "compile": "compile", "fused": "fused"},
         common=True,
     )
     attention: str = _option(
@@ -192,14 +203,79 @@ def apply(
         network.use_attention(options.attention)
         network.wide_residual = options.wide_residual
         network.activation_checkpointing = checkpointing and network is not model.target_encoder
-    if options.fused:
+    blocks = blocks_on(options.blocks, device)
+    if "fused" in blocks:
         # FP8 products are not among the fused kernels: a target encoder that multiplies so keeps its plain blocks.
         model.fuse_blocks(targets=not options.fp8_targets)
-    if options.compiled:
-        for network in networks:
-            network.compile_blocks()
+    if "compile" in blocks:
+        _compile(model, device, must=options.compiled)
     if options.overlap_target:
         model.target_stream = SideStream(device)
+
+
+def blocks_on(blocks: Blocks, device: torch.device) -> Blocks:
+    """``blocks`` with what auto stands for on ``device``; on a GPU a log line says which and why."""
+    if blocks != "auto" or device.type != "cuda":
+        return "plain" if blocks == "auto" else blocks
+    reason = _why_not_compiled(device)
+    log.info("step.blocks %s", "compile" if reason is None else f"plain, without torch.compile: {reason}")
+    return "compile" if reason is None else "plain"
+
+
+def _why_not_compiled(device: torch.device) -> str | None:
+    """What torch.compile would lack on a GPU: Triton, and what Triton builds its launchers with."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    if torch.cuda.get_device_capability(device) < (7, 0):
+        return "Triton needs compute capability 7.0"
+    if not any(shutil.which(compiler) for compiler in (os.environ.get("CC"), "gcc", "clang") if compiler):
+        return "there is no C compiler (CC, gcc or clang)"
+    headers = sysconfig.get_paths()["include"]
+    return None if Path(headers, "Python.h").exists() else f"Python's headers are missing: {headers}/Python.h"
+
+
+def _compile(model: IJEPA, device: torch.device, must: bool) -> None:
+    """Compile the blocks, now instead of in the first step, so that it is known how long it takes and whether it works.
+
+    Args:
+        must: raise where the compiler fails, instead of going on with plain blocks.
+    """
+    networks, started = (model.context_encoder, model.target_encoder, model.predictor), time.monotonic()
+    for network in networks:
+        network.compile_blocks()
+    log.info("torch.compile compiles the transformer blocks; this can take minutes")
+    try:
+        _try_out(model, device)
+    except Exception as error:  # each of the compiler's stages raises its own
+        if must:
+            raise
+        for network in networks:
+            network.compile_blocks(None)
+        _try_out(model, device)  # raises where it is not the compiler that fails
+        said = str(error).strip().splitlines() or [""]
+        log.warning("torch.compile FAILED, so blocks run without it, slower: %s: %s", type(error).__name__, said[0])
+    else:
+        log.info("blocks were compiled in %.0f s", time.monotonic() - started)
+
+
+def _try_out(model: IJEPA, device: torch.device) -> None:
+    """Forward and backward passes of all networks as a step has them, on two black images; gradients are dropped."""
+    encoder = model.context_encoder
+    height, width = (side * encoder.patch_size for side in encoder.grid)
+    images = torch.zeros(2, encoder.in_chans, height, width, dtype=torch.uint8, device=device)
+    patches = encoder.grid[0] * encoder.grid[1]
+    context, targets = [], []
+    for first in (0, patches):  # of each image half of the patches, and two target blocks
+        half, last = first + patches // 2, first + patches
+        context.append(range(first, half))
+        targets += [range(half, (half + last) // 2), range((half + last) // 2, last)]
+    masks = Masks(*(Ragged.from_lists(sets, device) for sets in (context, targets)))
+    try:
+        for all_targets in (False, True):
+            predicted = IJEPA.predict(model, images, masks, all_targets=all_targets)
+            (predicted.values.float().sum() + predicted.context.float().sum()).backward()
+    finally:
+        model.zero_grad(set_to_none=True)
 
 
 class Suffix(NamedTuple):
@@ -229,7 +305,7 @@ def with_suffixes(suffixes: Sequence[str], options: StepOptions | None = None) -
         if suffix not in SUFFIXES or suffixes.count(suffix) > 1:
             raise ValueError(f"suffixes of ours are {', '.join(SUFFIXES)}, each at most once, got {suffix!r}")
         name, value, *_ = SUFFIXES[suffix]
-        if name == "blocks" and options.blocks not in ("plain", value):
+        if name == "blocks" and {options.blocks, value} == {"compile", "fused"}:
             value = "fused+compile"
         options = replace(options, **{name: value})
     return options
