@@ -9,6 +9,7 @@
 #
 #   benchmarks/gpu_check.sh [--part all|quick|step|ops|masks|tests|more|scaling|tune ...] [--out DIR] [--seconds N]
 #   benchmarks/gpu_check.sh --part step --steps compile --seconds 590
+#   python -m benchmarks.gpu_cache triton_cache.tar.xz    before, without a GPU: kernels that need not be compiled there
 #   benchmarks/gpu_check.sh --device cpu --tiny      the same chain, small, on a machine without a GPU
 #
 # PYTHON names the Python that has torch (python3). IJEPA_FAST_COMMIT names the commit where the checkout has no .git.

@@ -105,7 +105,11 @@ class Run:
         entry's "reports"."""
         path = self.scratch / (file or f"{re.sub('[^a-z0-9_]+', '-', name.lower())}.json")
         self.execute(entry, name, [*command, "--json", str(path)], limit)
-        report = json.loads(path.read_text()) if path.exists() else None
+        try:
+            report = json.loads(path.read_text()) if path.exists() else None
+        except ValueError as problem:
+            self.note(entry["commands"], f"results of {name}", {"not_run": f"they are no JSON: {problem}"})
+            report = None
         if report and not file:
             entry["reports"].append(report)
             self.save()

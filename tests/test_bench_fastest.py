@@ -37,7 +37,8 @@ def choose(rates, config=None, choices=CHOICES, **more):
     said = []
 
     def attempt(config, device, images, seconds, gradients_file, base):
-        settings = differing(RunConfig(), {name: flatten(config)[name] for name in NAMES})
+        plain = with_settings(RunConfig(), {"step.blocks": "plain"})
+        settings = differing(plain, {name: flatten(config)[name] for name in NAMES})
         known = rates.get(named(settings), [100.0])
         rate = known.pop(0) if len(known) > 1 else known[0]
         if isinstance(rate, str | BaseException):

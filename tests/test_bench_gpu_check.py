@@ -87,6 +87,42 @@ def test_a_part_that_raises_does_not_end_the_others(tmp_path, monkeypatch, capsy
     assert written["masks"]["fine"] and "reports" in written["step"]
 
 
+SECTIONS = ["install", "quick", "step", "ops", "masks", "tests", "more", "scaling", "tune"]
+
+
+@pytest.mark.parametrize("fault", ["dies", "hangs", "half a file"])
+def test_a_fault_of_one_command_hides_no_other_in_any_section(tmp_path, monkeypatch, capsys, fault):
+    """The first command of each section goes wrong, all others succeed."""
+    path, hit, ran = tmp_path / "gpu-dry-run.json", set(), []
+    monkeypatch.setattr(gpu_check.extension, "library_path", lambda: Path("built"))
+
+    def execute(self, entry, name, command, limit=0, **environment):
+        section = next(part for part, other in self.report["parts"].items() if other is entry)
+        ran.append(section)
+        wrong = section not in hit
+        hit.add(section)
+        if "--json" in command and not (wrong and fault == "dies"):
+            Path(value(command, "--json")).write_text(
+                '{"rows": [' if wrong and fault == "half a file" else '{"rows": []}'
+            )
+        result = {"stopped_after_s": 1.0} if wrong and fault == "hangs" else {"exit_status": 139 if wrong else 0}
+        self.note(entry["commands"], name, result)
+        json.loads(path.read_text())  # whole after every command
+        return result.get("exit_status")
+
+    monkeypatch.setattr(processes.Run, "execute", execute)
+    arguments = ["--device", "cpu", "--tiny", "--out", str(tmp_path), "--part", *SECTIONS]
+    assert gpu_check.main(arguments) == 1
+    parts = json.loads(path.read_text())["parts"]
+    assert list(parts) == SECTIONS and hit == set(SECTIONS)
+    said = capsys.readouterr().out.split("gpu-dry-run.json")[1]
+    words = {"dies": "exit status 139", "hangs": "was stopped after", "half a file": "139"}[fault]
+    assert all(f"{part}: " in said for part in SECTIONS) and said.count(words) >= len(SECTIONS)
+    assert not any("error" in entry for entry in parts.values())
+    # What came after the fault was run, where a section has more than one command.
+    assert all(ran.count(part) > 1 for part in ("quick", "ops", "more"))
+
+
 def test_outcome_of_tests(tmp_path):
     junit = tmp_path / "junit.xml"
     assert gpu_check.outcome(junit, None) == {"passed": 0, "failed": ["stopped before its end"]}

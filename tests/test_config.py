@@ -129,7 +129,10 @@ def test_changes_are_told_apart():
             {"step": {"overlap_target": True}, "train": {"device": "cpu"}},
             "step.overlap_target needs a GPU, got device cpu",
         ),
-        ({"step": {"blocks": "fast"}}, "step.blocks must be one of auto, plain, compile, fused, fused.compile, got 'fast'"),
+        (
+            {"step": {"blocks": "fast"}},
+            "step.blocks must be one of auto, plain, compile, fused, fused.compile, got 'fast'",
+        ),
         (
             {"step": {"blocks": "fused"}, "train": {"device": "cuda", "precision": "fp32"}},
             "step.blocks fused .* got fp32",
