@@ -146,7 +146,7 @@ STEPS = (
     ("vit_b16", 512, "exact", "ours,eager,ours+plain,ours+fused,ours+triton,ours+capture"),
     ("vit_h14", 128, "exact", "ours,compiled"),
     ("vit_b16", 512, "exact", "ours,compiled"),
-    ("vit_h14", 128, "exact", "ours,ours+fused+triton,ours+fused+triton+fp8,ours+fused+triton+overlap,ours+wide"),
+    ("vit_h14", 128, "exact", "ours,ours+fp8,ours+fp8hand,ours+fused+triton,ours+fused+triton+overlap,ours+wide"),
     ("vit_b16", 512, "exact", "ours,ours+fused+triton,ours+fused+triton+capture,ours+fused+triton+overlap"),
     ("vit_h14", 128, "batch_min", "ours,eager,ours+triton,ours+fused+triton"),
     ("vit_l16", 128, "exact", "ours,eager,ours+triton,ours+fused+triton,ours+fused+triton+capture"),
