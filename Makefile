@@ -12,11 +12,12 @@ endif
 export PIP_ARGS
 
 .NOTPARALLEL:
-.PHONY: help setup demo test test-all lint kernels bench ext clean
+.PHONY: help setup demo test test-all torch lint kernels bench ext clean
 
 help:
 	@echo "make demo      train I-JEPA on the embedded images into runs/demo; stopped and made again, it continues"
 	@echo "make test      the tests that take minutes (test-all: every test that needs no GPU)"
+	@echo "make torch     the tests that depend on torch, with another version of it (TORCH=) in an environment of its own"
 	@echo "make lint      ruff: style and format"
 	@echo "make kernels   compile the Triton kernels for sm_90, without a GPU, and judge the machine code"
 	@echo "make bench     the tests, then every op beside its peers"
@@ -35,6 +36,14 @@ test:
 
 test-all:
 	@$(in_environment) --extras train,test -- -m pytest -m "not gpu" --durations=15 $(ARGS)
+
+TORCH ?= 2.11.0
+OF_TORCH = tests/test_attention.py tests/test_attention_padding.py tests/test_ops.py tests/test_step.py tests/test_captured.py
+
+torch:
+	@folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT && $(or $(PYTHON),python3) -m venv "$$folder" && \
+	"$$folder/bin/python" -m pip install --quiet $(PIP_ARGS) "torch==$(TORCH)" && \
+	VIRTUAL_ENV="$$folder" PYTHON= $(MAKE) test ARGS="$(OF_TORCH) $(ARGS)"
 
 lint:
 	@$(in_environment) --extras dev -- -m ruff check .
