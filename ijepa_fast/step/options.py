@@ -256,8 +256,8 @@ def _compile(model: IJEPA, device: torch.device, must: bool) -> None:
         for network in networks:
             network.compile_blocks(None)
         _try_out(model, device)  # raises where it is not the compiler that fails
-        said = str(error).strip().splitlines() or [""]
-        log.warning("torch.compile FAILED, so blocks run without it, slower: %s: %s", type(error).__name__, said[0])
+        said = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        log.warning("torch.compile FAILED, so blocks run without it, slower: %s", said)
     else:
         log.info("blocks were compiled in %.0f s", time.monotonic() - started)
 
