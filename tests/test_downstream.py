@@ -31,7 +31,7 @@ from ijepa_fast.weights.runs import save_run
 
 needs_sklearn = pytest.mark.skipif(importlib.util.find_spec("sklearn") is None, reason="scikit-learn is not installed")
 needs_pyarrow = pytest.mark.skipif(importlib.util.find_spec("pyarrow") is None, reason="pyarrow is not installed")
-QUICK = Options(workers=0, draws=3)
+QUICK = Options(workers=0, draws=2, shots="10%,5")
 
 
 @pytest.fixture(scope="module")

@@ -27,7 +27,7 @@ from ijepa_fast.downstream.robustness import STRENGTHS, corrupted
 from ijepa_fast.downstream.tasks import Options
 from ijepa_fast.weights.encoder_file import save_encoder
 
-QUICK = Options(workers=0, epochs=6)
+QUICK = Options(workers=0, epochs=5)
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +68,7 @@ def test_heads_on_crops_beat_the_untrained_encoder_and_continue_after_a_stop(cla
     assert kept[0]["validation"] == kept[1]["validation"] and kept[0]["figures"] == kept[1]["figures"]
 
 
+@pytest.mark.slow
 def test_the_linear_protocol_beats_the_untrained_encoder(classes, loaded, tmp_path):
     report = judged(loaded, "linear_protocol", classes, tmp_path, replace(QUICK, epochs=20))
     assert beats(report["tasks"]["linear_protocol"], "accuracy"), table(report)
@@ -86,7 +87,7 @@ def test_lars_scales_steps_of_matrices_to_their_weights():
 
 
 def test_robustness_starts_from_the_linear_probe_and_falls_with_strength(classes, loaded, tmp_path):
-    report = judged(loaded, "linear,robustness", classes, tmp_path, compare=False)
+    report = judged(loaded, "linear,robustness", classes, tmp_path, replace(QUICK, limit=80), compare=False)
     linear, robust = (report["tasks"][name]["trained"] for name in ("linear", "robustness"))
     assert robust["figures"]["clean"] == pytest.approx(linear["figures"]["accuracy"])
     assert robust["figures"]["mean corrupted"] < robust["figures"]["clean"]
@@ -106,7 +107,7 @@ def test_corruptions_change_images_more_with_each_strength(name):
 
 @pytest.mark.parametrize(("kind", "task"), [("annotations", "segmentation"), ("depth", "depth")])
 def test_dense_tasks_beat_chance_and_the_untrained_encoder(loaded, tmp_path, kind, task):
-    data = write_dense(tmp_path / "data", 80, 40, kind)
+    data = write_dense(tmp_path / "data", 64, 24, kind)
     entry = judged(loaded, task, data, tmp_path / "out", replace(QUICK, epochs=10))["tasks"][task]
     for label in entry["trained"]["figures"]:
         if label.endswith("(m)"):
