@@ -108,7 +108,7 @@ def test_corruptions_change_images_more_with_each_strength(name):
 @pytest.mark.parametrize(("kind", "task"), [("annotations", "segmentation"), ("depth", "depth")])
 def test_dense_tasks_beat_chance_and_the_untrained_encoder(loaded, tmp_path, kind, task):
     data = write_dense(tmp_path / "data", 64, 24, kind)
-    entry = judged(loaded, task, data, tmp_path / "out", replace(QUICK, epochs=10))["tasks"][task]
+    entry = judged(loaded, task, data, tmp_path / "out", replace(QUICK, epochs=20))["tasks"][task]
     for label in entry["trained"]["figures"]:
         if label.endswith("(m)"):
             mine, others = (
