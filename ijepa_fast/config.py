@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from importlib import resources
 from pathlib import Path
@@ -147,6 +148,48 @@ class RunConfig:
     def __post_init__(self) -> None:
         train = self.train
         self.step.check(precision=train.precision, accumulate=train.accumulate, device=train.device)
+        for name, value in flatten(self).items():
+            numbers = list(_numbers(value))
+            if not all(map(math.isfinite, numbers)):
+                raise ValueError(f"{name} must be finite, got {value}")
+            fits, words = LIMITS.get(name, (None, ""))
+            if fits is not None and not all(map(fits, numbers)):
+                raise ValueError(f"{name} must be {words}, got {value}")
+        if self.model.img_size % self.model.patch_size:
+            raise ValueError(
+                f"model.img_size {self.model.img_size} px cannot be cut into patches of {self.model.patch_size} px "
+                "(model.patch_size)"
+            )
+
+
+_SHARE = (lambda value: 0 <= value <= 1, "in [0, 1]")
+_POSITIVE = (lambda value: value > 0, "positive")
+LIMITS = {
+    "model.img_size": _POSITIVE,
+    "model.patch_size": _POSITIVE,
+    "model.depth": _POSITIVE,
+    "model.predictor_depth": _POSITIVE,
+    "model.mlp_ratio": _POSITIVE,
+    "model.predictor_mlp_ratio": _POSITIVE,
+    "loader.flip": _SHARE,
+    "loader.max_bad_share": _SHARE,
+    "loader.max_pixels": _POSITIVE,
+    "optim.warmup_epochs": (lambda value: value >= 0, "at least 0"),
+    "optim.max_grad_norm": _POSITIVE,
+    "evaluation.images": _POSITIVE,
+    "evaluation.resize_ratio": (lambda value: value >= 1, "at least 1"),
+    "evaluation.bank": (lambda value: value == 0 or 2 <= value <= 50_000, "0 or between 2 and 50,000"),
+}
+"""What the numbers of a setting must fulfil, and the same in words, where no section checks it."""
+
+
+def _numbers(value: object) -> Iterator[float]:
+    """The numbers in a setting, one, several, or none."""
+    if isinstance(value, (list, tuple)):
+        for part in value:
+            yield from _numbers(part)
+    elif isinstance(value, (int, float)) and not isinstance(value, bool):
+        yield value
 
 
 CHANGEABLE = {

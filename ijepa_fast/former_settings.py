@@ -70,7 +70,7 @@ def present(settings: Mapping[str, object], base: Mapping[str, object], strict: 
         if settings[name] != FIXED[name]:
             raise ValueError(f"{name} is no setting any more and always {FIXED[name]}, got {settings[name]}")
     for name, value in settings.items() if strict else ():
-        if value != GONE.get(name, value):
+        if name in GONE and value != GONE[name]:
             log.warning("%s is no setting any more: %s is ignored", name, value)
     now = {name: value for name, value in settings.items() if not is_former(name, value)}
     for old, value in settings.items():

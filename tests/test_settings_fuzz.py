@@ -8,7 +8,7 @@ import torch
 import yaml
 
 from ijepa_fast import cli
-from ijepa_fast.config import RunConfig, as_dict, flatten
+from ijepa_fast.config import LIMITS, RunConfig, as_dict, flatten, from_dict, nested
 from tests.tiny import tiny_run
 
 VALUES = ["abc", "", "null", "[]", "{}", "[1]", "[1, 2, 3]", "[[1, 2], 3]", "-1", "0", "0.5", "1.5", "7", "1e-3", "nan",
@@ -28,6 +28,15 @@ def wrong_settings(count: int, seed: int) -> list[dict[str, str]]:
     draw = random.Random(seed)
     names = sorted(flatten(RunConfig()).keys() - NOT_DRAWN)
     return [{draw.choice(names): draw.choice(VALUES) for _ in range(draw.choice((1, 1, 2)))} for _ in range(count)]
+
+
+def test_no_number_may_be_infinite_or_beyond_its_limits():
+    for name, now in flatten(RunConfig()).items():
+        wrong = [float("nan"), float("inf")] if isinstance(now, (float, list)) else []
+        for number in wrong + [-1] * (name in LIMITS):
+            value = [number, number] if isinstance(now, list) and len(now) == 2 else number
+            with pytest.raises((ValueError, TypeError), match=name.rpartition(".")[2]):
+                from_dict(nested({name: value}))
 
 
 @pytest.mark.parametrize(
@@ -50,10 +59,11 @@ def test_wrong_settings_are_named_and_nothing_is_written(data, tmp_path, monkeyp
             continue
         said = capsys.readouterr().err
         if status == 0:
-            if any(text in value for value in settings.values() for text in ("nan", "inf", "1e400")):
+            below = any(value.startswith("-") for name, value in settings.items() if name != "seed")
+            if below or any(text in value for value in settings.values() for text in ("nan", "inf", "1e400")):
                 found.append(f"{flags}: taken")
             continue
-        if not any(name.rpartition(".")[2] in said for name in settings):
+        if not any(name.rpartition(".")[2] in said or f": {value}" in said for name, value in settings.items()):
             found.append(f"{flags}: not named in {said[-300:]!r}")
         if output.exists() and not existed:
             found.append(f"{flags}: files were written")
