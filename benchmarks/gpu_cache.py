@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import ctypes
 import importlib
-import json
 import os
 import subprocess
 import sys
@@ -33,6 +32,7 @@ from torch.utils._pytree import tree_map
 from triton.backends.nvidia import driver as nvidia
 from triton.runtime.driver import driver
 
+from benchmarks.gpu_check import unpack
 from ijepa_fast import ops
 from ijepa_fast.config import ModelConfig
 from ijepa_fast.kernels import specs
@@ -205,17 +205,6 @@ def pack(cache: Path, file: Path) -> None:
         for path in sorted(cache.glob("*/*")):
             if path.suffix in (".cubin", ".json", ".so"):
                 archive.add(path, path.relative_to(cache))
-
-
-def unpack(file: Path, cache: Path) -> int:
-    """Into a folder for TRITON_CACHE_DIR; how many kernels there are. Descriptions name their files by whole paths."""
-    with tarfile.open(file) as archive:
-        archive.extractall(cache, filter="data")
-    for group in cache.glob("*/__grp__*"):
-        names = json.loads(group.read_text())["child_paths"]
-        there = {name: str(group.parent / name) for name in names if (group.parent / name).exists()}
-        group.write_text(json.dumps({"child_paths": there}))
-    return len(list(cache.glob("*/*.cubin")))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -21,6 +21,7 @@ import os
 import re
 import shutil
 import sys
+import tarfile
 import tempfile
 import time
 import xml.etree.ElementTree as ElementTree
@@ -31,7 +32,6 @@ from typing import Any
 
 import torch
 
-from benchmarks import gpu_cache
 from benchmarks.processes import LEAST_SECONDS, ROOT, Run
 from ijepa_fast.bench.table import with_ratios
 from ijepa_fast.masks import extension
@@ -59,6 +59,17 @@ def install(run: Run, entry: Entry) -> None:
     """Install the checkout without network; where that fails, what follows runs from the folder. Build csrc/."""
     run.execute(entry, "pip install", python("pip", "install", "--no-build-isolation", "--no-deps", "-q", "-e", "."))
     build_extension(run, entry)
+
+
+def unpack(file: Path, cache: Path) -> int:
+    """Into a folder for TRITON_CACHE_DIR; how many kernels there are. Descriptions name their files by whole paths."""
+    with tarfile.open(file) as archive:
+        archive.extractall(cache, filter="data")
+    for group in cache.glob("*/__grp__*"):
+        names = json.loads(group.read_text())["child_paths"]
+        there = {name: str(group.parent / name) for name in names if (group.parent / name).exists()}
+        group.write_text(json.dumps({"child_paths": there}))
+    return len(list(cache.glob("*/*.cubin")))
 
 
 def compiled_kernels() -> set[Path]:
@@ -399,7 +410,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         run.report = json.loads(path.read_text()) if path.exists() else {"schema": 1, "kind": "gpu_check", "parts": {}}
         if CACHE.exists():
             os.environ["TRITON_CACHE_DIR"] = str(Path(scratch, "triton"))
-            print(f"{gpu_cache.unpack(CACHE, Path(scratch, 'triton'))} kernels from {CACHE.name}", flush=True)
+            print(f"{unpack(CACHE, Path(scratch, 'triton'))} kernels from {CACHE.name}", flush=True)
         for part in wanted:
             seconds = min(WHOLE_RUN[part] if whole else options.seconds, max(until - time.monotonic(), LEAST_SECONDS))
             entry, started = run.begin(part, seconds), time.monotonic()

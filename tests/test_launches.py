@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import gpu_cache
+from benchmarks.gpu_check import unpack
 
 ROOT = Path(__file__).resolve().parents[1]
 pytestmark = pytest.mark.skipif(not shutil.which(os.environ.get("CC", "cc")), reason="needs a C compiler")
+STREAM = 0x57
 LARGEST = (2**31 - 1, 65535, 65535)
 # Launches of one step of a context encoder, a target encoder and a predictor of one block each.
 ATTENTION = {"forward_kernel": 3, "dq_kernel": 2, "dkdv_kernel": 2}
@@ -41,7 +42,7 @@ def launched(*what: str) -> dict:
         assert all(0 < size <= most for size, most in zip(grid, LARGEST, strict=True)), launch
         # Triton multiplies the three in 32 bits, and launches nothing where that overflows.
         assert grid[0] * grid[1] * grid[2] < 2**31 and launch["threads"] <= 1024, launch
-        assert launch["stream"] == gpu_cache.STREAM, launch
+        assert launch["stream"] == STREAM, launch
         # Whole 64-bit addresses, and each number in its place.
         assert launch["handed"] == launch["received"] and launch["handed"], launch
     return found
@@ -69,6 +70,6 @@ def test_a_packed_cache_has_every_kernel_and_says_what_it_lacks(tmp_path):
     archive = str(tmp_path / "cache.tar.xz")
     done = run("-m", "benchmarks.gpu_cache", archive, "--files", "ema")
     assert done.returncode == 0 and "0 kernels are not in" in done.stdout, done.stdout + done.stderr
-    assert gpu_cache.unpack(Path(archive), tmp_path / "cache") == 3
+    assert unpack(Path(archive), tmp_path / "cache") == 3
     done = run("-m", "benchmarks.gpu_cache", archive, "--files", "grad_norm", "--check")
     assert done.returncode == 1 and "4 kernels are not in" in done.stdout and "block_norms_kernel" in done.stdout
