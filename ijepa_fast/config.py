@@ -148,6 +148,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         train = self.train
         self.step.check(precision=train.precision, accumulate=train.accumulate, device=train.device)
+        self.objective.check_masks(self.masks.per_image)
         for name, value in flatten(self).items():
             numbers = list(_numbers(value))
             if not all(map(math.isfinite, numbers)):

@@ -31,7 +31,6 @@ RENAMED = {
 alone for a pair is its first half: ``--optim.momentum 0.99`` leaves the end as it is."""
 
 FIXED = {
-    "model.init": "flat",
     "objective.target_std": 1.0,
     "objective.variance_eps": 1e-4,
     "objective.target_eps": 1e-5,

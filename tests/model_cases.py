@@ -91,14 +91,18 @@ def oracle_losses(oracle, objective, images, contexts, targets, per_image=1):
     """With several masks per image: of each image as often as it has masks; regularised for each number of mask."""
     images = images.repeat_interleave(per_image, 0)
     prediction = oracle.prediction_loss(images, contexts, targets)
-    variance = covariance = torch.zeros_like(prediction)
-    if objective.variance_weight or objective.covariance_weight:
+    variance = covariance = invariance = torch.zeros_like(prediction)
+    if objective.regularised:
         pooled = [oracle.pooled_context(images, contexts)[k::per_image] for k in range(per_image)]
         variance = sum(variance_term(p, 1.0, 1e-4) for p in pooled) / per_image
         covariance = sum(map(covariance_term, pooled)) / per_image
     total = objective.prediction_weight * prediction
+    if objective.invariance_weight:
+        pairs = [(a - b).square().mean() for i, a in enumerate(pooled) for b in pooled[:i]]
+        invariance = sum(pairs) / len(pairs)
     total = total + objective.variance_weight * variance + objective.covariance_weight * covariance
-    return Losses(total, prediction, variance, covariance)
+    total = total + objective.invariance_weight * invariance
+    return Losses(total, prediction, variance, covariance, invariance)
 
 
 def gradients(model, loss):

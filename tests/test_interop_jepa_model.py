@@ -271,8 +271,10 @@ class TestLoss:
         torch.testing.assert_close(model(images())[0], exact)
 
     def test_a_regularised_loss_reports_its_terms(self):
-        loss, metrics = tiny(variance_weight=2.0, covariance_weight=0.5)(images())
+        weights = {"variance_weight": 2.0, "covariance_weight": 0.5, "invariance_weight": 3.0}
+        loss, metrics = tiny(**weights, masks={"per_image": 2})(images())
         total = metrics["prediction_loss"] + 2 * metrics["variance_loss"] + 0.5 * metrics["covariance_loss"]
+        total = total + 3 * metrics["invariance_loss"]
         torch.testing.assert_close(loss.detach(), total)
 
     def test_autocast(self):

@@ -30,6 +30,7 @@ from model_cases import (
 )
 
 from ijepa_fast.attention.dispatch import BACKENDS, Preference
+from ijepa_fast.config import RunConfig
 from ijepa_fast.masks.sampler import Masks
 from ijepa_fast.model import vit
 from ijepa_fast.model.jepa import IJEPA, Objective, mean_pool, variance_covariance
@@ -372,6 +373,11 @@ ERRORS = {
         lambda: small_model(objective=Objective(variance_weight=1.0))(torch.zeros(1, 3, 16, 16), masks_of(1)),
         "at least 2 images",
     ),
+    "one mask for an invariance": (
+        lambda: small_model(objective=Objective(invariance_weight=1.0))(torch.zeros(2, 3, 16, 16), masks_of(2)),
+        "invariance_weight 1.0 .* per_image is 1",
+    ),
+    "one mask in the settings": (lambda: RunConfig(objective=Objective(invariance_weight=0.5)), "per_image is 1"),
 }
 MASKS_OF_OTHER_IMAGES = {
     "fewer": lambda: small_model()(torch.zeros(4, 3, 16, 16), masks_of(2)),

@@ -127,6 +127,11 @@ def test_loss_and_every_gradient(config, all_targets):
     assert_equals_oracle(make_model(GRID), images, masks, GRID, all_targets=all_targets)
 
 
+def test_invariance_is_the_distance_between_masks_of_an_image():
+    model = make_model(GRID, Objective(prediction_weight=0.5, **REGULARISED, invariance_weight=2.0))
+    assert_equals_oracle(model, make_images(3, GRID), make_masks(GRID, 3, padding=5, per_image=3), GRID)
+
+
 @pytest.mark.parametrize("all_targets", [True, False])
 @pytest.mark.parametrize("objective", KINDS.values(), ids=KINDS)
 def test_loss_and_gradients_are_the_mean_over_single_masks(objective, all_targets):

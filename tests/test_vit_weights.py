@@ -140,3 +140,24 @@ def test_gradients_arrive_in_the_dtype_of_their_parameter():
     out.float().square().sum().backward()
     for parameter in [*encoder.parameters(), *predictor.parameters()]:
         assert parameter.grad.dtype == parameter.dtype and parameter.grad.isfinite().all()
+
+
+@pytest.mark.parametrize(("patch_size", "channels"), [(4, 3), (8, 1), (8, 4)])
+def test_whitened_patches(patch_size, channels):
+    """Of images whose pixels are correlated as assumed, outputs have the stated spread and many directions."""
+    torch.manual_seed(0)
+    mean_std = {"mean": [0.0] * channels, "std": [1.0] * channels}
+    shape = {"img_size": patch_size, "patch_size": patch_size, "in_chans": channels, "embed_dim": 32, "depth": 1}
+    whitened, flat = (VisionTransformer(**shape, **mean_std, num_heads=2, init=init) for init in ("whitened", "flat"))
+    at = torch.arange(patch_size).double()
+    side = 0.95 ** (at[:, None] - at).abs()
+    covariance = torch.kron(side[:channels, :channels].contiguous(), torch.kron(side, side))
+    images = torch.randn(2000, len(covariance)).double() @ torch.linalg.cholesky(covariance).T
+    images = images.view(-1, channels, patch_size, patch_size).float()
+    rank = {}
+    for name, encoder in (("whitened", whitened), ("flat", flat)):
+        values = torch.linalg.eigvalsh(torch.cov(encoder.patch_embed.proj(images).flatten(1).T)).clamp(min=0)
+        rank[name] = float(values.sum() ** 2 / values.square().sum())
+    assert values.shape == (32,) and float(whitened.patch_embed.proj(images).std()) == pytest.approx(0.6, rel=0.1)
+    assert rank["whitened"] > 3 * rank["flat"]
+    assert torch.equal(whitened.patch_embed.proj.bias, torch.zeros(32))

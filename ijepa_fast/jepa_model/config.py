@@ -38,8 +38,8 @@ class JEPAConfig:
         masks: further settings of ``MaskConfig``, such as num_targets, target_scale or min_keep. min_keep is by
             default 10, and N / 16 on grids of fewer than 160 patches.
         loss: l2 (paper), smooth_l1 (official code) or l1, between prediction and layer-normalised target features.
-        variance_weight, covariance_weight: weights of the terms that keep features of small data sets from collapsing,
-            see ``ijepa_fast.model.jepa.Objective``.
+        variance_weight, covariance_weight, invariance_weight: weights of VICReg's terms, which keep features of small
+            data sets from collapsing, see ``ijepa_fast.model.jepa.Objective``.
         ema_momentum: momentum of the target encoder; with total_steps, its value at the start.
         final_momentum: its value after total_steps.
         momentum_shape: its curve between them: cosine, or linear as in the official code.
@@ -50,7 +50,7 @@ class JEPAConfig:
         seed: seed of the masks. Weights come from torch's global generator.
         mean, std: mean and standard deviation of each channel, for images in [0, 1]; uint8 images are normalised with
             them. By default ImageNet's for three channels, otherwise 0.5.
-        init: initialisation, flat (std 0.02 at all depths) or depth_scaled.
+        init: flat (std 0.02 at all depths), depth_scaled or whitened (flat but for the patch embedding).
         attention: backend of variable-length attention, see ``ijepa-fast doctor``.
         activation_checkpointing: recompute blocks in the backward pass to save memory.
 
@@ -74,6 +74,7 @@ class JEPAConfig:
     loss: Literal["l2", "smooth_l1", "l1"] = "l2"
     variance_weight: float = 0.0
     covariance_weight: float = 0.0
+    invariance_weight: float = 0.0
     ema_momentum: float = 0.996
     final_momentum: float = 1.0
     momentum_shape: Literal["cosine", "linear"] = "cosine"
@@ -82,7 +83,7 @@ class JEPAConfig:
     seed: int = 0
     mean: Sequence[float] | None = None
     std: Sequence[float] | None = None
-    init: Literal["flat", "depth_scaled"] = "flat"
+    init: Literal["flat", "depth_scaled", "whitened"] = "flat"
     attention: str = "auto"
     activation_checkpointing: bool = False
 
@@ -152,8 +153,8 @@ class JEPAConfig:
             self.predictor_mlp_ratio,
             **shared,
         )
-        weights = {"variance_weight": self.variance_weight, "covariance_weight": self.covariance_weight}
-        return encoder, predictor, Objective(self.loss, **weights)
+        names = ("variance_weight", "covariance_weight", "invariance_weight")
+        return encoder, predictor, Objective(self.loss, **{name: getattr(self, name) for name in names})
 
     def mask_config(self, num_patches: int) -> MaskConfig:
         """Settings of the masks for images of this many patches."""

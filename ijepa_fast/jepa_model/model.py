@@ -188,6 +188,7 @@ class JEPAModel(IJEPA):
         if self.objective.regularised:
             values["prediction_loss"] = losses.prediction
             values["variance_loss"], values["covariance_loss"] = losses.variance, losses.covariance
+            values["invariance_loss"] = losses.invariance
         values["feature_std"] = pooled.std(0, correction=0).mean()
         values["cosine_similarity"] = similarity
         values["tokens"] = masks.context.cu_seqlens[-1] + masks.targets.cu_seqlens[-1]

@@ -5,7 +5,7 @@ Legend: T packed rows, D width (after H: of one head), H heads. Parameter names 
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,7 @@ from ijepa_fast.attention.dispatch import check_backend, varlen_attention, varle
 from ijepa_fast.ops import accumulation_dtype
 from ijepa_fast.ragged import Ragged, take_rows
 
-Init = Literal["flat", "depth_scaled"]
+Init = Literal["flat", "depth_scaled", "whitened"]
 COMPILED_VERSIONS = 64
 """Number of versions that torch.compile may make of a block."""
 CPU_HIDDEN = 1 << 21
@@ -195,8 +195,8 @@ class BlockStack(nn.Module):
             raise ValueError(f"depth must be at least 1, got {depth}")
         if round(embed_dim * mlp_ratio) < 1:
             raise ValueError(f"mlp_ratio leaves no hidden units at width {embed_dim}: {mlp_ratio}")
-        if init not in ("flat", "depth_scaled"):
-            raise ValueError(f"init must be 'flat' or 'depth_scaled', got {init!r}")
+        if init not in get_args(Init):
+            raise ValueError(f"init must be one of {', '.join(get_args(Init))}, got {init!r}")
         if num_heads < 1 or embed_dim % num_heads:
             raise ValueError(f"width {embed_dim} cannot be split into {num_heads} heads")
         check_backend(backend)
@@ -205,7 +205,8 @@ class BlockStack(nn.Module):
         """Normal weights of std 0.02 cut at +-2 (absolute), zero biases, unit norms.
 
         "depth_scaled" divides the last weight of attention and MLP in block i (from 1) by sqrt(2 i). The published
-        models were trained with "flat": the official start-up code initialises every linear again.
+        models were trained with "flat": the official start-up code initialises every linear again. "whitened" is
+        "flat" but for the patch embedding of an encoder (``PatchEmbed.whiten``).
         """
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Conv2d)):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from ijepa_fast.model.blocks import Init
 from ijepa_fast.model.jepa import IJEPA, Objective
 from ijepa_fast.model.vit import IMAGENET_MEAN, IMAGENET_STD, Predictor, VisionTransformer
 
@@ -28,6 +29,8 @@ class ModelConfig:
         predictor_embed_dim: width of the predictor, a multiple of 4.
         predictor_depth: blocks of the predictor.
         predictor_mlp_ratio: the same ratio of the predictor; null for the encoder's. The official code always has 4.
+        init: flat (std 0.02 at all depths, as the published models were trained), depth_scaled, or whitened (flat
+            but for the patch embedding, which sees fine detail from the start; for small sets and short runs).
         mean_std: mean, then standard deviation, of each channel, for images in [0, 1].
     """
 
@@ -40,6 +43,7 @@ class ModelConfig:
     predictor_embed_dim: int = common(384)
     predictor_depth: int = common(6)
     predictor_mlp_ratio: float | None = None
+    init: Init = "flat"
     mean_std: tuple[tuple[float, float, float], tuple[float, float, float]] = (IMAGENET_MEAN, IMAGENET_STD)
 
     def __post_init__(self) -> None:
@@ -61,6 +65,7 @@ class ModelConfig:
             depth=self.depth,
             num_heads=self.num_heads,
             mlp_ratio=self.mlp_ratio,
+            init=self.init,
             mean=mean,
             std=std,
         )
@@ -71,6 +76,7 @@ class ModelConfig:
             depth=self.predictor_depth,
             num_heads=self.num_heads,
             mlp_ratio=self.mlp_ratio if self.predictor_mlp_ratio is None else self.predictor_mlp_ratio,
+            init=self.init,
             target_dim=3 * self.patch_size**2 if objective.targets == "pixels" else None,
         )
         return IJEPA(encoder, predictor, objective)

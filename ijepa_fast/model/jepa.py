@@ -33,17 +33,20 @@ TARGET_EPS = 1e-5
 class Objective:
     """The loss of pretraining.
 
-    ``prediction_weight * prediction + variance_weight * variance + covariance_weight * covariance``. The last two
-    regularise the average-pooled context features z over the global batch, as in VICReg (arXiv 2105.04906, section
-    4.1): variance is the mean over dimensions of ``max(0, 1 - sqrt(var(z_d) + 1e-4))``, covariance the sum of squared
-    off-diagonal covariances over D. Pooling is over all context blocks of a mask together. They
-    keep small data sets from collapsing; the official recipes do not use them.
+    The sum of prediction, variance, covariance and invariance, each times its weight. The last three are those of
+    VICReg (arXiv 2105.04906, section 4.1) on the average-pooled context features z, as C-JEPA adds them to I-JEPA
+    (arXiv 2410.19560). Variance is the mean over dimensions of ``max(0, 1 - sqrt(var(z_d) + 1e-4))``, covariance the
+    sum of squared off-diagonal covariances over D, both over the global batch; invariance is the mean square distance
+    between the z of two masks of one image, over all pairs of its masks. Pooling is over all context blocks of a mask
+    together. Variance and covariance keep small data sets from collapsing; with invariance they learn in few steps
+    what the contexts of an image have in common (docs/quality.md). The official recipes use none of the three.
 
     Args:
         loss: distance between prediction and target. The official code takes smooth_l1, the paper writes l2.
         prediction_weight: weight of the prediction loss.
         variance_weight: weight of the variance term.
         covariance_weight: weight of the covariance term.
+        invariance_weight: weight of the invariance term, which needs at least two masks per image.
         targets: what is predicted for a target patch: features (of this patch, by the target encoder), average (the
             mean of its block's features, the same for every patch of the block) or pixels (of this patch; no target
             encoder takes part, which then is a running average for evaluation alone).
@@ -57,6 +60,7 @@ class Objective:
     prediction_weight: float = 1.0
     variance_weight: float = 0.0
     covariance_weight: float = 0.0
+    invariance_weight: float = 0.0
     targets: Literal["features", "average", "pixels"] = "features"
     normalize_targets: bool = True
     target_selection: Literal["output", "input"] = "output"
@@ -70,13 +74,21 @@ class Objective:
             raise ValueError(
                 "objective.target_selection input is for a target encoder, but objective.targets is pixels"
             )
-        for name in ("prediction_weight", "variance_weight", "covariance_weight"):
+        for name in ("prediction_weight", "variance_weight", "covariance_weight", "invariance_weight"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"objective.{name} must not be negative, got {getattr(self, name)}")
 
+    def check_masks(self, per_image: int) -> None:
+        """Raise ValueError where an image has too few masks for the invariance term."""
+        if self.invariance_weight > 0 and per_image < 2:
+            raise ValueError(
+                f"objective.invariance_weight {self.invariance_weight} compares masks of one image, but "
+                f"masks.per_image is {per_image}; give at least 2"
+            )
+
     @property
     def regularised(self) -> bool:
-        return self.variance_weight > 0 or self.covariance_weight > 0
+        return self.variance_weight > 0 or self.covariance_weight > 0 or self.invariance_weight > 0
 
 
 class Losses(NamedTuple):
@@ -86,6 +98,7 @@ class Losses(NamedTuple):
     prediction: Tensor
     variance: Tensor
     covariance: Tensor
+    invariance: Tensor
 
 
 class Prediction(NamedTuple):
@@ -217,8 +230,13 @@ class IJEPA(nn.Module):
         return Prediction(values, targets, rows, layout.predicted.cu_seqlens, context, pooled)
 
     def losses(self, predicted: Prediction, masks: Masks) -> tuple[Losses, Tensor]:
-        """Losses and pooled features, as ``forward`` returns them, from the prediction of a batch with these masks."""
+        """Losses and pooled features, as ``forward`` returns them, from the prediction of a batch with these masks.
+
+        Raises:
+            ValueError: the invariance term has a weight, but there is one mask per image.
+        """
         objective, pooled = self.objective, predicted.pooled
+        objective.check_masks(masks.per_image)
         # The mean over features, then over the rows of a block, then over blocks: small blocks count like large ones.
         # Averages were normalised before they were taken, so they are not once more.
         prediction_loss = ops.target_loss(
@@ -231,18 +249,26 @@ class IJEPA(nn.Module):
             TARGET_EPS,
         )
         total = objective.prediction_weight * prediction_loss
-        variance = covariance = torch.zeros_like(prediction_loss)
+        variance = covariance = invariance = torch.zeros_like(prediction_loss)
         if objective.regularised or pooled is None:
             features = mean_pool(predicted.context, masks.context.every(masks.num_contexts))  # a row for every mask
         if pooled is None:  # without a target encoder the monitors watch the context encoder's features
             pooled = features.detach().unflatten(0, (-1, masks.per_image)).mean(1)
+        if hasattr(self.predictor, "projector"):
+            features = self.predictor.projector(features)
         if objective.regularised:
             # As for the prediction, the mean over the masks of an image: each number of mask is a batch of its own.
             batches = gather_ranks(features).unflatten(0, (-1, masks.per_image)).unbind(1)
             terms = [variance_covariance(batch) for batch in batches]
             variance, covariance = (torch.stack(values).mean() for values in zip(*terms, strict=True))
             total = total + objective.variance_weight * variance + objective.covariance_weight * covariance
-        return Losses(total, prediction_loss.detach(), variance.detach(), covariance.detach()), pooled
+        if objective.invariance_weight > 0:
+            # The mean over all pairs of masks of a square distance is twice the variance over masks.
+            per_mask = features.unflatten(0, (-1, masks.per_image))
+            invariance = 2 * per_mask.var(1).mean()
+            total = total + objective.invariance_weight * invariance
+        terms = (prediction_loss, variance, covariance, invariance)
+        return Losses(total, *(term.detach() for term in terms)), pooled
 
     @torch.no_grad()
     def _targets(

@@ -12,7 +12,7 @@ from torch import Tensor
 from ijepa_fast.ranks import Ranks
 from ijepa_fast.step.train_step import StepResult
 
-_MEANS = ("loss", "loss_prediction", "loss_variance", "loss_covariance", "grad_norm")
+_MEANS = ("loss", "loss_prediction", "loss_variance", "loss_covariance", "loss_invariance", "grad_norm")
 
 
 class Meter:
@@ -78,7 +78,7 @@ class Meter:
     def restore(self, state: dict | None, device: torch.device) -> None:
         """Continue the interval of ``state``; times count from now."""
         self._clear()
-        if state is not None:
+        if state is not None and len(state["sums"]) == len(_MEANS):  # fewer in checkpoints of earlier versions
             self.sums = torch.tensor(state["sums"], device=device)
             for name in ("steps", "images", "context", "targets"):
                 setattr(self, name, state[name])
