@@ -240,7 +240,7 @@ def present_flags(arguments: list[str], base: Mapping[str, object] | None = None
                 raise ValueError(f"--{name} needs a value")
             value = rest.pop(0)
         try:
-            old[name] = json.loads(value)
+            old[name] = json.loads(value.lower() if value.lower() in ("true", "false") else value)
         except json.JSONDecodeError:
             old[name] = value
         place = len(kept)

@@ -66,7 +66,7 @@ def present(settings: Mapping[str, object], base: Mapping[str, object], strict: 
         ValueError: a setting in ``FIXED`` has another value.
     """
     for name in FIXED.keys() & settings.keys() if strict else ():
-        if settings[name] != FIXED[name]:
+        if _number(settings[name]) != FIXED[name]:
             raise ValueError(f"{name} is no setting any more and always {FIXED[name]}, got {settings[name]}")
     for name, value in settings.items() if strict else ():
         if name in GONE and value != GONE[name]:
@@ -75,7 +75,7 @@ def present(settings: Mapping[str, object], base: Mapping[str, object], strict: 
     for old, value in settings.items():
         name = RENAMED.get(old)
         if old == "overwrite":
-            if value and settings.get("resume", base["resume"]) == "never":
+            if value is True and settings.get("resume", base["resume"]) == "never":
                 now[name] = "overwrite"
         elif old == "train.fp8_targets":
             now.setdefault(name, value not in ("off", False))

@@ -156,8 +156,13 @@ def setup(config: RunConfig, me: Ranks) -> Run:
     torch.manual_seed(config.seed)
     model = config.model.build(config.objective)
     _check_batches(config, me)
-    held = checkpoints.list_steps(Path(config.output) / "checkpoints")
-    if config.init is not None and (config.resume == "overwrite" or not held):
+    folder = Path(config.output).resolve()
+    begins = config.resume == "overwrite" or not checkpoints.list_steps(folder / "checkpoints")
+    judged = config.evaluation.before_and_after and not (folder / "before.json").exists()
+    if config.init is not None and (begins or judged):
+        init = Path(config.init).resolve()
+        if config.resume == "overwrite" and (init == folder or folder / "checkpoints" in (init, init.parent)):
+            raise ValueError(f"resume overwrite would remove the weights of init, {config.init}; give another output")
         log.info(start_from(model, config.model, config.init))
     stop = StopFlag(speak=me.is_main)
     loader = train_loader(

@@ -2,6 +2,7 @@
 
 import os
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
@@ -26,7 +27,7 @@ def test_round_trip(tmp_path):
     assert set(checkpoint.select(loaded.tensors, "model")) == {"a", "b"}
 
 
-def test_newest_are_kept_and_leftovers_removed(tmp_path):
+def test_newest_are_kept_and_leftovers_removed(tmp_path, monkeypatch):
     (tmp_path / "step_000000001.partial").write_bytes(b"a save that was killed")
     (tmp_path / "download.partial").write_bytes(b"of somebody else")
     for step in (5, 10, 15, 20):
@@ -37,7 +38,10 @@ def test_newest_are_kept_and_leftovers_removed(tmp_path):
         "step_000000015.safetensors",
         "step_000000020.safetensors",
     ]
+    tmp_path.with_name(f"{tmp_path.name}.safetensors").write_bytes(b"an encoder of this run, exported beside it")
     assert checkpoint.find(tmp_path).name == "step_000000020.safetensors"
+    monkeypatch.chdir(tmp_path)
+    assert checkpoint.find(Path(".")).name == "step_000000020.safetensors"
 
 
 def test_a_save_that_dies_leaves_the_old_checkpoint(tmp_path, monkeypatch):

@@ -198,6 +198,9 @@ def test_settings_of_earlier_versions(old, now):
         (["--resume", "never", "--overwrite", "true"], ["--resume", "overwrite"]),
         (["--overwrite", "true"], []),
         (["--overwrite", "false", "--resume=never"], ["--resume", "never"]),
+        (["--overwrite", "False", "--resume=never"], ["--resume", "never"]),
+        (["--overwrite", "no", "--resume=never"], ["--resume", "never"]),
+        (["--optim.eps=.1e-7", "--train.compile=False"], ["--step.blocks", "plain"]),
         (["--optim.momentum", "0.99", "--seed", "1"], ["--optim.momentum", "[0.99, 1.0]", "--seed", "1"]),
         (["--optim.momentum", "[0.9, 0.99]"], ["--optim.momentum", "[0.9, 0.99]"]),
         (

@@ -80,6 +80,10 @@ def test_what_cannot_go_on_is_refused_with_the_two_ways(data, run, capsys):
         with pytest.raises(CheckpointError, match=message):
             pretrain(config)
         assert contents(run) == before
+    for init in (run, run / "checkpoints" / "best.safetensors"):
+        with pytest.raises(ValueError, match="resume overwrite would remove the weights of init"):
+            pretrain(replace(tiny_run(data, run), init=str(init), resume="overwrite"))
+        assert contents(run) == before
 
 
 def test_a_new_run_begins_with_the_weights_of_another(data, run, tmp_path, caplog):
@@ -95,6 +99,10 @@ def test_a_new_run_begins_with_the_weights_of_another(data, run, tmp_path, caplo
     with caplog.at_level("INFO"):
         pretrain(config)
     assert "start from" not in caplog.text and "is trained" in caplog.text
+    # But where it is to be judged after all: by the initial encoder, not by a random one.
+    (tmp_path / "new" / "summary.json").unlink()
+    summary = pretrain(replace(config, evaluation=replace(config.evaluation, before_and_after=True)))
+    assert summary["before"] == summary["after"]
 
 
 def test_the_settings_of_the_other_run_stand_in_for_a_recipe(data, run, tmp_path, capsys):

@@ -254,8 +254,6 @@ class IJEPA(nn.Module):
             features = mean_pool(predicted.context, masks.context.every(masks.num_contexts))  # a row for every mask
         if pooled is None:  # without a target encoder the monitors watch the context encoder's features
             pooled = features.detach().unflatten(0, (-1, masks.per_image)).mean(1)
-        if hasattr(self.predictor, "projector"):
-            features = self.predictor.projector(features)
         if objective.regularised:
             # As for the prediction, the mean over the masks of an image: each number of mask is a batch of its own.
             batches = gather_ranks(features).unflatten(0, (-1, masks.per_image)).unbind(1)

@@ -146,9 +146,10 @@ def find(path: Path, which: str = "newest") -> Path:
     Raises:
         CheckpointError: there is none.
     """
-    for file in (path, path.with_name(path.name + ".safetensors")):
-        if file.is_file():
-            return file
+    if path.is_file():
+        return path
+    if not path.exists() and (named := Path(f"{path}.safetensors")).is_file():  # never in place of a folder
+        return named
     for folder in (path / "checkpoints", path):
         if which == "best" and (folder / BEST).is_file():
             return folder / BEST
