@@ -43,7 +43,7 @@ OF_TORCH = tests/test_attention.py tests/test_attention_padding.py tests/test_op
 torch:
 	@folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT && $(or $(PYTHON),python3) -m venv "$$folder" && \
 	"$$folder/bin/python" -m pip install --quiet $(PIP_ARGS) "torch==$(TORCH)" && \
-	VIRTUAL_ENV="$$folder" PYTHON= $(MAKE) test ARGS="$(OF_TORCH) $(ARGS)"
+	VIRTUAL_ENV="$$folder" $(MAKE) test PYTHON= ARGS="$(OF_TORCH) $(ARGS)"
 
 lint:
 	@$(in_environment) --extras dev -- -m ruff check .

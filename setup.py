@@ -118,6 +118,7 @@ EXTRAS = {
     "huggingface": ["transformers>=4.56", "safetensors>=0.4.3"],
     "lightning": ["lightning>=2.4"],
     "evaluate": ["scikit-learn>=1.4"],
+    "parquet": ["pyarrow>=15"],
     "detection": ["torchvision>=0.25", "faster-coco-eval>=1.6"],
     "dev": ["ruff>=0.12"],
 }

@@ -125,6 +125,7 @@ def main() -> None:
     train, test = CocoSplit(arguments.data, "train"), CocoSplit(arguments.data, "val")
     if strangers := set(test.categories) - set(train.categories):
         raise SystemExit(f"test boxes are of categories that no training image has: {sorted(strangers)}")
+    test.categories = train.categories  # a class of the detector is a place in this list
     encoder = load_any(arguments.weights).encoder.requires_grad_(not arguments.freeze)
     classes = 1 + len(train.categories)
     model = mask_rcnn(

@@ -27,7 +27,8 @@ EXTRAS = {
     "shards": "webdataset",
     "huggingface": "transformers",
     "lightning": "lightning",
-    "evaluate": "sklearn pyarrow",
+    "evaluate": "sklearn",
+    "parquet": "pyarrow",
     "detection": "torchvision faster_coco_eval",
 }
 """Extra of setup.py -> what can be imported where it is installed."""

@@ -18,8 +18,8 @@ from ijepa_fast.downstream import dense_data, heads, store
 from ijepa_fast.downstream.command import evaluate
 from ijepa_fast.downstream.dense import confusion, depth_sums, scores
 from ijepa_fast.downstream.dense_data import DenseLoader, Pairs, open_depth, open_masks
-from ijepa_fast.downstream.encoders import Loaded, load_any
-from ijepa_fast.downstream.finetune import Classifier, layer_groups
+from ijepa_fast.downstream.encoders import Loaded, digest, load_any, untrained
+from ijepa_fast.downstream.finetune import Classifier, Finetuning, finetune, layer_groups
 from ijepa_fast.downstream.heads import Lars
 from ijepa_fast.downstream.pyramid import SimpleFeaturePyramid
 from ijepa_fast.downstream.results import table
@@ -223,6 +223,15 @@ def test_finetuning_learns_continues_and_gives_an_encoder(classes, loaded, tmp_p
     again = json.loads((tmp_path / "stopped" / "finetune.json").read_text())
     assert again["losses"] == report["losses"] and again["accuracy"] == report["accuracy"] and len(saved) == 6
     assert cli.main([*command, str(tmp_path / "x"), "--warmup_epochs", "9"]) == 1
+
+
+def test_finetuning_trains_encoders_that_come_frozen(classes, loaded, tmp_path):
+    """The target encoder of a run does."""
+    encoder = untrained(loaded.encoder).requires_grad_(False)
+    recipe = Finetuning(epochs=1, warmup_epochs=0, batch_size=16, shots="4", limit=40, workers=0)
+    before = digest(encoder)
+    finetune(replace(loaded, encoder=encoder), str(classes), None, recipe, tmp_path, "cpu")
+    assert digest(load_any(tmp_path / "encoder.safetensors").encoder) != before
 
 
 @pytest.mark.slow

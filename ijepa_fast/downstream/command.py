@@ -186,7 +186,10 @@ def finetune_command(argv: list[str], make_parser, parse) -> int:
     parsed = _parsed(parser, argv, parse)
     recipe = Finetuning(**{f.name: parsed[f.name] for f in fields(Finetuning)})
     loaded = load_any(parsed.weights, parsed.encoder)
-    report = finetune(loaded, parsed.data or loaded.data, parsed.test, recipe, parsed.out, parsed.device)
+    data, test = parsed.data, parsed.test
+    if data is None:
+        data, test = loaded.data, test or loaded.evaluation_data
+    report = finetune(loaded, data, test, recipe, parsed.out, parsed.device)
     print(
         f"accuracy {report['accuracy']:.1%} (chance {report['chance']:.1%}); encoder and figures are in {parsed.out}/"
     )

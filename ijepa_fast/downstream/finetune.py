@@ -113,7 +113,8 @@ def finetune(
         if not batch:
             raise ValueError(f"{len(train_images)} training images cannot be shared by {me.world_size} ranks")
         torch.manual_seed(recipe.seed)
-        model = wrapped = Classifier(loaded.encoder, int(train_images.labels.max()) + 1).to(me.device)
+        encoder = loaded.encoder.requires_grad_()  # a run's target encoder, which its loss never trains, comes frozen
+        model = wrapped = Classifier(encoder, int(train_images.labels.max()) + 1).to(me.device)
         if me.world_size > 1:
             wrapped = DistributedDataParallel(model, device_ids=[me.device] if me.device.type == "cuda" else None)
         loader = TrainLoader(

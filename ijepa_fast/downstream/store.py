@@ -102,6 +102,7 @@ def extract(
     note, device = folder / "progress.json", next(encoder.parameters()).device
     state = json.loads(note.read_text()) if note.is_file() else {}
     if state.get("key") != key:
+        note.unlink(missing_ok=True)  # its files are overwritten from here on
         state = {"key": key, "done": 0, "rows": 0, "bad": {}}
     count = len(source)
     if state["done"]:

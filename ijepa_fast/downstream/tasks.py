@@ -200,6 +200,7 @@ class Subject:
         """Of features of several blocks those of the last one."""
         return values[:, -self.encoder.embed_dim :]
 
+    @torch.no_grad()
     def pooled(self, images: Tensor) -> Tensor:
         """Average over patches, fp32 [B, D], or [B, 4 * D] with the last four blocks."""
         if self.options.layers == "last":
