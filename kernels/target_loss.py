@@ -114,7 +114,7 @@ def target_loss_kernel(
     tl.store(row_losses + t, loss)
 
 
-@triton.jit(do_not_specialize=["num_values"])
+@triton.jit
 def sum_kernel(values, out, num_values, BLOCK: tl.constexpr):
     """Sum of one number per row, by one program: T numbers are kilobytes, and their order is fixed."""
     total = tl.zeros([BLOCK], accumulator(values))
@@ -187,9 +187,12 @@ def target_loss(
     prediction: Tensor, target: Tensor, rows: Tensor, cu_seqlens: Tensor, kind: str, normalize: bool, eps: float
 ) -> Tensor:
     _check(prediction, target, rows, cu_seqlens, kind)
-    row_losses = prediction.new_empty(prediction.shape[0], dtype=accumulation_dtype(prediction.dtype))
-    if row_losses.numel():
-        target_loss_kernel[row_losses.shape](
+    num_rows = prediction.shape[0]
+    # A number that is a multiple of 16 is all that the kernel of the sum knows, so it is the same one for all counts.
+    row_losses = prediction.new_empty(-(-num_rows // 16) * 16, dtype=accumulation_dtype(prediction.dtype))
+    row_losses[num_rows:] = 0
+    if num_rows:
+        target_loss_kernel[num_rows,](
             prediction.contiguous(),
             target.contiguous(),
             rows.contiguous(),

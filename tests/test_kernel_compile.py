@@ -153,7 +153,7 @@ class Processes:
 
     def __call__(self, command, env=None, **options):
         self.commands.append(command)
-        if "pip" in command or "pytest" in command:
+        if "pip" in command:
             return subprocess.CompletedProcess(command, 0)
         assert "TRITON_INTERPRET" not in env and Path(env["TRITON_CACHE_DIR"]) != Path.home() / ".triton"
         version = self.brought if "PYTHONPATH" in env else self.installed
@@ -180,10 +180,8 @@ def check_kernels(kernel_check, monkeypatch, *arguments: str, **kwargs) -> tuple
 
 
 def test_the_check_compiles_with_the_installed_and_with_the_oldest_triton(kernel_check, monkeypatch, capsys):
-    code, (first, pip, second, launches) = check_kernels(
-        kernel_check, monkeypatch, "--arch", "sm_80", "sm_100", failures={}
-    )
-    assert code == 0 and pip[-1] == "triton==3.6.0" and "tests/test_launches.py" in launches
+    code, (first, pip, second) = check_kernels(kernel_check, monkeypatch, "--arch", "sm_80", "sm_100", failures={})
+    assert code == 0 and pip[-1] == "triton==3.6.0"
     assert first[first.index("--arch") :][:3] == second[second.index("--arch") :][:3] == ["--arch", "sm_80", "sm_100"]
     assert "Triton 3.9.0: 1 kernels" in capsys.readouterr().out
 
