@@ -14,6 +14,7 @@ import time
 import pytest
 import torch
 
+from ijepa_fast.model.jepa import Losses
 from ijepa_fast.ranks import Ranks
 from ijepa_fast.run.log import RunLog, rate
 from ijepa_fast.run.meter import Meter
@@ -111,7 +112,10 @@ with heard():
 def test_an_interval_that_is_continued_has_the_same_means():
     def result(number):
         return StepResult(
-            (torch.tensor(number / 3),) * 4, torch.tensor(number / 7), torch.zeros(2, 3), (10 * number, number)
+            (torch.tensor(number / 3),) * len(Losses._fields),
+            torch.tensor(number / 7),
+            torch.zeros(2, 3),
+            (10 * number, number),
         )
 
     me = Ranks(0, 1, torch.device("cpu"))
