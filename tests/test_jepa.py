@@ -218,7 +218,7 @@ def test_total_alone_carries_the_graph():
     grid = (6, 6)
     model = make_model(grid, Objective(variance_weight=1.0, covariance_weight=1.0))
     losses, _ = model(make_images(2, grid), make_masks(grid, 2))
-    assert [value.requires_grad for value in losses] == [True, False, False, False]
+    assert [value.requires_grad for value in losses] == [True, False, False, False, False]
     losses.total.backward()
     assert all(p.grad is not None for p in [*model.context_encoder.parameters(), *model.predictor.parameters()])
     assert all(p.grad is None and not p.requires_grad for p in model.target_encoder.parameters())
@@ -375,7 +375,7 @@ ERRORS = {
     ),
     "one mask for an invariance": (
         lambda: small_model(objective=Objective(invariance_weight=1.0))(torch.zeros(2, 3, 16, 16), masks_of(2)),
-        "invariance_weight 1.0 .* per_image is 1",
+        "invariance_weight 1.0 .*per_image is 1",
     ),
     "one mask in the settings": (lambda: RunConfig(objective=Objective(invariance_weight=0.5)), "per_image is 1"),
 }
