@@ -287,7 +287,8 @@ def _table(summary: dict, config) -> str:
         lines.append(f"best checkpoint: step {best['step']}, {score} (--checkpoint best of probe, knn, export, report)")
     bad = f", {len(summary['bad_files'])} undecodable images" if summary["bad_files"] else ""
     lines.append(f"{summary['steps']} steps in {summary['seconds']:.0f} s{loss}{bad}; everything is in {output}/")
-    lines.append(f"Look at it: pca.png and curves.png there, or one page of all: ijepa-fast report {output}")
+    pictures = "pca.png and curves.png there, or one page of all: " if config.evaluation.pictures else ""
+    lines.append(f"Look at it: {pictures}ijepa-fast report {output}")
     return "\n".join(lines)
 
 
