@@ -64,7 +64,7 @@ def trained(data, output, world_size, *settings):
     [
         [],
         REGULARISED,
-        ["masks.per_image=3", *REGULARISED],
+        ["masks.per_image=3", "model.projector_dim=24", "objective.invariance_weight=1.0", *REGULARISED],
         ["masks.group_size=4", 'masks.context="batch_min"'],
         ["train.accumulate=2"],
     ],
@@ -76,7 +76,7 @@ def test_two_ranks_train_like_one(data, tmp_path, settings):
     two, weights_of_two = trained(data, tmp_path / "two", 2, *settings)
     assert len(one) == len(two) == 12
     for a, b in zip(one, two, strict=True):
-        for name in ("loss", "loss_prediction", "loss_variance", "loss_covariance"):
+        for name in ("loss", "loss_prediction", "loss_variance", "loss_covariance", "loss_invariance"):
             assert b[name] == pytest.approx(a[name], rel=2e-5, abs=1e-7), (a["step"], name)
     for name, value in weights.items():
         if name.startswith("model."):

@@ -30,7 +30,7 @@ from model_cases import (
 )
 
 from ijepa_fast.attention.dispatch import BACKENDS, Preference
-from ijepa_fast.config import RunConfig
+from ijepa_fast.config import ModelConfig, RunConfig
 from ijepa_fast.masks.sampler import Masks
 from ijepa_fast.model import vit
 from ijepa_fast.model.jepa import IJEPA, Objective, mean_pool, variance_covariance
@@ -376,6 +376,10 @@ ERRORS = {
     "one mask for an invariance": (
         lambda: small_model(objective=Objective(invariance_weight=1.0))(torch.zeros(2, 3, 16, 16), masks_of(2)),
         "invariance_weight 1.0 .*per_image is 1",
+    ),
+    "a projector without terms": (
+        lambda: ModelConfig(img_size=16, patch_size=4, embed_dim=12, num_heads=3, projector_dim=8).build(Objective()),
+        "projector has nothing to learn from",
     ),
     "one mask in the settings": (lambda: RunConfig(objective=Objective(invariance_weight=0.5)), "per_image is 1"),
 }

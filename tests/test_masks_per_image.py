@@ -4,7 +4,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
+from dense_jepa import covariance_term, randomize_, variance_term
 from model_cases import (
+    WIDTH,
     assert_equal,
     assert_equals_oracle,
     assert_same_gradients,
@@ -24,7 +27,9 @@ from benchmarks import masks_per_image
 from ijepa_fast.config import ModelConfig
 from ijepa_fast.masks.sampler import MaskConfig, Masks, MaskSampler
 from ijepa_fast.masks.sampling import MAX_PER_IMAGE
-from ijepa_fast.model.jepa import Objective
+from ijepa_fast.model.jepa import Objective, mean_pool
+from ijepa_fast.model.vit import Projector, cast_weights
+from ijepa_fast.optim.groups import parameter_groups
 from ijepa_fast.plots import plot_masks
 from ijepa_fast.ragged import Ragged
 from ijepa_fast.step.captured import CapturedStep
@@ -130,6 +135,45 @@ def test_loss_and_every_gradient(config, all_targets):
 def test_invariance_is_the_distance_between_masks_of_an_image():
     model = make_model(GRID, Objective(prediction_weight=0.5, **REGULARISED, invariance_weight=2.0))
     assert_equals_oracle(model, make_images(3, GRID), make_masks(GRID, 3, padding=5, per_image=3), GRID)
+
+
+def test_a_projector_stands_between_pooled_contexts_and_the_terms():
+    """Each term written out again over contexts that are encoded mask by mask; the prediction knows nothing of it."""
+    model = make_model(GRID, Objective(prediction_weight=0.5, **REGULARISED, invariance_weight=2.0))
+    images, masks = make_images(4, GRID), make_masks(GRID, 4, padding=5, per_image=2)
+    prediction = model(images, masks)[0].prediction
+    projector = model.predictor.projector = Projector(WIDTH, 24).double()
+    randomize_(projector, seed=9)
+    got, _ = model(images, masks)
+    contexts = [single(masks, k).context for k in range(2)]
+    pooled = torch.cat([mean_pool(model.context_encoder(images, context), context) for context in contexts])
+    hidden = F.linear(pooled, projector.fc1.weight, projector.fc1.bias)
+    hidden = (hidden - hidden.mean(0)) / (hidden.var(0, unbiased=False) + projector.norm.eps).sqrt()
+    hidden = (hidden * projector.norm.weight + projector.norm.bias).relu()
+    z = F.linear(hidden, projector.fc2.weight, projector.fc2.bias).chunk(2)
+    assert_equal(got.prediction, prediction)
+    assert_equal(got.variance, sum(variance_term(part, 1.0, 1e-4) for part in z) / 2)
+    assert_equal(got.covariance, sum(map(covariance_term, z)) / 2)
+    assert_equal(got.invariance, (z[0] - z[1]).square().mean())
+    got.total.backward()
+    assert all(parameter.grad.abs().max() > 0 for parameter in projector.fc2.parameters())
+    assert model.context_encoder.blocks[0].attn.qkv.weight.grad.abs().max() > 0
+
+
+def test_a_projector_stays_in_fp32_and_is_trained_and_saved():
+    torch.manual_seed(0)
+    objective = Objective(variance_weight=1.0, covariance_weight=0.1)
+    model = replace(MODEL, projector_dim=24).build(objective)
+    torch.manual_seed(0)
+    others = MODEL.build(objective).state_dict()
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in others.items())
+    cast_weights(model, torch.bfloat16)
+    projector = model.predictor.projector
+    assert {p.dtype for p in projector.parameters()} == {torch.float32}
+    names = {name for name in model.state_dict() if "projector" in name}
+    assert names == {f"predictor.projector.{name}" for name in projector.state_dict()} and len(names) == 6
+    trained = {id(p) for group in parameter_groups(model) for p in group["params"]}
+    assert all(id(p) in trained for p in projector.parameters())
 
 
 @pytest.mark.parametrize("all_targets", [True, False])

@@ -29,6 +29,8 @@ class ModelConfig:
         predictor_embed_dim: width of the predictor, a multiple of 4.
         predictor_depth: blocks of the predictor.
         predictor_mlp_ratio: the same ratio of the predictor; null for the encoder's. The official code always has 4.
+        projector_dim: width of the two layers between the pooled context features and the terms of variance, covariance
+            and invariance; null for none. It belongs to the predictor.
         init: flat (std 0.02 at all depths, as the published models were trained), depth_scaled, or whitened (flat
             but for the patch embedding, which sees fine detail from the start; for small sets and short runs).
         mean_std: mean, then standard deviation, of each channel, for images in [0, 1].
@@ -43,6 +45,7 @@ class ModelConfig:
     predictor_embed_dim: int = common(384)
     predictor_depth: int = common(6)
     predictor_mlp_ratio: float | None = None
+    projector_dim: int | None = None
     init: Init = "flat"
     mean_std: tuple[tuple[float, float, float], tuple[float, float, float]] = (IMAGENET_MEAN, IMAGENET_STD)
 
@@ -78,5 +81,6 @@ class ModelConfig:
             mlp_ratio=self.mlp_ratio if self.predictor_mlp_ratio is None else self.predictor_mlp_ratio,
             init=self.init,
             target_dim=3 * self.patch_size**2 if objective.targets == "pixels" else None,
+            projector_dim=self.projector_dim,
         )
         return IJEPA(encoder, predictor, objective)

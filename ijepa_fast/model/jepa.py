@@ -34,12 +34,13 @@ class Objective:
     """The loss of pretraining.
 
     The sum of prediction, variance, covariance and invariance, each times its weight. The last three are those of
-    VICReg (arXiv 2105.04906, section 4.1) on the average-pooled context features z, as C-JEPA adds them to I-JEPA
-    (arXiv 2410.19560). Variance is the mean over dimensions of ``max(0, 1 - sqrt(var(z_d) + 1e-4))``, covariance the
-    sum of squared off-diagonal covariances over D, both over the global batch; invariance is the mean square distance
-    between the z of two masks of one image, over all pairs of its masks. Pooling is over all context blocks of a mask
-    together. Variance and covariance keep small data sets from collapsing; with invariance they learn in few steps
-    what the contexts of an image have in common (docs/quality.md). The official recipes use none of the three.
+    VICReg (arXiv 2105.04906, section 4.1) on the average-pooled context features, as C-JEPA adds them to I-JEPA
+    (arXiv 2410.19560), or on what the predictor's projector, if it has one, makes of them. Let z be either. Variance
+    is the mean over dimensions of ``max(0, 1 - sqrt(var(z_d) + 1e-4))``, covariance the sum of squared off-diagonal
+    covariances over the width of z, both over the global batch; invariance is the mean square distance between the z
+    of two masks of one image, over all pairs of its masks. Pooling is over all context blocks of a mask together.
+    Variance and covariance keep small data sets from collapsing; with invariance they learn in few steps what the
+    contexts of an image have in common (docs/quality.md). The official recipes use none of the three.
 
     Args:
         loss: distance between prediction and target. The official code takes smooth_l1, the paper writes l2.
@@ -149,6 +150,11 @@ class IJEPA(nn.Module):
             )
         self.objective = objective or Objective()
         pixel_values = encoder.in_chans * encoder.patch_size**2
+        if predictor.projector is not None and not self.objective.regularised:
+            raise ValueError(
+                "the projector has nothing to learn from: objective.variance_weight, covariance_weight and "
+                "invariance_weight are all 0"
+            )
         target_dim = pixel_values if self.objective.targets == "pixels" else encoder.embed_dim
         if predictor.predictor_proj.out_features != target_dim:
             raise ValueError(
@@ -255,16 +261,18 @@ class IJEPA(nn.Module):
         if pooled is None:  # without a target encoder the monitors watch the context encoder's features
             pooled = features.detach().unflatten(0, (-1, masks.per_image)).mean(1)
         if objective.regularised:
+            features = gather_ranks(features)  # the terms, and a projector's batch norm, are over the global batch
+            if self.predictor.projector is not None:
+                features = self.predictor.projector(features)
+            per_mask = features.unflatten(0, (-1, masks.per_image))
             # As for the prediction, the mean over the masks of an image: each number of mask is a batch of its own.
-            batches = gather_ranks(features).unflatten(0, (-1, masks.per_image)).unbind(1)
-            terms = [variance_covariance(batch) for batch in batches]
+            terms = [variance_covariance(batch) for batch in per_mask.unbind(1)]
             variance, covariance = (torch.stack(values).mean() for values in zip(*terms, strict=True))
             total = total + objective.variance_weight * variance + objective.covariance_weight * covariance
-        if objective.invariance_weight > 0:
-            # The mean over all pairs of masks of a square distance is twice the variance over masks.
-            per_mask = features.unflatten(0, (-1, masks.per_image))
-            invariance = 2 * per_mask.var(1).mean()
-            total = total + objective.invariance_weight * invariance
+            if objective.invariance_weight > 0:
+                # The mean over all pairs of masks of a square distance is twice the variance over masks.
+                invariance = 2 * per_mask.var(1).mean()
+                total = total + objective.invariance_weight * invariance
         terms = (prediction_loss, variance, covariance, invariance)
         return Losses(total, *(term.detach() for term in terms)), pooled
 

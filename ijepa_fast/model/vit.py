@@ -265,6 +265,7 @@ class Predictor(BlockStack):
         predictor_embed_dim: Dp, a multiple of 4.
         depth, num_heads, mlp_ratio, qkv_bias, init, attention, activation_checkpointing: as in the encoder.
         target_dim: width of what is predicted; None for the encoder's.
+        projector_dim: width of a ``Projector`` beside the blocks, which is trained with them; None for none.
     """
 
     def __init__(
@@ -280,6 +281,7 @@ class Predictor(BlockStack):
         attention: str = "auto",
         activation_checkpointing: bool = False,
         target_dim: int | None = None,
+        projector_dim: int | None = None,
     ):
         super().__init__()
         self._check(predictor_embed_dim, depth, num_heads, mlp_ratio, init, attention)
@@ -295,6 +297,8 @@ class Predictor(BlockStack):
         self.predictor_proj = Linear(predictor_embed_dim, embed_dim if target_dim is None else target_dim)
         self._initialise(self.predictor_blocks, init)
         init_normal(self.mask_token)
+        # Last, so that the other weights are those of a predictor without it.
+        self.projector = None if projector_dim is None else Projector(embed_dim, projector_dim)
 
     def forward(self, context: Tensor, layout: PredictorLayout, grid: tuple[int, int] | None = None) -> Tensor:
         """Predicted features of every target token.
@@ -318,12 +322,36 @@ class Predictor(BlockStack):
         return x if layout.predicted.uniform else x.masked_fill(~layout.predicted.valid[:, None], 0)
 
 
+class Projector(nn.Module):
+    """Pooled features, widened for VICReg's terms: linear, batch norm, ReLU, linear.
+
+    As in arXiv 2105.04906, section 4.2, with two layers instead of three. The terms shape its output, so that the
+    features before it need not give up what they know.
+
+    Args:
+        embed_dim: D.
+        projector_dim: P, of both layers.
+    """
+
+    def __init__(self, embed_dim: int, projector_dim: int):
+        super().__init__()
+        self.fc1 = nn.Linear(embed_dim, projector_dim)
+        self.norm = nn.BatchNorm1d(projector_dim, track_running_stats=False)  # it is never used outside of training
+        self.fc2 = nn.Linear(projector_dim, projector_dim)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """[n, D] -> [n, P], in the dtype of the features, with the statistics of these n rows."""
+        return self.fc2(F.relu(self.norm(self.fc1(features))))
+
+
 def cast_weights(module: nn.Module, dtype: torch.dtype) -> None:
     """Cast the weights of linear and patch projections to ``dtype``, in place.
 
     Norms, biases, the mask token and the position tables stay as they are: they are small, and their precision is
-    felt (arXiv 2301.08243's code trains them under autocast, in fp32).
+    felt (arXiv 2301.08243's code trains them under autocast, in fp32). So does a ``Projector``, which has few rows and
+    whose covariances are sums of small numbers.
     """
+    kept = {child for part in module.modules() if isinstance(part, Projector) for child in part.modules()}
     for child in module.modules():
-        if isinstance(child, (nn.Linear, nn.Conv2d)):
+        if isinstance(child, (nn.Linear, nn.Conv2d)) and child not in kept:
             child.weight.data = child.weight.data.to(dtype)

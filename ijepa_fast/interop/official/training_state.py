@@ -35,6 +35,11 @@ def to_official(
     """
     if config.objective.targets == "pixels":
         raise WeightsError("the official code cannot predict pixels (objective.targets)")
+    if config.model.projector_dim is not None:
+        raise WeightsError(
+            f"the official code has no projector (model.projector_dim {config.model.projector_dim}); "
+            "ijepa-fast export --to safetensors writes the encoder alone"
+        )
     encoder, predictor = model.context_encoder.state_dict(), model.predictor.state_dict()
     return OfficialCheckpoint(
         encoder=encoder,
