@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from ijepa_fast.config import RunConfig, TrainConfig, as_dict
+from ijepa_fast.config import RunConfig, as_dict
 from ijepa_fast.data import DevicePrefetcher, LoaderError, StopRequested
 from ijepa_fast.data.datasets import Sources, open_sources, train_loader
 from ijepa_fast.data.survey import announce
@@ -30,14 +30,24 @@ from ijepa_fast.ranks import Ranks, ranks
 from ijepa_fast.run import checkpoint as checkpoints
 from ijepa_fast.run import folder as run_folder
 from ijepa_fast.run.auto import resolved
-from ijepa_fast.run.build import make_optimizer, make_scaler, make_step, prepare, use_deterministic
-from ijepa_fast.run.checkpoint import Checkpoint, CheckpointDamaged, CheckpointError
+from ijepa_fast.run.best import Best
+from ijepa_fast.run.build import (
+    check_batches,
+    hint_at_options,
+    make_optimizer,
+    make_scaler,
+    make_step,
+    prepare,
+    tell_what_starts,
+    use_deterministic,
+)
+from ijepa_fast.run.checkpoint import Checkpoint
 from ijepa_fast.run.environment import describe
 from ijepa_fast.run.files import write_json, write_text
+from ijepa_fast.run.lengthening import length_before, refuse_shortening, tell_of_stretching
 from ijepa_fast.run.log import ESTIMATED_BY, RunLog, heard
 from ijepa_fast.run.meter import Meter
 from ijepa_fast.run.signals import StopFlag
-from ijepa_fast.step.options import StepOptions
 from ijepa_fast.step.train_step import StepResult, TrainStep
 from ijepa_fast.weights.any_format import start_from
 from ijepa_fast.weights.runs import about_run, check_training, load_run, restore_training, training_tensors
@@ -102,8 +112,7 @@ class Run:
         done: steps done.
         saved: ``done`` at the newest checkpoint, -1 without one.
         loss: of the last log interval.
-        scores: what the best checkpoint is chosen by, at the log intervals since the last regular save.
-        best: "step", "score" and "by" of the best checkpoint, None before the first.
+        best: which checkpoint is the best one.
         seconds: of earlier starts.
     """
 
@@ -120,12 +129,11 @@ class Run:
     health: HealthBuffer
     knn: OnlineKNN | None
     meter: Meter
+    best: Best
     step: TrainStep | None = None
     done: int = 0
     saved: int = -1
     loss: float | None = None
-    scores: list[float] = field(default_factory=list)
-    best: dict | None = None
     bad_files: dict = field(default_factory=dict)
     seconds: float = 0.0
     started: float = field(default_factory=time.monotonic)
@@ -155,7 +163,7 @@ def setup(config: RunConfig, me: Ranks) -> Run:
     use_deterministic(config)
     torch.manual_seed(config.seed)
     model = config.model.build(config.objective)
-    _check_batches(config, me)
+    check_batches(config, me)
     folder = Path(config.output).resolve()
     begins = config.resume == "overwrite" or not checkpoints.list_steps(folder / "checkpoints")
     judged = config.evaluation.before_and_after and not (folder / "before.json").exists()
@@ -203,6 +211,7 @@ def setup(config: RunConfig, me: Ranks) -> Run:
         health=HealthBuffer(width, capacity=min(2048, max(128, pushed)), device=me.device),
         knn=knn,
         meter=Meter(me, config.train.batch_size),
+        best=Best("rank" if knn is None else "knn"),
     )
 
 
@@ -213,16 +222,16 @@ def begin(run: Run, to_yaml: Callable[[RunConfig], str]) -> None:
     if me.is_main:
 
         def check(state: Checkpoint, path: Path) -> None:
-            _check_length(run, state)
+            refuse_shortening(folder, state, run.loader.steps_per_epoch, run.total_steps)
             check_training(state, path, run.model, run.optimizer, run.scaler, run.total_steps)
 
         state = run_folder.claim(config, run.sources.train.fingerprint, check)
         # Whoever starts from this file continues the run; it must not say again that the run is to be removed.
         write_text(folder / "config.yaml", to_yaml(replace(config, resume="auto")))
         write_json(folder / "environment.json", describe())
-        _say_what_starts(run)
+        tell_what_starts(config, run.model, me, run.total_steps)
         if state is None:
-            _hint_at_options(config, me.device)
+            hint_at_options(config, me.device)
         if config.evaluation.before_and_after and not (folder / "before.json").exists():
             start = "untrained" if config.init is None else "initial"
             log.info("evaluating the %s encoder %s, before the first step", start, evaluated_on(run.sources, config))
@@ -246,7 +255,7 @@ def _continue(run: Run, state: Checkpoint) -> None:
     restore_training(state, run.model, run.optimizer, run.scaler)
     run.done = run.saved = state.step
     run.bad_files, run.seconds = state.extra["bad_files"], state.extra.get("seconds", 0.0)
-    run.scores, run.best = state.extra.get("scores", []), state.extra.get("best")
+    run.best.scores, run.best.so_far = state.extra.get("scores", []), state.extra.get("best")
     tensors, device = state.tensors, run.me.device
     if len(features := tensors["health.features"]):
         run.health.push(features.to(device))
@@ -256,45 +265,16 @@ def _continue(run: Run, state: Checkpoint) -> None:
     run.meter.restore(state.extra.get("interval"), device)
     if run.done < run.total_steps:
         log.info("continuing %s at step %d of %d", run.folder, run.done, run.total_steps)
-        _say_what_is_stretched(run, _length_before(run, state))
+        before = length_before(state, run.loader.steps_per_epoch)
+        if run.me.is_main and run.total_steps != before:
+            (run.folder / "summary.json").unlink(missing_ok=True)
+            then = run.config.optim.schedules(before, run.loader.steps_per_epoch)
+            tell_of_stretching(run.done, then, run.schedules, before, run.total_steps)
     elif run.me.is_main:
         log.info(
             "%s is trained: all %d steps are done; %s; to train anew, %s",
             *(run.folder, run.total_steps, run_folder.go_on(run.folder), run_folder.start_afresh(run.folder)),
         )
-
-
-def _length_before(run: Run, state: Checkpoint) -> int:
-    """Steps of the run by the settings that a checkpoint was written with."""
-    settings = {name.partition(".")[2]: state.extra["settings"].get(name) for name in run_folder.LENGTH}
-    try:
-        return TrainConfig(**settings).total_steps(run.loader.steps_per_epoch)
-    except (TypeError, ValueError) as error:
-        raise CheckpointDamaged(f"the checkpoint after step {state.step} has no length of its run: {error}") from error
-
-
-def _check_length(run: Run, state: Checkpoint) -> None:
-    before = _length_before(run, state)
-    if run.total_steps < before and "imported" not in state.extra:
-        raise CheckpointError(
-            f"{run.folder} holds a run of {before} steps, {state.step} of them done, and is not shortened to "
-            f"{run.total_steps}: stop it where you like, and its newest checkpoint is what there is"
-        )
-
-
-def _say_what_is_stretched(run: Run, before: int) -> None:
-    if not run.me.is_main or run.total_steps == before:
-        return
-    (run.folder / "summary.json").unlink(missing_ok=True)
-    then = run.config.optim.schedules(before, run.loader.steps_per_epoch)
-    step, now = run.done, run.schedules
-    log.warning(
-        "the run is lengthened from %d to %d steps and its schedules are stretched: the learning rate is %.3g now (it "
-        "was %.3g), weight decay %.3g (%.3g) and momentum %.5g (%.5g). It does not end as if it had had this length "
-        "from its first step",
-        *(before, run.total_steps, now.lr_at(step), then.lr_at(step - 1)),
-        *(now.weight_decay_at(step), then.weight_decay_at(step - 1), now.momentum_at(step), then.momentum_at(step - 1)),
-    )
 
 
 def train(run: Run) -> None:
@@ -383,29 +363,7 @@ def _write_metrics(run: Run, run_log: RunLog | None) -> None:
     }
     run_log.write(metrics)
     run.loss = metrics["loss"]
-    if (score := metrics.get(_best_by(run))) is not None and math.isfinite(score):
-        run.scores.append(score)
-
-
-def _best_by(run: Run) -> str:
-    """The figure that the best checkpoint has the most of: online k-NN, or the rank of the features without labels."""
-    return "knn" if run.knn is not None else "rank"
-
-
-def _is_best(run: Run) -> bool:
-    """Whether a regular save beats the best one so far, by the mean over the log intervals since the save before it.
-
-    A single interval's k-NN has an error of some two points; the highest of many would be the luckiest.
-    """
-    regular = run.done % run.config.train.save_every == 0 or run.done == run.total_steps
-    if not regular or not run.scores:
-        return False
-    score, by = sum(run.scores) / len(run.scores), _best_by(run)
-    run.scores = []
-    if run.best is not None and run.best["by"] == by and run.best["score"] >= score:
-        return False
-    run.best = {"step": run.done, "score": score, "by": by}
-    return True
+    run.best.see(metrics)
 
 
 def save(run: Run) -> None:
@@ -418,13 +376,14 @@ def save(run: Run) -> None:
     tensors = training_tensors(run.model, run.optimizer) | {"health.features": run.health.features()}
     if run.knn is not None:
         tensors |= {f"knn.{name}": rows for name, rows in run.knn.rows().items()}
-    best = _is_best(run)
+    regular = run.done % run.config.train.save_every == 0 or run.done == run.total_steps
+    best = regular and run.best.is_beaten_at(run.done)
     extra = about_run(run.config, run.sources.train.fingerprint, run.scaler) | {
         "bad_files": run.bad_files | run.loader.bad,
         "seconds": _seconds(run),
         "interval": measured,
-        "scores": run.scores,
-        "best": run.best,
+        "scores": run.best.scores,
+        "best": run.best.so_far,
     }
     checkpoints.save(run.folder / "checkpoints", Checkpoint(run.done, tensors, extra), run.config.train.keep, best)
 
@@ -434,7 +393,7 @@ def finish(run: Run) -> dict:
     config, path, before = run.config, run.folder / "summary.json", run.folder / "before.json"
     if path.exists() and (summary := json.loads(path.read_text())).get("steps") == run.total_steps:
         return summary
-    summary = {"steps": run.total_steps, "bad_files": run.bad_files, "loss": run.loss, "best": run.best}
+    summary = {"steps": run.total_steps, "bad_files": run.bad_files, "loss": run.loss, "best": run.best.so_far}
     if before.exists():
         log.info("evaluating the trained encoder %s", evaluated_on(run.sources, config))
         figures = json.loads(before.read_text())
@@ -452,20 +411,6 @@ def _seconds(run: Run) -> float:
     return run.seconds + time.monotonic() - run.started
 
 
-def _say_what_starts(run: Run) -> None:
-    train, device = run.config.train, run.me.device
-    encoder, predictor = (
-        sum(parameter.numel() for parameter in network.parameters()) / 1e6
-        for network in (run.model.context_encoder, run.model.predictor)
-    )
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU"
-    many = f" with {run.me.world_size} ranks" if run.me.world_size > 1 else ""
-    log.info(
-        "%d steps of %d images in %s on %s%s; encoder of %.3g M parameters, predictor of %.3g M",
-        *(run.total_steps, train.batch_size, train.precision, where, many, encoder, predictor),
-    )
-
-
 def _raise_if_bad(step: TrainStep) -> None:
     first = int(step.first_bad_step)
     if first >= 0:
@@ -473,28 +418,3 @@ def _raise_if_bad(step: TrainStep) -> None:
             f"the loss of step {first} is not finite; nothing was updated from there on and the last checkpoint is "
             "from before. Lower optim.lr, set optim.max_grad_norm, or use train.precision fp32"
         )
-
-
-def _hint_at_options(config: RunConfig, device: torch.device) -> None:
-    if device.type == "cuda" and config.step == StepOptions():
-        log.info("`ijepa-fast fastest` finds out which options of the step are faster on this GPU")
-
-
-def _check_batches(config: RunConfig, me: Ranks) -> None:
-    train, group = config.train, config.masks.group_size
-    config.step.check(
-        precision=train.precision, accumulate=train.accumulate, device=me.device.type, ranks=me.world_size
-    )
-    share = me.world_size * train.accumulate
-    if train.batch_size % share:
-        raise ValueError(
-            f"train.batch_size {train.batch_size} cannot be split into {me.world_size} ranks x "
-            f"{train.accumulate} micro-batches"
-        )
-    if config.masks.context == "batch_min" and (train.batch_size // share) % group:
-        raise ValueError(
-            f"masks.group_size {group} does not divide the {train.batch_size // share} images of a micro-batch "
-            f"({train.batch_size} over {me.world_size} ranks x {train.accumulate} micro-batches)"
-        )
-    if config.objective.regularised and train.accumulate > 1:
-        log.warning("the variance-covariance term is taken over each of the %d micro-batches", train.accumulate)

@@ -13,6 +13,7 @@ from ijepa_fast.bench import fastest as module
 from ijepa_fast.bench.child_process import Failed
 from ijepa_fast.bench.fastest import check, choices_on, default_images, differing, fastest, first_gradients, try_way
 from ijepa_fast.bench.steps import gradient_difference, random_step
+from ijepa_fast.command_line import run_config, run_parser
 from ijepa_fast.config import RunConfig, TrainConfig, flags, flatten, from_dict, nested, with_settings
 from ijepa_fast.masks.sampler import MaskConfig
 from ijepa_fast.optim.step_tensors import StepTensors
@@ -254,9 +255,9 @@ def test_settings_go_through_yaml_and_flags(tmp_path):
     values = {"train": {"device": "cpu", "batch_size": 8}, "step": {"attention": "cpu"}}
     recipe.write_text(yaml.safe_dump(values))
     added.write_text(yaml.safe_dump(nested(settings)))
-    parser = cli._run_parser("pretrain", "")
-    by_file, _ = cli._run_config(parser, ["--config", str(recipe), "--config", str(added)])
-    by_flags, _ = cli._run_config(parser, ["--config", str(recipe), *flags(settings).split()])
+    parser = run_parser("pretrain", "")
+    by_file, _ = run_config(parser, ["--config", str(recipe), "--config", str(added)])
+    by_flags, _ = run_config(parser, ["--config", str(recipe), *flags(settings).split()])
     plain = from_dict(values)
     assert by_file == by_flags == with_settings(plain, settings) != plain
 

@@ -19,7 +19,7 @@ from ijepa_fast.config import (
     recipes,
     value_text,
 )
-from ijepa_fast.former_settings import FIXED, GONE, RENAMED
+from ijepa_fast.config.former import FIXED, GONE, RENAMED
 from ijepa_fast.masks.sampler import MaskConfig
 from ijepa_fast.model.vit import IMAGENET_MEAN
 

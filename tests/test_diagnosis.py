@@ -11,9 +11,10 @@ from ijepa_fast import cli
 from ijepa_fast.evaluate.health import mean_cosine
 from ijepa_fast.report import write_report
 from ijepa_fast.run import checkpoint
+from ijepa_fast.run.best import Best
 from ijepa_fast.run.checkpoint import CheckpointError
 from ijepa_fast.run.diagnosis import diagnose
-from ijepa_fast.train import Stopped, _is_best, pretrain
+from ijepa_fast.train import Stopped, pretrain
 from ijepa_fast.weights.runs import load_run
 from tests.tiny import tiny_run
 
@@ -135,11 +136,8 @@ def test_a_stop_between_saves_changes_nothing_about_the_best(data, tmp_path, mon
 
 
 def test_another_rule_begins_anew():
-    class Run:
-        config, done, total_steps, knn = tiny_run("x", "y"), 5, 12, None
-        scores, best = [3.0], {"step": 4, "score": 0.4, "by": "knn"}
-
-    run = Run()
-    assert _is_best(run) and run.best == {"step": 5, "score": 3.0, "by": "rank"} and run.scores == []
-    run.scores = [2.0]
-    assert not _is_best(run) and run.best["step"] == 5
+    best = Best("rank", [3.0], {"step": 4, "score": 0.4, "by": "knn"})
+    assert best.is_beaten_at(5) and best.so_far == {"step": 5, "score": 3.0, "by": "rank"} and best.scores == []
+    best.see({"rank": 2.0, "knn": 0.9})
+    best.see({"rank": float("nan")})
+    assert best.scores == [2.0] and not best.is_beaten_at(6) and best.so_far["step"] == 5

@@ -27,8 +27,8 @@ STANDS_ON = {
     "model": "attention masks side_stream",
     "optim": "ops",
     "step": "model masks optim",
-    "former_settings": "",
-    "config": "step former_settings",
+    "config": "step",
+    "command_line": "config",
     # Around it: a run, its data, and what is shown of it.
     "run": "config ranks",
     "data": "philox ranks side_stream",
@@ -37,10 +37,10 @@ STANDS_ON = {
     "train": "weights plots",
     "weights": "run",
     "jepa_model": "weights evaluate",
-    "interop": "jepa_model",
+    "interop": "jepa_model command_line",
     "report": "downstream",
-    "downstream": "plots jepa_model",
-    "bench": "run",
+    "downstream": "plots jepa_model command_line",
+    "bench": "run command_line",
     "doctor": "attention masks run",
     "cli": "train report interop doctor bench",
     "__main__": "cli",
@@ -55,18 +55,20 @@ THIRD_PARTY = {
     "weights": "torch numpy safetensors",
     "report": "torch numpy PIL yaml",
     "downstream": "torch numpy PIL tqdm",
-    "cli": "jsonargparse yaml",
+    "cli": "yaml",
     "jepa_model": "torch numpy safetensors",
     "interop": "torch numpy safetensors yaml transformers timm lightning",
 }
 # Optional packages, imported by the function that needs them and never when the module is loaded.
 INSIDE_FUNCTIONS = {
     "attention": "flash_attn flash_attn_interface xformers",
-    "bench": "flash_attn flash_attn_interface xformers",
+    "bench": "flash_attn flash_attn_interface xformers yaml",
     "data": "webdataset",
     "downstream": "safetensors sklearn pyarrow torchvision faster_coco_eval",
     "doctor": "triton",
     "config": "yaml",
+    "command_line": "jsonargparse yaml",
+    "interop": "yaml",
     "run": "yaml",
 }
 

@@ -22,9 +22,10 @@ from ijepa_fast.data.datasets import open_sources
 from ijepa_fast.model.fp8 import Fp8Linear
 from ijepa_fast.plots.run import draw_run
 from ijepa_fast.run import checkpoint
+from ijepa_fast.run.build import check_batches, hint_at_options
 from ijepa_fast.run.checkpoint import CheckpointError
 from ijepa_fast.step.train_step import TrainStep
-from ijepa_fast.train import NotFinite, Stopped, _check_batches, _hint_at_options, pretrain
+from ijepa_fast.train import NotFinite, Stopped, pretrain
 from ijepa_fast.weights.runs import load_run
 from tests.image_files import bad_files, write_folder
 from tests.tiny import tiny_run
@@ -240,13 +241,13 @@ def test_an_ignored_interrupt_stays_ignored(data, tmp_path, monkeypatch):
 def test_capture_is_for_one_gpu(data, tmp_path, ranks, device):
     config = tiny_run(data, tmp_path / "run", device="auto", capture=True)
     with pytest.raises(ValueError, match=f"step.capture needs one GPU.* got device {device}, {ranks} ranks"):
-        _check_batches(config, SimpleNamespace(world_size=ranks, device=torch.device(device)))
+        check_batches(config, SimpleNamespace(world_size=ranks, device=torch.device(device)))
 
 
 def test_a_second_stream_is_for_gpus(data, tmp_path):
     config = tiny_run(data, tmp_path / "run", device="auto", overlap_target=True)
     with pytest.raises(ValueError, match="step.overlap_target needs a GPU, got device cpu"):
-        _check_batches(config, SimpleNamespace(world_size=1, device=torch.device("cpu")))
+        check_batches(config, SimpleNamespace(world_size=1, device=torch.device("cpu")))
 
 
 @pytest.mark.parametrize(
@@ -438,5 +439,5 @@ def test_an_interrupt_of_the_whole_group_stops_the_process_and_not_its_workers_f
 )
 def test_a_run_on_a_gpu_is_told_of_options_if_none_is_on(device, train, said, caplog):
     with caplog.at_level("INFO"):
-        _hint_at_options(tiny_run("none", "none", **train), torch.device(device))
+        hint_at_options(tiny_run("none", "none", **train), torch.device(device))
     assert ("ijepa-fast fastest" in caplog.text) == said

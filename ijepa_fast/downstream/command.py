@@ -9,6 +9,7 @@ import time
 from dataclasses import asdict, fields
 from pathlib import Path
 
+from ijepa_fast.command_line import make_parser, parse
 from ijepa_fast.downstream.embed import check_out, neighbours, open_images, write_features
 from ijepa_fast.downstream.encoders import Loaded, digest, load_any, untrained
 from ijepa_fast.downstream.finetune import Finetuning, finetune
@@ -110,15 +111,15 @@ def _earlier(path: Path, weights: str) -> dict:
         return {}
 
 
-def evaluate_command(argv: list[str], make_parser, parse) -> int:
+def evaluate_command(argv: list[str]) -> int:
     """``ijepa-fast evaluate``."""
-    parser = _parser(make_parser, "evaluate", "Judge frozen features by the tasks that papers report.")
+    parser = _parser("evaluate", "Judge frozen features by the tasks that papers report.")
     parser.add_argument("--tasks", type=str, default="knn,linear", help=f"Of {', '.join(TASKS)}; with commas between.")
     parser.add_argument("--test", type=str | None, default=None, help="Test images, where not beside the others.")
     parser.add_argument("--out", type=Path | None, default=None, help="Folder to write to; RUN/evaluation by default.")
     parser.add_argument("--compare", type=bool, default=False, help="Judge an untrained encoder of this shape, too.")
     parser.add_class_arguments(Options)
-    parsed = _parsed(parser, argv, parse)
+    parsed = parse(parser, argv)
     options = Options(**{f.name: parsed[f.name] for f in fields(Options)})
     report = evaluate(
         load_any(parsed.weights, parsed.encoder),
@@ -134,7 +135,7 @@ def evaluate_command(argv: list[str], make_parser, parse) -> int:
     return 0
 
 
-def _parser(make_parser, name: str, description: str):
+def _parser(name: str, description: str):
     parser = make_parser(name, description)
     parser.add_argument("weights", type=Path, help="Run, checkpoint, or weights of export, transformers, timm, Meta.")
     parser.add_argument("--data", type=str | None, default=None, help="Images; those of the run by default.")
@@ -143,29 +144,25 @@ def _parser(make_parser, name: str, description: str):
     return parser
 
 
-def _parsed(parser, argv: list[str], parse):
-    return parse(parser, argv, [action.dest for action in parser._actions if action.option_strings])
-
-
-def features_command(argv: list[str], make_parser, parse) -> int:
+def features_command(argv: list[str]) -> int:
     """``ijepa-fast features``."""
-    parser = _parser(make_parser, "features", "Write the features of images, their paths and classes to a file.")
+    parser = _parser("features", "Write the features of images, their paths and classes to a file.")
     parser.add_argument("--out", type=Path, required=True, help="File to write, .npz or .parquet (needs pyarrow).")
     parser.add_argument("--patches", type=bool, default=False, help="Features of all patches instead of their average.")
-    parsed, subject = _subject(parser, argv, parse)
+    parsed, subject = _subject(parser, argv)
     check_out(parsed.out)
     write_features(parsed.out, subject(parsed.out.parent), parsed.patches)
     print(parsed.out)
     return 0
 
 
-def neighbours_command(argv: list[str], make_parser, parse) -> int:
+def neighbours_command(argv: list[str]) -> int:
     """``ijepa-fast neighbours``."""
-    parser = _parser(make_parser, "neighbours", "Draw the images whose features are most like those of given ones.")
+    parser = _parser("neighbours", "Draw the images whose features are most like those of given ones.")
     parser.add_argument("--image", action="append", required=True, help="Given image; repeat for more.")
     parser.add_argument("--k", type=int, default=8, help="Number of neighbours.")
     parser.add_argument("--out", type=Path, default=Path("neighbours.png"), help="PNG file to write.")
-    parsed, subject = _subject(parser, argv, parse)
+    parsed, subject = _subject(parser, argv)
     found = neighbours(subject(None), list(map(Path, parsed.image)), parsed.out, parsed.k)
     for image, row in zip(parsed.image, found, strict=True):
         print(image)
@@ -175,15 +172,13 @@ def neighbours_command(argv: list[str], make_parser, parse) -> int:
     return 0
 
 
-def finetune_command(argv: list[str], make_parser, parse) -> int:
+def finetune_command(argv: list[str]) -> int:
     """``ijepa-fast finetune``."""
-    parser = _parser(
-        make_parser, "finetune", "Train all of an encoder on labelled images; under torchrun on all ranks."
-    )
+    parser = _parser("finetune", "Train all of an encoder on labelled images; under torchrun on all ranks.")
     parser.add_argument("--test", type=str | None, default=None, help="Test images, where not beside the others.")
     parser.add_argument("--out", type=Path, required=True, help="Folder to write to, and to continue from.")
     parser.add_class_arguments(Finetuning)
-    parsed = _parsed(parser, argv, parse)
+    parsed = parse(parser, argv)
     recipe = Finetuning(**{f.name: parsed[f.name] for f in fields(Finetuning)})
     loaded = load_any(parsed.weights, parsed.encoder)
     data, test = parsed.data, parsed.test
@@ -196,11 +191,11 @@ def finetune_command(argv: list[str], make_parser, parse) -> int:
     return 0
 
 
-def _subject(parser, argv: list[str], parse):
+def _subject(parser, argv: list[str]):
     """(Namespace, function that gives the ``Subject`` of unlabelled images with a folder for its features)."""
     names = ("image_size", "layers", "limit", "precision", "workers")
     parser.add_class_arguments(Options, skip={f.name for f in fields(Options)} - set(names))
-    parsed = _parsed(parser, argv, parse)
+    parsed = parse(parser, argv)
 
     def subject(folder: Path | None) -> Subject:
         loaded = load_any(parsed.weights, parsed.encoder)

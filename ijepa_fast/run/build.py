@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 
 import torch
@@ -12,10 +13,34 @@ from ijepa_fast.masks.sampler import MaskSampler
 from ijepa_fast.model.jepa import IJEPA
 from ijepa_fast.optim import FusedAdamW, parameter_groups
 from ijepa_fast.optim.schedules import Schedules
+from ijepa_fast.ranks import Ranks
 from ijepa_fast.run.auto import resolved
 from ijepa_fast.step.captured import CapturedStep
-from ijepa_fast.step.options import apply
+from ijepa_fast.step.options import StepOptions, apply
 from ijepa_fast.step.train_step import TrainStep
+
+log = logging.getLogger(__name__)
+
+
+def check_batches(config: RunConfig, me: Ranks) -> None:
+    """Raise ValueError where a step of ``config`` cannot be divided among the ranks and micro-batches."""
+    train, group = config.train, config.masks.group_size
+    config.step.check(
+        precision=train.precision, accumulate=train.accumulate, device=me.device.type, ranks=me.world_size
+    )
+    share = me.world_size * train.accumulate
+    if train.batch_size % share:
+        raise ValueError(
+            f"train.batch_size {train.batch_size} cannot be split into {me.world_size} ranks x "
+            f"{train.accumulate} micro-batches"
+        )
+    if config.masks.context == "batch_min" and (train.batch_size // share) % group:
+        raise ValueError(
+            f"masks.group_size {group} does not divide the {train.batch_size // share} images of a micro-batch "
+            f"({train.batch_size} over {me.world_size} ranks x {train.accumulate} micro-batches)"
+        )
+    if config.objective.regularised and train.accumulate > 1:
+        log.warning("the variance-covariance term is taken over each of the %d micro-batches", train.accumulate)
 
 
 def use_deterministic(config: RunConfig) -> None:
@@ -92,3 +117,24 @@ def assemble(
     prepare(model, config, images // config.train.accumulate, device)
     scaler = make_scaler(config, device)
     return make_step(model, make_optimizer(model, config), sampler, schedules, config, scaler=scaler)
+
+
+def tell_what_starts(config: RunConfig, model: IJEPA, me: Ranks, total_steps: int) -> None:
+    """Log the size of the run and its networks."""
+    train, device = config.train, me.device
+    encoder, predictor = (
+        sum(parameter.numel() for parameter in network.parameters()) / 1e6
+        for network in (model.context_encoder, model.predictor)
+    )
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU"
+    many = f" with {me.world_size} ranks" if me.world_size > 1 else ""
+    log.info(
+        "%d steps of %d images in %s on %s%s; encoder of %.3g M parameters, predictor of %.3g M",
+        *(total_steps, train.batch_size, train.precision, where, many, encoder, predictor),
+    )
+
+
+def hint_at_options(config: RunConfig, device: torch.device) -> None:
+    """Name ``fastest`` to who trains on a GPU with the options of the step as they are by default."""
+    if device.type == "cuda" and config.step == StepOptions():
+        log.info("`ijepa-fast fastest` finds out which options of the step are faster on this GPU")

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 from collections.abc import Mapping
+
+from ijepa_fast.config.sections import RunConfig
+from ijepa_fast.config.settings import flatten, nested, value_text
 
 RENAMED = {
     "model.attention": "step.attention",
@@ -54,17 +58,21 @@ GONE = {
 log = logging.getLogger(__name__)
 
 
-def present(settings: Mapping[str, object], base: Mapping[str, object], strict: bool = True) -> dict[str, object]:
+def present(
+    settings: Mapping[str, object], base: Mapping[str, object] | None = None, strict: bool = True
+) -> dict[str, object]:
     """Settings by their dotted names, with those of earlier versions under their present names.
 
     Args:
-        base: every setting, as it is where these change nothing: the other half of a pair of which they name one.
+        base: settings as they are where these change nothing, for the other half of a pair of which they name one.
+            What it leaves out is as by default.
         strict: whether it is an error, or ignored, that a setting in ``FIXED`` has another value. The same for ``GONE``
             is told in the log then.
 
     Raises:
         ValueError: a setting in ``FIXED`` has another value.
     """
+    base = flatten(RunConfig()) | dict(base or {})
     for name in FIXED.keys() & settings.keys() if strict else ():
         if _number(settings[name]) != FIXED[name]:
             raise ValueError(f"{name} is no setting any more and always {FIXED[name]}, got {settings[name]}")
@@ -89,6 +97,43 @@ def present(settings: Mapping[str, object], base: Mapping[str, object], strict: 
         elif isinstance(name, str):
             now.setdefault(name, value)
     return now
+
+
+def present_flags(arguments: list[str], base: Mapping[str, object] | None = None) -> list[str]:
+    """Command-line arguments with the settings of earlier versions under their present names, where the last one stood.
+
+    Args:
+        base: as in ``present``.
+
+    Raises:
+        ValueError: one of them has no value, or one that is in ``FIXED`` another one.
+    """
+    kept, old, place, rest = [], {}, 0, list(arguments)
+    names = RENAMED.keys() | FIXED.keys() | GONE.keys()
+    if any(argument.partition("=")[0] == "--overwrite" for argument in arguments):
+        names |= {"resume"}  # which says half of it
+    while rest:
+        argument = rest.pop(0)
+        name, equals, value = argument.removeprefix("--").partition("=")
+        if not argument.startswith("--") or name not in names:
+            kept.append(argument)
+            continue
+        if not equals:
+            if not rest or rest[0].startswith("--"):
+                raise ValueError(f"--{name} needs a value")
+            value = rest.pop(0)
+        try:
+            old[name] = json.loads(value.lower() if value.lower() in ("true", "false") else value)
+        except json.JSONDecodeError:
+            old[name] = value
+        place = len(kept)
+    renamed = [part for name, value in present(old, base).items() for part in (f"--{name}", value_text(value))]
+    return kept[:place] + renamed + kept[place:]
+
+
+def present_sections(values: dict, base: Mapping[str, object] | None = None, strict: bool = True) -> dict:
+    """``present`` of settings as a YAML file holds them."""
+    return nested(present(flatten(values), base, strict))
 
 
 def _number(value: object) -> object:

@@ -1,0 +1,198 @@
+"""The settings of a run, as plain dataclasses; YAML files, command-line flags and help are made from them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from typing import Literal
+
+from ijepa_fast.config.limits import check_limits
+from ijepa_fast.config.settings import flatten, nested
+from ijepa_fast.masks.sampler import MaskConfig
+from ijepa_fast.model.config import ModelConfig, common
+from ijepa_fast.model.jepa import Objective
+from ijepa_fast.optim.schedules import OptimConfig
+from ijepa_fast.step.options import StepOptions
+
+
+@dataclass(frozen=True)
+class LoaderConfig:
+    """How image files become uint8 crops.
+
+    Args:
+        crop_scale: smallest and largest share of the image's area that a crop covers.
+        crop_ratio: smallest and largest width over height of a crop.
+        flip: probability of a horizontal flip. The official recipe has none.
+        workers: decoding processes per rank, at most as many as there are cores for it; "auto" takes that many, up to
+            16; 0 decodes in the training process.
+        max_pixels: width times height above which an image counts as undecodable, for it may not fit into memory.
+        max_bad_share: share of undecodable images above which the run ends with an error.
+        epoch_images: images that count as an epoch where shards come from URLs, which are not counted; needed there.
+    """
+
+    crop_scale: tuple[float, float] = (0.3, 1.0)
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    flip: float = 0.0
+    workers: int | Literal["auto"] = common("auto")
+    max_pixels: int = 89_478_485  # Pillow's limit
+    max_bad_share: float = 0.05
+    epoch_images: int | None = None
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Length of the run, batches, precision, log and checkpoints.
+
+    Args:
+        batch_size: images per step on all ranks together.
+        epochs: passes over the data; ignored if steps is given.
+        steps: length of the run in steps instead of epochs.
+        accumulate: micro-batches per step and rank; saves memory.
+        precision: fp32, bf16 (bf16 weights with fp32 masters), fp16 (the same, with loss scaling) or auto (bf16 where
+            the hardware multiplies it, else fp32). A run writes down which one it took.
+        device: auto (a GPU if there is one), cpu or cuda.
+        log_every: steps between log lines, the only moments the host waits for the device.
+        save_every: steps between checkpoints; one is always written at the end.
+        keep: newest checkpoints that are kept.
+        deterministic: refuse operations without a fixed summation order.
+    """
+
+    batch_size: int = common(2048)
+    epochs: float = common(300.0)
+    steps: int | None = common(None)
+    accumulate: int = common(1)
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = common("auto")
+    device: Literal["auto", "cpu", "cuda"] = common("auto")
+    log_every: int = 50
+    save_every: int = 1000
+    keep: int = 2
+    deterministic: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "accumulate", "log_every", "save_every", "keep"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"train.{name} must be at least 1, got {getattr(self, name)}")
+        if self.steps is not None and self.steps < 1:
+            raise ValueError(f"train.steps must be at least 1, got {self.steps}")
+        if self.steps is None and not self.epochs > 0:
+            raise ValueError(f"train.epochs must be positive, got {self.epochs}")
+
+    def total_steps(self, steps_per_epoch: int) -> int:
+        return self.steps if self.steps is not None else max(1, round(self.epochs * steps_per_epoch))
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """How frozen features are evaluated. Accuracies need labels and are left out without them.
+
+    Args:
+        data: labelled images to test on; by default the test or val folder beside the training images.
+        before_and_after: k-NN and linear probe of the untrained and of the trained target encoder.
+        images: largest number of training images that k-NN and probe are fitted to, and of test images.
+        resize_ratio: the shorter side of a test image is resized to this times img_size, then the centre is cut out.
+            1 for sets whose images have the size of the crops.
+        bank: training features kept for the online k-NN; 0 turns it off.
+        pictures: draw masks, curves and PCA maps at the end.
+    """
+
+    data: str | None = common(None)
+    before_and_after: bool = True
+    images: tuple[int, int] = (10_000, 10_000)
+    resize_ratio: float = 256 / 224
+    bank: int = 20_000
+    pictures: bool = True
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One pretraining run.
+
+    Args:
+        data: folder of images (with or without class folders; train/ and val/ or test/ inside are understood),
+            WebDataset shards (PATH/{000..009}.tar or URLs, see docs/data.md), or "rendered" for the embedded labelled
+            set. Has no default.
+        output: folder of the run: config, metrics, checkpoints, pictures.
+        seed: seed of weights, data order, crops and masks.
+        resume: auto continues the run in the output folder if there is one; never refuses a folder that holds one;
+            overwrite removes it, but no file that no run writes; require refuses a folder that holds none.
+        init: weights that a new run begins with: another run or one of its checkpoints, an encoder of export, or a file
+            of the official code, timm or transformers. They must have the sizes in model.
+        model: encoder and predictor.
+        masks: context and target blocks.
+        objective: the loss.
+        loader: images to crops.
+        optim: AdamW, schedules, EMA.
+        train: the loop.
+        step: how a step is computed.
+        evaluation: k-NN, probe, pictures.
+    """
+
+    data: str | None = common(None)
+    output: str = common("runs/default")
+    seed: int = common(0)
+    resume: Literal["auto", "never", "overwrite", "require"] = common("auto")
+    init: str | None = common(None)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    masks: MaskConfig = field(default_factory=MaskConfig)
+    objective: Objective = field(default_factory=Objective)
+    loader: LoaderConfig = field(default_factory=LoaderConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    step: StepOptions = field(default_factory=StepOptions)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+    def __post_init__(self) -> None:
+        train = self.train
+        self.step.check(precision=train.precision, accumulate=train.accumulate, device=train.device)
+        self.objective.check_masks(self.masks.per_image)
+        check_limits(flatten(self))
+        if self.model.img_size % self.model.patch_size:
+            raise ValueError(
+                f"model.img_size {self.model.img_size} px cannot be cut into patches of {self.model.patch_size} px "
+                "(model.patch_size)"
+            )
+
+
+CHANGEABLE = {
+    "data",
+    "output",
+    "resume",
+    "loader.workers",
+    "loader.max_bad_share",
+    "train.accumulate",
+    "train.device",
+    "train.log_every",
+    "train.save_every",
+    "train.keep",
+    "train.deterministic",
+    "evaluation",
+    *(f"step.{f.name}" for f in fields(StepOptions) if f.metadata["resumes"]),
+}
+"""Settings (or whole sections) that a resumed run may change: but for rounding, it ends with the same weights."""
+
+
+def changes(old: dict[str, object], new: dict[str, object]) -> tuple[dict[str, tuple], dict[str, tuple]]:
+    """Settings that differ between two flat configs, as name -> (old, new): those a resume may change, and the rest."""
+    allowed, refused = {}, {}
+    for name in sorted(old.keys() | new.keys()):
+        before, after = old.get(name), new.get(name)
+        if before != after:
+            section = name.partition(".")[0]
+            (allowed if name in CHANGEABLE or section in CHANGEABLE else refused)[name] = (before, after)
+    return allowed, refused
+
+
+def common_settings(kind: type = RunConfig, prefix: str = "") -> set[str]:
+    """Dotted names of the settings that ``--help`` shows."""
+    names = set()
+    for f in fields(kind):
+        if is_dataclass(f.default_factory):
+            names |= common_settings(f.default_factory, f"{prefix}{f.name}.")
+        elif f.metadata.get("common"):
+            names.add(prefix + f.name)
+    return names
+
+
+def with_settings(config: RunConfig, settings: dict[str, object]) -> RunConfig:
+    """``config`` with some settings changed. Raises ValueError where they do not fit together."""
+    changed = nested(settings).items()
+    return replace(config, **{section: replace(getattr(config, section), **values) for section, values in changed})
