@@ -14,6 +14,7 @@ LIMITS = {
     "model.predictor_depth": _POSITIVE,
     "model.mlp_ratio": _POSITIVE,
     "model.predictor_mlp_ratio": _POSITIVE,
+    "model.projector_dim": _POSITIVE,
     "loader.flip": _SHARE,
     "loader.max_bad_share": _SHARE,
     "loader.max_pixels": _POSITIVE,
