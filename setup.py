@@ -115,6 +115,7 @@ EXTRAS = {
         "tqdm>=4.66",
     ],
     "shards": ["webdataset>=1.0"],
+    "images": ["tifffile>=2024.8.10", "imagecodecs", "pillow-heif"],
     "huggingface": ["transformers>=4.56", "safetensors>=0.4.3"],
     "lightning": ["lightning>=2.4"],
     "evaluate": ["scikit-learn>=1.4"],
@@ -126,6 +127,7 @@ EXTRAS = {
 EXTRAS["test"] = [
     *EXTRAS["train"],
     *EXTRAS["shards"],
+    "tifffile>=2024.8.10",
     *EXTRAS["huggingface"],
     *EXTRAS["lightning"],
     *EXTRAS["evaluate"],

@@ -144,7 +144,7 @@ def _unasked(config, argv: list[str]) -> list[str]:
         raise UsageError(f"--init {config.init} needs a recipe with networks of the same sizes: --config NAME")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UsageError(f"several processes need a recipe: --config NAME, for example --config {RECIPE}")
-    source = open_sources(config.data, max_pixels=config.loader.max_pixels).train
+    source = open_sources(**config.images).train
     if isinstance(source, RemoteShards):
         raise UsageError("images at URLs are not counted, so a recipe is needed: --config NAME")
     device = pick_device(config.train.device, 0)
@@ -194,7 +194,7 @@ def _masks(argv: list[str]) -> int:
     from ijepa_fast.data.datasets import open_sources
     from ijepa_fast.plots.run import draw_masks
 
-    draw_masks(config, open_sources(config.data, max_pixels=config.loader.max_pixels).train, parsed.out, parsed.count)
+    draw_masks(config, open_sources(**config.images).train, parsed.out, parsed.count)
     print(parsed.out)
     return 0
 

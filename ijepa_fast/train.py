@@ -15,9 +15,9 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from ijepa_fast.config import RunConfig, as_dict
-from ijepa_fast.data import DevicePrefetcher, LoaderError, StopRequested
+from ijepa_fast.data import DevicePrefetcher, LoaderError, Source, StopRequested
 from ijepa_fast.data.datasets import Sources, open_sources, train_loader
-from ijepa_fast.data.survey import announce
+from ijepa_fast.data.survey import announce, measured
 from ijepa_fast.evaluate import HealthBuffer, OnlineKNN
 from ijepa_fast.evaluate.encoder import evaluate, evaluated_on
 from ijepa_fast.evaluate.health import mean_cosine
@@ -149,17 +149,29 @@ class Run:
 
 def _with_precision(config: RunConfig, me: Ranks) -> RunConfig:
     """Where it is left to us, the precision of the run that is continued, else what the device multiplies."""
-    if config.train.precision == "auto" and config.resume in ("auto", "require"):
-        before = run_folder.precision_of(Path(config.output)) or "auto"
+    if config.train.precision == "auto":
+        before = run_folder.written_before(config, "train", "precision") or "auto"
         config = replace(config, train=replace(config.train, precision=before))
     return resolved(config, me.device)
 
 
+def _with_mean_std(config: RunConfig, train: Source) -> RunConfig:
+    """Where they are left to us, mean and standard deviation of the run that is continued, else of a sample."""
+    if config.model.mean_std != "auto":
+        return config
+    before = run_folder.written_before(config, "model", "mean_std") or "auto"
+    if before == "auto":
+        before = measured(train, config.model.size, config.loader.workers)
+        log.info("measured: --model.mean_std '%s'", [list(values) for values in before])
+    return replace(config, model=replace(config.model, mean_std=tuple(map(tuple, before))))
+
+
 def setup(config: RunConfig, me: Ranks) -> Run:
     """Open the data and make networks, optimizer and schedules. Nothing is written yet."""
-    sources = open_sources(config.data, config.evaluation.data, config.loader.max_pixels)
+    sources = open_sources(**config.images)
     if me.is_main:
         announce(*sources)
+    config = me.from_main(_with_mean_std(config, sources.train) if me.is_main else None)
     use_deterministic(config)
     torch.manual_seed(config.seed)
     model = config.model.build(config.objective)

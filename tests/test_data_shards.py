@@ -135,26 +135,37 @@ def test_without_a_home_there_is_no_cache(four, monkeypatch):
     assert len(TarShards([str(four / "set-0.tar")])) == PER_SHARD
 
 
-def test_names_with_dots_are_told_once_with_their_reason(tmp_path):
+def test_names_with_dots(tmp_path):
     image = encoded(smooth_image(8, 8))
-    dotted = [(f"photo.{number:03d}.png", image) for number in range(5)]
-    path = write_tar(tmp_path / "x.tar", [("a.png", image), *dotted, ("b.png", image), ("b.left.png", image)])
+    dotted = [
+        (f"photo.{number:03d}.{end}", data) for number in range(2) for end, data in (("png", image), ("cls", b"3"))
+    ]
+    kinds = [("b.left.png", image), ("b.png", image), ("c.mask.png", image), ("c.Image.png", image), ("c.cls", b"1")]
+    odd = [("d.left.png", image), ("d.right.png", image), ("e.0.left.png", image), ("e.0.right.png", image)]
+    path = write_tar(tmp_path / "x.tar", [("a.png", image), *dotted, *kinds, *odd])
     source = TarShards([path])
-    assert [source.describe(index).partition(": ")[2] for index in range(len(source))] == ["a.png", "b.png"]
-    assert source.damaged == {
-        path: "photo.004.png is passed over: a name ends at its first dot, so the extension is '004.png'"
-    }
-    path = write_tar(tmp_path / "y.tar", [(f"{number}.image.png", image) for number in range(5)])
-    with pytest.raises(ValueError, match=r"no images in 1 shards.*\n.*: 0.image.png is .* 'image.png' .and 4 more"):
-        TarShards([path])
+    names = [source.describe(index).partition(": ")[2] for index in range(len(source))]
+    assert names == ["a.png", "photo.000.png", "photo.001.png", "b.png", "c.Image.png", "d.left.png", "e.0.left.png"]
+    assert source.labels.tolist() == [-1, 3, 3, -1, 1, -1, -1]
+    assert source.damaged == {path: "d.right.png is passed over, d.left.png taken (and 1 more like it)"}
 
 
-def test_classes_in_words_are_told_once(tmp_path):
+def test_classes_in_words_and_in_json(tmp_path):
     image = encoded(smooth_image(8, 8))
-    files = [member for n in range(9) for member in ((f"{n}.png", image), (f"{n}.cls", b"cat"))]
+    said = [("cls", b"dog\n"), ("json", b'{"caption": "x", "label": "cat"}'), ("json", b'{"class": "10"}')]
+    said += [("json", b"[1]"), ("cls", "\u00e9lan".encode())]
+    files = [member for n, (end, text) in enumerate(said) for member in ((f"{n}.png", image), (f"{n}.{end}", text))]
     source = TarShards([write_tar(tmp_path / "x.tar", files)])
-    assert list(source.damaged.values()) == ["0.cls holds no class number: b'cat' (and 8 more like it)"]
-    assert len(source) == 9 and source.labels is None
+    assert source.classes == ["10", "cat", "dog", "\u00e9lan"] and source.labels.tolist() == [2, 1, 0, -1, 3]
+    assert source.damaged == {}
+    numbers = [member for n in range(3) for member in ((f"{n}.png", image), (f"{n}.json", b'{"label": %d}' % n))]
+    assert TarShards([write_tar(tmp_path / "y.tar", numbers)]).labels.tolist() == [0, 1, 2]
+    with pytest.raises(ValueError, match=r"outside the classes \['10', 'cat'\]: in \['dog', "):
+        TarShards([str(tmp_path / "x.tar")], classes=["10", "cat"])
+    broken = [("0.png", image), ("0.json", b"{"), ("1.png", image), ("1.cls", b"\xff\xfe")]
+    source = TarShards([write_tar(tmp_path / "z.tar", broken)])
+    assert list(source.damaged.values()) == ["0.json holds no class: b'{' (and 1 more like it)"]
+    assert len(source) == 2 and source.labels is None
 
 
 def test_a_cache_that_cannot_be_written_is_done_without(four, caplog):
@@ -193,7 +204,7 @@ def broken(four, kind):
     else:
         place = content.index(b"1", tar_of(path, "007.cls").offset_data)
         content[place : place + 1] = b"?"
-        kept, words = [6, 7, 8, 9, 10, 11], r"007.cls holds no class number: b'\?'"
+        kept, words = [6, 7, 8, 9, 10, 11], r"the class of 007.png is no number: '\?'"
     path.write_bytes(content)
     return kept, words
 

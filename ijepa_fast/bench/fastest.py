@@ -158,8 +158,7 @@ def choices_on(config: RunConfig, device: torch.device) -> Machine:
     """The offer of ``device`` to the step of ``config``."""
     model = config.model
     head_dims = [width // model.num_heads for width in (model.embed_dim, model.predictor_embed_dim)]
-    patches = (model.img_size // model.patch_size) ** 2
-    return machine_of(device, PRECISION_DTYPES[config.train.precision], head_dims, patches)
+    return machine_of(device, PRECISION_DTYPES[config.train.precision], head_dims, model.patches)
 
 
 def differing(config: RunConfig, settings: Settings) -> Settings:

@@ -21,7 +21,7 @@ SCHEDULED_STEPS = 1000
 
 
 def random_step(config: RunConfig, device: torch.device, images: int) -> tuple[TrainStep, Tensor]:
-    """The step that ``config`` describes with fresh weights, and as many random images, uint8 [images, 3, h, w].
+    """The step that ``config`` describes with fresh weights, and as many random images, uint8 [images, C, h, w].
 
     Equal on one device for all configurations that differ in how a step is computed.
 
@@ -35,8 +35,8 @@ def random_step(config: RunConfig, device: torch.device, images: int) -> tuple[T
     per_epoch = SCHEDULED_STEPS // 100
     steps = max(SCHEDULED_STEPS, round(2 * config.optim.warmup_epochs * per_epoch))
     step = assemble(model, config, sampler, config.optim.schedules(steps, per_epoch), images, device)
-    side = config.model.img_size
-    return step, torch.randint(256, (images, 3, side, side), dtype=torch.uint8, device=device)
+    shape = (images, config.model.in_chans, *config.model.size)
+    return step, torch.randint(256, shape, dtype=torch.uint8, device=device)
 
 
 def step_rate(config: RunConfig, device: torch.device, images: int, seconds: float = 20.0) -> dict[str, Any]:

@@ -22,6 +22,7 @@ RENAMED = {
     "train.compile": "step.blocks",
     "train.fused": "step.blocks",
     "overwrite": "resume",
+    "labels": "evaluation.labels",
     "optim.start_lr": ("optim.lr_ends", 0),
     "optim.final_lr": ("optim.lr_ends", 1),
     "optim.weight_decay": ("optim.weight_decay", 0),

@@ -9,6 +9,7 @@ _SHARE = (lambda value: 0 <= value <= 1, "in [0, 1]")
 _POSITIVE = (lambda value: value > 0, "positive")
 LIMITS = {
     "model.img_size": _POSITIVE,
+    "model.in_chans": _POSITIVE,
     "model.patch_size": _POSITIVE,
     "model.depth": _POSITIVE,
     "model.predictor_depth": _POSITIVE,

@@ -16,7 +16,7 @@ from ijepa_fast.step.options import StepOptions
 
 @dataclass(frozen=True)
 class LoaderConfig:
-    """How image files become uint8 crops.
+    """How image files become crops.
 
     Args:
         crop_scale: smallest and largest share of the image's area that a crop covers.
@@ -24,7 +24,10 @@ class LoaderConfig:
         flip: probability of a horizontal flip. The official recipe has none.
         workers: decoding processes per rank, at most as many as there are cores for it; "auto" takes that many, up to
             16; 0 decodes in the training process.
-        max_pixels: width times height above which an image counts as undecodable, for it may not fit into memory.
+        value_range: values of the files that become 0 and 1, with 16 bits kept; what lies outside is clipped. null:
+            the whole range of 8 and 16 bits, with 8 bits kept; floating-point files need a range.
+        max_pixels: width times height above which an image counts as undecodable, for it may not fit into memory; of a
+            tiled TIFF or a .npy file, of what a crop shows.
         max_bad_share: share of undecodable images above which the run ends with an error.
         epoch_images: images that count as an epoch where shards come from URLs, which are not counted; needed there.
     """
@@ -33,6 +36,7 @@ class LoaderConfig:
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
     flip: float = 0.0
     workers: int | Literal["auto"] = common("auto")
+    value_range: tuple[float, float] | None = common(None)
     max_pixels: int = 89_478_485  # Pillow's limit
     max_bad_share: float = 0.05
     epoch_images: int | None = None
@@ -86,6 +90,7 @@ class EvaluationConfig:
 
     Args:
         data: labelled images to test on; by default the test or val folder beside the training images.
+        labels: table of classes (.csv with columns path and label) of images whose folders do not tell them.
         before_and_after: k-NN and linear probe of the untrained and of the trained target encoder.
         images: largest number of training images that k-NN and probe are fitted to, and of test images.
         resize_ratio: the shorter side of a test image is resized to this times img_size, then the centre is cut out.
@@ -95,6 +100,7 @@ class EvaluationConfig:
     """
 
     data: str | None = common(None)
+    labels: str | None = common(None)
     before_and_after: bool = True
     images: tuple[int, int] = (10_000, 10_000)
     resize_ratio: float = 256 / 224
@@ -108,8 +114,8 @@ class RunConfig:
 
     Args:
         data: folder of images (with or without class folders; train/ and val/ or test/ inside are understood),
-            WebDataset shards (PATH/{000..009}.tar or URLs, see docs/data.md), or "rendered" for the embedded labelled
-            set. Has no default.
+            a list of files (.txt, or .csv with columns path and label), WebDataset shards (PATH/{000..009}.tar or
+            URLs), or "rendered" for the embedded labelled set; see docs/data.md. Has no default.
         output: folder of the run: config, metrics, checkpoints, pictures.
         seed: seed of weights, data order, crops and masks.
         resume: auto continues the run in the output folder if there is one; never refuses a folder that holds one;
@@ -145,11 +151,23 @@ class RunConfig:
         self.step.check(precision=train.precision, accumulate=train.accumulate, device=train.device)
         self.objective.check_masks(self.masks.per_image)
         check_limits(flatten(self))
-        if self.model.img_size % self.model.patch_size:
+        if any(side % self.model.patch_size for side in self.model.size):
             raise ValueError(
                 f"model.img_size {self.model.img_size} px cannot be cut into patches of {self.model.patch_size} px "
                 "(model.patch_size)"
             )
+
+    @property
+    def images(self) -> dict:
+        """Arguments of ``data.datasets.open_sources``."""
+        return {
+            "data": self.data,
+            "evaluation_data": self.evaluation.data,
+            "labels": self.evaluation.labels,
+            "channels": self.model.in_chans,
+            "value_range": self.loader.value_range,
+            "max_pixels": self.loader.max_pixels,
+        }
 
 
 CHANGEABLE = {

@@ -1,4 +1,7 @@
-"""Training and evaluation crops: from an image to a uint8 tensor [3, H, W] (normalised later, on the device)."""
+"""Training and evaluation crops: from an image to a uint8 or uint16 tensor [C, H, W] (normalised later, on the device).
+
+Legend: C channels, H height, W width.
+"""
 
 import math
 
@@ -7,7 +10,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ijepa_fast.data.decode import StoredImage
+from ijepa_fast.data.bands import ArrayBands, Pixels
+from ijepa_fast.data.decode import stored
 from ijepa_fast.philox import Stream, below, random_words
 
 OFFICIAL_SCALE = (0.3, 1.0)  # share of the image's area, the official recipe
@@ -65,9 +69,10 @@ def random_box(width: int, height: int, *, scale, ratio, seed: int, epoch: int, 
 
 
 def random_resized_crop(
-    image: Image.Image,
+    image: Image.Image | ArrayBands | np.ndarray,
     size,
     *,
+    pixels: Pixels = Pixels(),  # noqa: B008, it is frozen
     scale=OFFICIAL_SCALE,
     ratio=ASPECT_RATIO,
     flip: float = 0.0,
@@ -77,10 +82,11 @@ def random_resized_crop(
     view: int = 0,
     reduced_decode: bool = True,
 ) -> Tensor:
-    """A random box of the upright image, resized: uint8 [3, H, W], a pure function of (seed, epoch, index, view).
+    """A random box of the upright image, resized: [C, H, W], a pure function of (seed, epoch, index, view).
 
     Args:
         image: as opened; a JPEG should not be decoded yet. Not to be used afterwards.
+        pixels: channels and values of the crop.
         size: side of the crop, or (height, width), in pixels.
         scale: range of the box's share of the image's area.
         ratio: range of the box's width : height.
@@ -90,35 +96,43 @@ def random_resized_crop(
         reduced_decode: decode JPEGs at reduced scale where that suffices.
 
     Raises:
-        Exception: whatever Pillow raises for a file it cannot decode.
+        Exception: whatever Pillow raises for a file it cannot decode; ValueError for bands or values that do not fit.
     """
     height, width = as_height_width(size)
-    stored = StoredImage(image)
-    box = random_box(*stored.size, scale=scale, ratio=ratio, seed=seed, epoch=epoch, index=index, view=view)
-    crop = stored.resample(box, (width, height), reduced_decode)
+    whole = stored(image, pixels)
+    box = random_box(*whole.size, scale=scale, ratio=ratio, seed=seed, epoch=epoch, index=index, view=view)
+    crop = np.array(whole.resample(box, (width, height), reduced_decode))
     if (
         flip > 0
         and random_words(seed, Stream.CROP, epoch, index, _DRAWS_PER_VIEW * view + _FLIP_DRAW)[0] * _WORD < flip
     ):
-        crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        crop = crop[:, ::-1]
     return _to_tensor(crop)
 
 
-def eval_crop(image: Image.Image, size, *, resize_ratio: float = EVAL_RATIO, reduced_decode: bool = True) -> Tensor:
-    """The centre of the upright image: uint8 [3, H, W].
+def eval_crop(
+    image: Image.Image | ArrayBands | np.ndarray,
+    size,
+    *,
+    pixels: Pixels = Pixels(),  # noqa: B008, it is frozen
+    resize_ratio: float = EVAL_RATIO,
+    reduced_decode: bool = True,
+) -> Tensor:
+    """The centre of the upright image: [C, H, W].
 
     The same as resizing the image until it just covers `resize_ratio` times `size`, then cutting `size` from the
     centre, in one resampling. `resize_ratio` 1 keeps all of a square image.
     """
     height, width = as_height_width(size)
-    stored = StoredImage(image)
-    full_width, full_height = stored.size
+    whole = stored(image, pixels)
+    full_width, full_height = whole.size
     enlargement = resize_ratio * max(width / full_width, height / full_height)
     box_width, box_height = width / enlargement, height / enlargement
     left, top = max(0.0, (full_width - box_width) / 2), max(0.0, (full_height - box_height) / 2)
     box = (left, top, min(left + box_width, full_width), min(top + box_height, full_height))
-    return _to_tensor(stored.resample(box, (width, height), reduced_decode))
+    return _to_tensor(np.array(whole.resample(box, (width, height), reduced_decode)))
 
 
-def _to_tensor(image: Image.Image) -> Tensor:
-    return torch.from_numpy(np.array(image).transpose(2, 0, 1).copy())
+def _to_tensor(crop: np.ndarray) -> Tensor:
+    crop = crop[..., None] if crop.ndim == 2 else crop
+    return torch.from_numpy(crop.transpose(2, 0, 1).copy())

@@ -6,7 +6,9 @@ import logging
 from pathlib import Path
 from typing import NamedTuple
 
-from ijepa_fast.data.folder import ImageFolder, find_split
+from ijepa_fast.data.bands import Pixels
+from ijepa_fast.data.folder import ImageFiles, ImageFolder, find_split
+from ijepa_fast.data.lists import ImageList, has_test_images, label_from, names_list
 from ijepa_fast.data.loader import TrainLoader
 from ijepa_fast.data.remote import RemoteLoader, RemoteShards
 from ijepa_fast.data.shards import TarShards, expand_shards, is_remote, names_shards
@@ -24,43 +26,66 @@ class Sources(NamedTuple):
     test: Source | None
 
 
-def open_sources(data: str | None, evaluation_data: str | None = None, max_pixels: int | None = None) -> Sources:
+def open_sources(data: str | None, evaluation_data: str | None = None, labels: str | None = None, **pixels) -> Sources:
     """The training and test images of a run.
 
     Args:
-        data: "rendered" for the embedded set, else a folder (of one with train/ and val/ or test/, these) or tar shards
-            (a path that ends in .tar, braces and "*" included, or URLs, of which classes and test images are not used).
-        evaluation_data: folder or shards of labelled test images, instead of the ones found beside the training images.
-        max_pixels: see `open_image`.
+        data: "rendered" for the embedded set; a folder (of one with train/ and val/ or test/, these); a list of files
+            (.txt, .csv); or tar shards (a path that ends in .tar, braces and "*" included, or URLs, of which classes
+            and test images are not used).
+        evaluation_data: folder, list or shards of labelled test images, instead of the ones found beside the training
+            images.
+        labels: table of paths and classes for images in folders and lists.
+        pixels: see `Pixels`.
 
     Raises:
-        ValueError, OSError: no data is given; as ``ImageFolder`` and ``TarShards``; or the images of
-            ``evaluation_data`` have classes that the training images lack (those found beside are left out).
+        ValueError, OSError: no data is given; as ``ImageFolder``, ``ImageList``, ``label_from`` and ``TarShards``; or
+            the images of ``evaluation_data`` have classes that the training images lack (those found beside are left
+            out).
     """
     if data is None:
         raise ValueError('no images are given: set data to a folder of images (--data PATH), or to "rendered"')
-    if max_pixels is not None and max_pixels < 1:
-        raise ValueError(f"loader.max_pixels must be at least 1, got {max_pixels}")
+    Pixels(**pixels).check()
     if data == RENDERED:
         from ijepa_fast.data.rendered import RenderedTextures
 
-        return Sources(RenderedTextures("train"), RenderedTextures("test"))
-    train, beside = _open_training(data, max_pixels)
+        return Sources(RenderedTextures("train", **pixels), RenderedTextures("test", **pixels))
+    if labels is not None:
+        return _labelled_by_table(data, evaluation_data, labels, pixels)
+    train, beside = _open_training(data, pixels)
     if train.labels is None:
         if evaluation_data:
             raise ValueError(f"{evaluation_data} cannot be used for evaluation: the images of {data} have no classes")
-        log.info("the images of %s have no classes: k-NN and linear probe are left out", data)
+        log.info(
+            "the images of %s have no classes (a folder for each, or --labels FILE.csv): k-NN and linear probe are left"
+            " out",
+            data,
+        )
         return Sources(train, None)
     if evaluation_data:
-        return Sources(train, _open_labelled(evaluation_data, train.classes, max_pixels))
+        return Sources(train, _open_labelled(evaluation_data, train.classes, pixels))
     if beside is None:
         log.info("there are no test images beside those of %s: probe and final k-NN are left out", data)
         return Sources(train, None)
     try:
-        return Sources(train, _open_labelled(str(beside), train.classes, max_pixels))
+        return Sources(train, _open_labelled(beside, train.classes, pixels))
     except ValueError as error:
         log.warning("probe and final k-NN are left out: %s", error)
         return Sources(train, None)
+
+
+def _labelled_by_table(data: str, evaluation_data: str | None, labels: str, pixels: dict) -> Sources:
+    train, beside = _open_training(data, pixels)
+    place = evaluation_data or beside
+    test = None if place is None else _open_labelled(place, None, pixels)
+    for source, where in ((train, data), (test, place)):
+        if source is not None and not isinstance(source, ImageFiles):
+            raise ValueError(f"labels are for folders and lists of images; shards have their own: {where}")
+    label_from(labels, train, test)
+    if test is not None and test.labels is None:
+        log.warning("probe and final k-NN are left out: %s names no classes of the images of %s", labels, place)
+        test = None
+    return Sources(train, test)
 
 
 def train_loader(source: Source, *, epoch_images: int | None, **settings) -> TrainLoader | RemoteLoader:
@@ -82,22 +107,27 @@ def _are_shards(data: str) -> bool:
     return names_shards(data) and not Path(data).is_dir()
 
 
-def _open_training(data: str, max_pixels: int | None) -> tuple[Source, Path | None]:
+def _open_training(data: str, pixels: dict) -> tuple[Source, str | None]:
     """Training images, and where test images lie beside them."""
+    if names_list(data):
+        return ImageList(data, **pixels), data if has_test_images(data) else None
     if not _are_shards(data):
         split = find_split(data)
-        return ImageFolder(split.train, max_pixels=max_pixels), split.evaluation
+        return ImageFolder(split.train, **pixels), split.evaluation and str(split.evaluation)
     shards = expand_shards(data)
-    return (RemoteShards if is_remote(shards[0]) else TarShards)(shards, max_pixels=max_pixels), None
+    return (RemoteShards if is_remote(shards[0]) else TarShards)(shards, **pixels), None
 
 
-def _open_labelled(data: str, classes: list[str], max_pixels: int | None) -> Source:
+def _open_labelled(data: str, classes: list[str] | None, pixels: dict) -> Source:
+    """Test images; without ``classes`` they are yet to be labelled."""
+    if names_list(data):
+        return ImageList(data, training=not has_test_images(data), classes=classes, **pixels)
     if not _are_shards(data):
-        return ImageFolder(data, classes=classes, max_pixels=max_pixels)
+        return ImageFolder(data, class_folders=classes is not None, classes=classes, **pixels)
     shards = expand_shards(data)
     if is_remote(shards[0]):
         raise ValueError(f"{data} cannot be used for evaluation, which reads images in any order: use local shards")
-    source = TarShards(shards, classes=classes, max_pixels=max_pixels)
+    source = TarShards(shards, classes=classes, **pixels)
     if source.labels is None:
         raise ValueError(f"{data} cannot be used for evaluation: its images have no .cls")
     return source

@@ -1,25 +1,45 @@
-"""Decoding to RGB or grey 8-bit pixels, for everything that Pillow reads.
+"""Opening of image files, and decoding to RGB or grey 8-bit pixels, for everything that Pillow reads.
 
-What becomes of unusual images: CMYK, YCbCr and palettes are converted to RGB; transparent ones are laid on white, as
-a viewer shows them; of a TIFF the first three bands (or the only one) are used, because a fourth is as often
-near-infrared as transparency, whatever its tags say; 12- and 16-bit grey is scaled to 8 bits (not clipped) and
-inverted where white is zero; of animations and multi-page files the first frame is used; colour profiles are ignored.
+What becomes of unusual images where crops are RGB or grey: CMYK, YCbCr and palettes are converted to RGB; transparent
+ones are laid on white, as a viewer shows them; of a TIFF the first three bands (or the only one) are used, because a
+fourth is as often near-infrared as transparency, whatever its tags say; 12- and 16-bit grey is scaled to 8 bits (not
+clipped) and inverted where white is zero; of animations and multi-page files the first frame is used; colour profiles
+are ignored.
 Floating-point images and 32-bit ones beyond the 16-bit range are refused, for their scale is unknown, and so are
-images with more pixels than the limit.
+images with more pixels than the limit. Where a range is stated, or crops have another number of channels, `data.bands`
+says what becomes of the values.
 """
 
+from __future__ import annotations
+
+import os
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
+from importlib.util import find_spec
+from os import PathLike
 
 import numpy as np
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION, SAMPLESPERPIXEL, TiffImageFile
 
+from ijepa_fast.data.bands import (
+    LARGEST_16,
+    NPY_MAGIC,
+    SCANNER_EXTENSIONS,
+    TIFF_MAGIC,
+    ArrayBands,
+    Pixels,
+    StoredBands,
+    open_bands,
+)
+
 # EPS starts Ghostscript on the file, WMF needs Windows; the others are containers that Pillow names but cannot decode.
 _UNREADABLE_FORMATS = frozenset({"EPS", "WMF", "BUFR", "GRIB", "HDF5", "MPEG", "IPTC"})
+
+_ARRAY_EXTENSIONS = SCANNER_EXTENSIONS | {".npy"}
 
 # EXIF orientation -> the turn that makes stored pixels upright (EXIF 2.32, tag 0x0112).
 _TURNS = {
@@ -35,7 +55,11 @@ _TURNS = {
 
 @cache
 def readable_formats() -> tuple[str, ...]:
-    """Names of the image formats that are read, the usual ones first."""
+    """Names of the image formats that Pillow reads, the usual ones first; HEIC and its kin with pillow-heif."""
+    with suppress(ImportError):
+        import pillow_heif
+
+        pillow_heif.register_heif_opener()
     Image.init()
     usual = ("JPEG", "PNG", "WEBP")
     others = sorted(set(Image.OPEN) - _UNREADABLE_FORMATS - set(usual))
@@ -44,34 +68,109 @@ def readable_formats() -> tuple[str, ...]:
 
 @cache
 def image_extensions() -> frozenset[str]:
-    """File name extensions of the readable formats, in lower case and with the dot."""
+    """File name extensions of the readable formats, in lower case and with the dot; ``.npy`` is not among them."""
     formats = set(readable_formats())
-    return frozenset(extension for extension, name in Image.registered_extensions().items() if name in formats)
+    extensions = {extension for extension, name in Image.registered_extensions().items() if name in formats}
+    return frozenset(extensions | (SCANNER_EXTENSIONS if find_spec("tifffile") else set()))
 
 
-def open_image(file, max_pixels: int | None = None) -> Image.Image:
+def open_image(file, pixels: Pixels = Pixels()) -> Image.Image | ArrayBands:  # noqa: B008, it is frozen
     """Open a path or binary file without decoding it.
 
     Args:
         file: the path or file.
-        max_pixels: width times height up to which images are taken; None for PIL.Image.MAX_IMAGE_PIXELS.
+        pixels: what is made of it; decides what reads it, and up to which size.
 
     Raises:
-        Exception: whatever Pillow raises for a file that is no image; ValueError for one with too many pixels.
+        Exception: whatever Pillow or tifffile raises for a file that is no image; ValueError for one with too many
+            pixels.
     """
-    limit = Image.MAX_IMAGE_PIXELS
-    Image.MAX_IMAGE_PIXELS = None  # its errors cannot be told from a broken file's, and name no setting
+    named = isinstance(file, (str, PathLike))
+    extension = os.path.splitext(file)[1].lower() if named else None
+    # Of files by name whose extension says what they are, nothing is read twice.
+    magic = b"" if named and pixels.plain and extension not in _ARRAY_EXTENSIONS else _magic(file)
+    array = not pixels.plain or extension in _ARRAY_EXTENSIONS or magic.startswith(NPY_MAGIC)
+    if array and (bands := open_bands(file, magic, pixels.channels)) is not None:
+        return bands
     try:
-        image = Image.open(file, formats=readable_formats())
-    finally:
-        Image.MAX_IMAGE_PIXELS = limit
-    limit = limit if max_pixels is None else max_pixels
-    if limit is not None and image.width * image.height > limit:
+        image = _open_by_pillow(file)
+    except UnidentifiedImageError as error:
+        if not (magic or _magic(file)).startswith(TIFF_MAGIC):
+            raise
+        if (bands := open_bands(file, TIFF_MAGIC[0], pixels.channels)) is None:
+            raise ValueError(f"{error}; tifffile may read this TIFF: pip install 'ijepa_fast[images]'") from error
+        return bands
+    if image.width * image.height > pixels.limit:
         image.close()
-        raise ValueError(f"{image.width}x{image.height} pixels are more than loader.max_pixels ({limit}) allows")
+        # Tiles of a large TIFF are read one by one, and the limit then is that of a crop.
+        if isinstance(image, TiffImageFile) and (bands := open_bands(file, TIFF_MAGIC[0], pixels.channels)) is not None:
+            return bands
+        raise ValueError(f"{image.width}x{image.height} pixels are more than loader.max_pixels ({pixels.limit}) allows")
     if isinstance(image, TiffImageFile):
         _keep_bands_apart(image)
     return image
+
+
+def _open_by_pillow(file) -> Image.Image:
+    limit = Image.MAX_IMAGE_PIXELS
+    Image.MAX_IMAGE_PIXELS = None  # its errors cannot be told from a broken file's, and name no setting
+    try:
+        return Image.open(file, formats=readable_formats())
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
+
+
+def _magic(file) -> bytes:
+    """The first bytes of a path or binary file."""
+    if isinstance(file, (str, PathLike)):
+        with open(file, "rb") as there:
+            return there.read(len(NPY_MAGIC))
+    start = file.read(len(NPY_MAGIC))
+    file.seek(0)
+    return start
+
+
+def opened(image: Image.Image | ArrayBands | np.ndarray, pixels: Pixels = Pixels()) -> Image.Image | ArrayBands:  # noqa: B008
+    """What a source's ``open`` gave, as a context manager: a source may give a plain array."""
+    return ArrayBands(image, pixels.channels) if isinstance(image, np.ndarray) else image
+
+
+def stored(image: Image.Image | ArrayBands | np.ndarray, pixels: Pixels) -> StoredImage | StoredBands:
+    """The image to be cropped."""
+    if pixels.plain and isinstance(image, Image.Image):
+        return StoredImage(image, "RGB" if pixels.channels == 3 else "L")
+    return StoredBands(as_bands(image, pixels), pixels)
+
+
+def as_bands(image: Image.Image | ArrayBands | np.ndarray, pixels: Pixels) -> ArrayBands:
+    """The bands of an image; those of Pillow's are decoded for it."""
+    if not isinstance(image, Image.Image):
+        return opened(image, pixels)
+    values, white = _values_of(image, pixels.channels)
+    return ArrayBands(values, pixels.channels, white)
+
+
+def _values_of(image: Image.Image, channels: int) -> tuple[np.ndarray, int | None]:
+    """All values of an image that Pillow has opened, upright, and the one that is white if their type does not say it.
+
+    Other colours are converted to grey and RGB only where crops are grey or RGB.
+    """
+    upper_half = ";16" in str(getattr(image, "tile", ""))  # of colours with 16 bits Pillow keeps 8
+    image.load()
+    orientation, white = _orientation(image), None
+    if image.mode.startswith("I;16"):
+        values, white = _sixteen_bit_values(image)
+    elif image.mode in ("I", "F"):
+        values = np.asarray(image)
+    else:
+        if channels in (1, 3):
+            image = flatten(image).convert("L" if channels == 1 else "RGB")
+        elif image.mode in ("P", "PA", "1"):
+            image = image.convert("L" if image.mode == "1" else "RGBA" if image.has_transparency_data else "RGB")
+        values = np.asarray(image).astype(np.uint16) * 257 if upper_half else np.asarray(image)
+    values = values.swapaxes(0, 1) if orientation >= 5 else values
+    values = values[:, ::-1] if orientation in (2, 3, 6, 7) else values
+    return values[::-1] if orientation in (3, 4, 7, 8) else values, white
 
 
 @contextmanager
@@ -107,12 +206,12 @@ class StoredImage:
     Boxes are (left, top, right, bottom) in pixels of the upright image, the one a viewer shows.
     """
 
-    def __init__(self, image: Image.Image):
+    def __init__(self, image: Image.Image, mode: str = "RGB"):
         # Only a JPEG's size and orientation can be trusted before decoding (a PNG may carry its EXIF block at the
         # end, an icon may change size), and only a JPEG gains from waiting: it can be decoded at reduced scale.
         if not isinstance(image, JpegImageFile):
             image.load()
-        self._image = image
+        self._image, self._mode = image, mode
         self._orientation = _orientation(image)
         if min(image.size) < 1:
             raise ValueError(f"image without pixels: {image.width}x{image.height}")
@@ -128,7 +227,7 @@ class StoredImage:
         return (height, width) if self._sideways else (width, height)
 
     def resample(self, box, size: tuple[int, int], reduced_decode: bool) -> Image.Image:
-        """The RGB image of `size` (width, height) that shows `box`: antialiased bicubic.
+        """The RGB (or grey) image of `size` (width, height) that shows `box`: antialiased bicubic.
 
         With `reduced_decode` a JPEG is decoded at 1/2, 1/4 or 1/8 of its scale (libjpeg's smaller inverse DCT) as
         long as the box still has at least `size` pixels. Pixels then differ by some 1.5 grey levels on average, as
@@ -141,7 +240,7 @@ class StoredImage:
         if reduced_decode:
             box = _decode_reduced(image, box, size)
         image.load()
-        resized = flatten(image).resize(size, Image.Resampling.BICUBIC, box=box).convert("RGB")
+        resized = flatten(image).resize(size, Image.Resampling.BICUBIC, box=box).convert(self._mode)
         turn = _TURNS.get(self._orientation)
         return resized if turn is None else resized.transpose(turn)
 
@@ -191,7 +290,7 @@ def flatten(image: Image.Image) -> Image.Image:
         bands = image.split()
         return Image.merge("RGB", bands[:3]) if len(bands) > 2 else bands[0]
     if image.mode == "F":
-        raise ValueError("a floating-point image has no agreed range: convert it to 8 or 16 bits")
+        raise ValueError("a floating-point image has no agreed range: state it, --loader.value_range '[LOW, HIGH]'")
     if image.has_transparency_data:
         if image.mode == "La":
             image = image.convert("LA")
@@ -204,12 +303,17 @@ def flatten(image: Image.Image) -> Image.Image:
 
 def _sixteen_to_eight_bits(image: Image.Image) -> Image.Image:
     """Grey values of 16 bits (modes I;16 and I), or of the 12 bits that a TIFF declares, scaled and rounded, mode L."""
-    values = np.asarray(image).astype(np.int64)
-    if values.min() < 0 or values.max() > 65535:
+    values, white = _sixteen_bit_values(image)
+    if values.min() < 0 or values.max() > LARGEST_16:
         raise ValueError(f"32-bit grey image with values {values.min()} to {values.max()}: only 0 to 65535 is scaled")
-    white = 65535
+    return Image.fromarray(((values * 255 + white // 2) // white).astype(np.uint8))
+
+
+def _sixteen_bit_values(image: Image.Image) -> tuple[np.ndarray, int]:
+    """Grey values int64 [h, w], and the one that is white."""
+    values, white = np.asarray(image).astype(np.int64), LARGEST_16
     if isinstance(image, TiffImageFile):
         white = 4095 if image.tag_v2.get(BITSPERSAMPLE) == (12,) else white
         if image.tag_v2.get(PHOTOMETRIC_INTERPRETATION) == 0:  # Pillow inverts up to 8 bits, and no more
             values = white - values
-    return Image.fromarray(((values * 255 + white // 2) // white).astype(np.uint8))
+    return values, white

@@ -1,5 +1,7 @@
 """Images in a folder: found, put in order, labelled by class folder."""
 
+from __future__ import annotations
+
 import hashlib
 import os
 import re
@@ -12,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+from ijepa_fast.data.bands import ArrayBands, Pixels
 from ijepa_fast.data.decode import image_extensions, open_image
 
 # Names such as train2017 and val_256. The order is that of preference.
@@ -21,83 +24,47 @@ _EVALUATION_NAMES = tuple(
     re.compile(_SPLIT_NAME.format(name), re.IGNORECASE) for name in ("val", "valid|validation", "test|testing")
 )
 # What archive programs, file systems and storage devices leave beside data.
-_NOT_DATA = {"__MACOSX", "lost+found", "@eaDir", "$RECYCLE.BIN", "System Volume Information"}
+_NOT_DATA = {"__macosx", "lost+found", "@eadir", "$recycle.bin", "system volume information", "thumbnails", "thumbs"}
+# Folders of what is to be predicted about images, where they lie beside a folder of the images.
+_IMAGES = re.compile(r"(jpeg)?(images?|imgs?)$", re.IGNORECASE)
+_ANSWERS = re.compile(
+    r"(labels?|masks?|annotations?|targets?|gt|ground_?truth|segmentations?|segmentation(class|object))$", re.IGNORECASE
+)
 _DEEPEST_SPLIT, _MOST_FOLDERS, _MOST_FILES = 3, 20, 5000
 
 
-class ImageFolder:
-    """All images below a folder, in the byte order of their relative paths. A `Source`.
-
-    A file is an image if its extension, in any case, is one that Pillow reads. Links are followed, loops of links are
-    not. Names that begin with a dot are passed over, and so are folders such as `__MACOSX` and `lost+found`.
-
-    Where all images lie in subfolders, of which there are two or more, the first-level subfolders are the classes,
-    sorted by name; folders below them belong to the class. Otherwise there are no labels.
+class ImageFiles:
+    """Image files below a folder, by their relative paths in byte order. A `Source`.
 
     Args:
         root: the folder.
-        class_folders: False ignores class folders.
-        classes: names and order of the classes, such as those of the training folder when this is the test folder.
-        max_pixels: see `open_image`.
+        paths: of the files, relative to it.
+        pixels: see `Pixels`.
 
     Attributes:
-        root: absolute path.
-        labels: int64 [n] or None. classes: list of names or None.
-        passed_over: count of the other files by extension, "dangling link" among them.
-
-    Raises:
-        FileNotFoundError, NotADirectoryError: `root` is missing or no folder.
-        ValueError: no images; or `classes` is given and an image lies in none of them.
+        labels: int64 [n], -1 where an image has none; or None. classes: list of names or None.
     """
 
-    def __init__(
-        self,
-        root,
-        *,
-        class_folders: bool = True,
-        classes: Sequence[str] | None = None,
-        max_pixels: int | None = None,
-    ):
-        self.root = _existing_folder(root)
-        self._max_pixels = max_pixels
-        paths, self.passed_over = _scan(self.root)
-        if not paths:
-            raise ValueError(f"no images below {self.root}: {_seen(self.passed_over)}")
-        self._paths = PackedStrings(os.fsencode(path) for path in sorted(paths, key=os.fsencode))
-        self.labels: np.ndarray | None = None
-        self.classes: list[str] | None = None
-        if class_folders:
-            self._label(classes)
+    labels: np.ndarray | None = None
+    classes: list[str] | None = None
 
-    def _label(self, wanted: Sequence[str] | None) -> None:
-        folders = [_printable(path.partition("/")[0]) if "/" in path else None for path in self._relative_paths()]
-        found = set(folders)
-        if wanted is None:
-            if None in found or len(found) < 2:
-                return
-            names = sorted(found)
-        else:
-            names = list(wanted)
-            strangers = sorted(name or "(no folder)" for name in found - set(names))
-            if strangers:
-                raise ValueError(f"{self.root} has images outside the classes {names[:10]}: in {strangers[:10]}")
-        label_of = {name: label for label, name in enumerate(names)}
-        self.classes = names
-        self.labels = np.array([label_of[folder] for folder in folders], dtype=np.int64)
+    def __init__(self, root: Path, paths: Iterable[str], **pixels):
+        self.root, self.pixels = root, Pixels(**pixels)
+        self._paths = PackedStrings(os.fsencode(path) for path in sorted(paths, key=os.fsencode))
 
     def __len__(self) -> int:
         return len(self._paths)
 
     def __repr__(self) -> str:
         classes = "no classes" if self.classes is None else f"{len(self.classes)} classes"
-        return f"ImageFolder({str(self.root)!r}: {len(self)} images, {classes})"
+        return f"{type(self).__name__}({str(self.root)!r}: {len(self)} images, {classes})"
 
     def path(self, index: int) -> str:
         return os.path.join(self.root, os.fsdecode(self._paths[index]))
 
-    def open(self, index: int) -> Image.Image:
+    def open(self, index: int) -> Image.Image | ArrayBands:
         """The image, not decoded yet. To be used as a context manager, which closes the file."""
-        return open_image(self.path(index), self._max_pixels)
+        return open_image(self.path(index), self.pixels)
 
     def describe(self, index: int) -> str:
         return self.path(index)
@@ -110,8 +77,96 @@ class ImageFolder:
             digest.update(self._paths[index] + b"\0%d\n" % os.stat(self.path(index)).st_size)
         return f"folder:{len(self)}:{digest.hexdigest()[:32]}"
 
-    def _relative_paths(self) -> list[str]:
+    def relative_paths(self) -> list[str]:
         return [os.fsdecode(self._paths[index]) for index in range(len(self))]
+
+    def label(self, names: Sequence[str | None], classes: Sequence[str] | None) -> None:
+        """Give every image the class of this name; ``classes`` prescribes names and order.
+
+        Raises:
+            ValueError: a name is none of the classes.
+        """
+        found = set(names) - {None}
+        self.classes = in_order(found) if classes is None else list(classes)
+        label_of = {name: label for label, name in enumerate(self.classes)}
+        # Where case does not count, Cat/ and cat/ are one folder, and elsewhere they may have become two.
+        folded = {name.casefold(): label for name, label in label_of.items()}
+        if len(folded) == len(label_of):
+            label_of |= {name: folded[name.casefold()] for name in found if name.casefold() in folded}
+        if strangers := sorted(name for name in found if name not in label_of):
+            raise ValueError(f"{self.root} has images outside the classes {self.classes[:10]}: in {strangers[:10]}")
+        self.labels = np.array([-1 if name is None else label_of[name] for name in names], dtype=np.int64)
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+    """Names of classes, sorted: by their value where all are whole numbers."""
+    names = set(names)
+    return sorted(names, key=int) if all(name.isdecimal() for name in names) else sorted(names)
+
+
+class ImageFolder(ImageFiles):
+    """All images below a folder, in the byte order of their relative paths. A `Source`.
+
+    A file is an image if its extension, in any case, is one that Pillow reads (of a slide scanner: tifffile), or
+    ``.npy`` where there are no others. Links are followed, loops of links are not. Names that begin with a dot are
+    passed over, and so are folders such as `__MACOSX` and `lost+found`, and `labels` or `masks` beside `images`.
+
+    Where all images lie in subfolders, of which there are two or more, the first-level subfolders are the classes,
+    sorted by name; folders below them belong to the class. A single folder around all others does not count. Otherwise
+    there are no labels.
+
+    Args:
+        root: the folder.
+        class_folders: False ignores class folders.
+        classes: names and order of the classes, such as those of the training folder when this is the test folder.
+        pixels: see `Pixels`.
+
+    Attributes:
+        root: absolute path.
+        labels: int64 [n] or None. classes: list of names or None.
+        passed_over: count of the other files by extension, "dangling link" among them.
+
+    Raises:
+        FileNotFoundError, NotADirectoryError: `root` is missing or no folder.
+        ValueError: no images; or `classes` is given and an image lies in none of them.
+    """
+
+    def __init__(self, root, *, class_folders: bool = True, classes: Sequence[str] | None = None, **pixels):
+        root = _existing_folder(root)
+        paths, self.passed_over = _scan(root)
+        if not paths:
+            raise ValueError(f"no images below {root}: {_seen(self.passed_over)}")
+        super().__init__(root, paths, **pixels)
+        if class_folders:
+            self._label_by_folders(classes)
+
+    def _label_by_folders(self, wanted: Sequence[str] | None) -> None:
+        paths = self.relative_paths()
+        around = os.path.commonprefix(paths)
+        depth = around.count("/")
+        if wanted is None:
+            folders = [_folder_at(path, depth) for path in paths]
+            if None not in folders and len(set(folders)) > 1:
+                self.label(folders, None)
+            return
+        known = {name.casefold() for name in wanted}
+        for level in range(depth + 1):
+            folders = [_folder_at(path, level) for path in paths]
+            if all(folder is not None and folder.casefold() in known for folder in set(folders)):
+                return self.label(folders, wanted)
+        folders = [_folder_at(path, 0) for path in paths]
+        if set(folders) == {None}:
+            raise ValueError(
+                f"the {len(self)} images of {self.root} lie in no class folders: sort them into folders named as those "
+                "of the training images, or name their classes in a file, --labels FILE.csv"
+            )
+        self.label([folder or "(no folder)" for folder in folders], wanted)
+
+
+def _folder_at(path: str, level: int) -> str | None:
+    """The folder of this level that a relative path leads through, None where it does not."""
+    parts = path.split("/")
+    return _printable(parts[level]) if len(parts) > level + 1 else None
 
 
 class Splits(NamedTuple):
@@ -162,7 +217,15 @@ def _pairs(folder: Path, depth: int) -> Iterator[Splits]:
 
 
 def _folders(folder: Path) -> list[Path]:
-    return sorted(Path(entry.path) for entry in _visible_entries(folder) if entry.is_dir())
+    entries = _visible_entries(folder)
+    answers = _answers(entries)
+    return sorted(Path(entry.path) for entry in entries if entry.is_dir() and entry.name not in answers)
+
+
+def _answers(entries: list[os.DirEntry]) -> set[str]:
+    """Names of folders that hold labels or masks of images in a folder beside them."""
+    names = {entry.name for entry in entries if entry.is_dir()}
+    return {name for name in names if _ANSWERS.match(name)} if any(map(_IMAGES.match, names)) else set()
 
 
 def _called(folders: list[Path], names: Iterable[re.Pattern]) -> list[Path]:
@@ -171,7 +234,7 @@ def _called(folders: list[Path], names: Iterable[re.Pattern]) -> list[Path]:
 
 def _holds_images(folder: Path) -> bool:
     """Whether one of the first files below the folder is an image, so that trees of annotations are told apart."""
-    extensions, seen = image_extensions(), 0
+    extensions, seen = image_extensions() | {".npy"}, 0
     for _, below, files in os.walk(folder, followlinks=True):
         below[:] = [name for name in below if _is_visible(name)]
         if any(os.path.splitext(name)[1].lower() in extensions for name in files if _is_visible(name)):
@@ -211,7 +274,7 @@ def _existing_folder(root) -> Path:
 
 
 def _is_visible(name: str) -> bool:
-    return not name.startswith(".") and name not in _NOT_DATA
+    return not name.startswith(".") and name.casefold() not in _NOT_DATA
 
 
 def _visible_entries(folder) -> list[os.DirEntry]:
@@ -227,24 +290,30 @@ def _printable(name: str) -> str:
 def _scan(root: Path) -> tuple[list[str], Counter]:
     """Relative paths of the images below `root`, and a count of the other files by extension."""
     extensions = image_extensions()
-    images, others = [], Counter()
+    images, arrays, others = [], [], Counter()
     pending = [(str(root), "", (_identity(root),))]
     while pending:
         folder, prefix, ancestors = pending.pop()
-        for entry in _visible_entries(folder):
-            if entry.is_dir():
+        entries = _visible_entries(folder)
+        answers = _answers(entries)
+        for entry in entries:
+            if entry.name in answers:
+                others[f"folder {entry.name}"] += 1
+            elif entry.is_dir():
                 identity = _identity(entry.path)
                 if identity not in ancestors:  # else a link back up
                     pending.append((entry.path, f"{prefix}{entry.name}/", (*ancestors, identity)))
-                continue
-            extension = os.path.splitext(entry.name)[1].lower()
-            if extension in extensions and entry.is_file():
+            elif (extension := os.path.splitext(entry.name)[1].lower()) in extensions and entry.is_file():
                 images.append(prefix + entry.name)
+            elif extension == ".npy" and entry.is_file():
+                arrays.append(prefix + entry.name)
             elif entry.is_symlink() and not os.path.exists(entry.path):
                 others["dangling link"] += 1
             else:
                 others[extension or "no extension"] += 1
-    return images, others
+    if images and arrays:  # arrays beside images say something about them
+        others[".npy"] += len(arrays)
+    return images or arrays, others
 
 
 def _identity(folder) -> tuple[int, int]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ijepa_fast.data.bands import pixels_of
 from ijepa_fast.data.crops import (
     ASPECT_RATIO,
     EVAL_RATIO,
@@ -21,7 +22,7 @@ from ijepa_fast.data.crops import (
     eval_crop,
     random_resized_crop,
 )
-from ijepa_fast.data.decode import quietly
+from ijepa_fast.data.decode import opened, quietly
 from ijepa_fast.data.order import sample_indices, steps_per_epoch
 from ijepa_fast.data.source import Source, warn_once
 from ijepa_fast.data.workers import (
@@ -42,7 +43,7 @@ _EXAMPLES = 5
 
 
 class Batch(NamedTuple):
-    images: Tensor  # uint8 [b, 3, H, W]
+    images: Tensor  # uint8 or uint16 [b, C, H, W], see `Pixels`
     labels: Tensor  # int64 [b], -1 where the source has no labels
     indices: Tensor  # int64 [b], positions in the source
     failures: Sequence[tuple[int | str, str]] = ()  # (index, or name in a stream; reason) of what was bad on the way
@@ -248,7 +249,7 @@ class _TrainSamples(Dataset):
 
     def __getitem__(self, request: _TrainRequest) -> Batch:
         indices = request.indices.copy()
-        images = shared(torch.zeros(len(indices), 3, *self._crop["size"], dtype=torch.uint8))
+        images = shared(pixels_of(self._source).empty(len(indices), self._crop["size"]))
         failures = []
         for row, wanted in enumerate(request.indices):
             if self._stop():
@@ -280,7 +281,7 @@ class _EvalSamples(Dataset):
         self._source, self._crop = source, crop
 
     def __getitem__(self, wanted: np.ndarray) -> Batch:
-        images = shared(torch.zeros(len(wanted), 3, *self._crop["size"], dtype=torch.uint8))
+        images = shared(pixels_of(self._source).empty(len(wanted), self._crop["size"]))
         decoded, failures = [], []
         for index in map(int, wanted):
             pixels = _decode(self._source, index, eval_crop, self._crop, failures)
@@ -293,8 +294,9 @@ class _EvalSamples(Dataset):
 def _decode(source: Source, index: int, crop, options: dict, failures: list) -> Tensor | None:
     """The crop of image `index`, or None and one more entry in `failures`."""
     try:
-        with quietly(), source.open(index) as image:
-            return crop(image, **options)
+        pixels = pixels_of(source)
+        with quietly(), opened(source.open(index), pixels) as image:
+            return crop(image, pixels=pixels, **options)
     except Exception as error:  # damaged files make decoders raise nearly anything
         message = str(error).partition("\n")[0][:200]
         failures.append((index, f"{type(error).__name__}: {message}"))

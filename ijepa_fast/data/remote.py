@@ -22,6 +22,7 @@ import torch
 from PIL import Image
 from torch.utils.data import IterableDataset, get_worker_info
 
+from ijepa_fast.data.bands import Pixels
 from ijepa_fast.data.crops import ASPECT_RATIO, OFFICIAL_SCALE, as_height_width, check_crop, random_resized_crop
 from ijepa_fast.data.decode import open_image, quietly
 from ijepa_fast.data.loader import BadFilesError, Batch
@@ -40,14 +41,14 @@ class RemoteShards:
 
     Args:
         shards: URLs, or "pipe:" with a command whose output is a tar.
-        max_pixels: see `open_image`.
+        pixels: see `Pixels`.
     """
 
     labels = None
     classes = None
 
-    def __init__(self, shards: Sequence[str], *, max_pixels: int | None = None):
-        self.shards, self.max_pixels = list(shards), max_pixels
+    def __init__(self, shards: Sequence[str], **pixels):
+        self.shards, self.pixels = list(shards), Pixels(**pixels)
         self.fingerprint = f"stream:{len(shards)}:{hashlib.sha256(' '.join(shards).encode()).hexdigest()[:32]}"
 
     def __len__(self) -> int:
@@ -57,7 +58,7 @@ class RemoteShards:
         return f"RemoteShards({len(self.shards)} shards from {self.shards[0]!r})"
 
     def open(self, index: int) -> Image.Image:
-        return open_image(io.BytesIO(self._preview[index].content), self.max_pixels)
+        return open_image(io.BytesIO(self._preview[index].content), self.pixels)
 
     def describe(self, index: int) -> str:
         return self._preview[index].name
@@ -211,7 +212,7 @@ class _RemoteBatches(IterableDataset):
     """The batches of one rank, made in a worker."""
 
     def __init__(self, source, seed, rank, world_size, batch, shuffle, crop, start_step, num_steps):
-        self._shards, self._max_pixels = source.shards, source.max_pixels
+        self._shards, self._pixels = source.shards, source.pixels
         self._seed, self._rank, self._world_size = seed, rank, world_size
         self._batch, self._shuffle, self._crop = batch, shuffle, crop
         self.start_at(start_step, num_steps)
@@ -266,7 +267,7 @@ class _RemoteBatches(IterableDataset):
             yield item
 
     def _decoded(self, items: list[tuple[str, Sample]], reader: int, position: int, failures: list) -> Batch:
-        images = shared(torch.zeros(self._batch, 3, *self._crop["size"], dtype=torch.uint8))
+        images = shared(self._pixels.empty(self._batch, self._crop["size"]))
         indices = np.arange(position, position + self._batch)
         bad = []
         for row, (shard, sample) in enumerate(items):
@@ -281,11 +282,13 @@ class _RemoteBatches(IterableDataset):
         for row in bad:
             substitute = good[(row + 1) % len(good)]
             images[row] = self._crop_of(items[substitute][1], reader, position + row, 1)
-        labels = np.array([sample.label for _, sample in items], dtype=np.int64)
-        labels[bad], indices[bad] = [items[good[(row + 1) % len(good)]][1].label for row in bad], -1
+        classes = [sample.label for _, sample in items]
+        labels = np.array([int(name) if name.isdecimal() else -1 for name in classes], dtype=np.int64)
+        labels[bad], indices[bad] = labels[[good[(row + 1) % len(good)] for row in bad]], -1
         told, failures[:] = tuple(failures), ()
         return Batch(images, shared(torch.from_numpy(labels)), shared(torch.from_numpy(indices)), told)
 
     def _crop_of(self, sample: Sample, reader: int, index: int, view: int) -> torch.Tensor:
-        with quietly(), open_image(io.BytesIO(sample.content), self._max_pixels) as image:
-            return random_resized_crop(image, seed=self._seed, epoch=reader, index=index, view=view, **self._crop)
+        with quietly(), open_image(io.BytesIO(sample.content), self._pixels) as image:
+            choice = {"seed": self._seed, "epoch": reader, "index": index, "view": view}
+            return random_resized_crop(image, pixels=self._pixels, **choice, **self._crop)

@@ -17,6 +17,7 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
+from ijepa_fast.data.bands import Pixels
 from ijepa_fast.philox import Stream
 
 DIRECTIONS = 8
@@ -44,6 +45,7 @@ class RenderedTextures:
         num_images: how many; None for 4,000 and 2,000. Image i is the same however many there are.
         image_size: side in pixels, at most 64.
         seed: of the set.
+        pixels: see `Pixels`.
 
     Attributes:
         images: uint8 [n, image_size, image_size, 3].
@@ -59,6 +61,7 @@ class RenderedTextures:
         num_images: int | None = None,
         image_size: int = 32,
         seed: int = 0,
+        **pixels,
     ):
         if split not in _SPLITS:
             raise ValueError(f"split must be train or test, got {split!r}")
@@ -67,7 +70,7 @@ class RenderedTextures:
             raise ValueError(
                 f"num_images must be positive and image_size between 1 and {_CANVAS}, got {num_images}, {image_size}"
             )
-        self.split = split
+        self.split, self.pixels = split, Pixels(**pixels)
         self.labels = np.arange(num_images, dtype=np.int64) % DIRECTIONS
         self.classes = [f"{number * 180 / DIRECTIONS:g} degrees" for number in range(DIRECTIONS)]
         self.fingerprint = f"rendered-textures-1-{split}-{num_images}-{image_size}-{seed}"

@@ -18,13 +18,16 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+from ijepa_fast.data.bands import ArrayBands, Pixels
 from ijepa_fast.data.decode import open_image
-from ijepa_fast.data.folder import PackedStrings
-from ijepa_fast.data.tar import UNLABELLED, Damage, read_samples
+from ijepa_fast.data.folder import PackedStrings, in_order
+from ijepa_fast.data.tar import Damage, read_samples
 
 log = logging.getLogger(__name__)
 
-_INDEX_FORMAT = 2
+_INDEX_FORMAT = 3
+_MOST_NUMBERED = 1_000_000
+"""Classes given as numbers up to here are indices; larger numbers are names."""
 _REMOTE = re.compile(r"^(pipe:|[A-Za-z][A-Za-z0-9+.-]*://)")
 _TAR = re.compile(r"\.(tar|tgz|tar\.[a-z0-9]+)$", re.IGNORECASE)
 
@@ -86,15 +89,15 @@ class TarShards:
         shards: paths of plain (not compressed) tar files.
         classes: names of the classes, such as those of the training shards when these are the test shards.
         cache: folder for the index; by default ``ijepa_fast/shards`` in $XDG_CACHE_HOME or ~/.cache, if there is one.
-        max_pixels: see `open_image`.
+        pixels: see `Pixels`.
 
     Attributes:
-        labels: int64 [n], from ``.cls`` members, -1 where an image has none; None where no image has one.
-        classes: "0", "1", ... up to the largest label, or as given; None without labels.
+        labels: int64 [n], from ``.cls`` or ``.json`` members, -1 where an image has none; None where no image has one.
+        classes: "0", "1", ... up to the largest label, the words sorted, or as given; None without labels.
         damaged: name of a shard -> what could not be used of it.
 
     Raises:
-        ValueError: no shard holds an image, a shard is compressed, or a label lies outside ``classes``.
+        ValueError: no shard holds an image, a shard is compressed, or a class lies outside ``classes``.
         OSError: a shard cannot be read at all.
     """
 
@@ -104,15 +107,13 @@ class TarShards:
         *,
         classes: Sequence[str] | None = None,
         cache: str | None = None,
-        max_pixels: int | None = None,
+        **pixels,
     ):
-        self._max_pixels = max_pixels
+        self.pixels = Pixels(**pixels)
         folder = Path(cache) if cache is not None else _default_cache()
         self.shards = [str(shard) for shard in shards]
         indexes = [_index_of(shard, folder) for shard in self.shards]
         self.damaged = {s: "; ".join(i.damage) for s, i in zip(self.shards, indexes, strict=True) if i.damage}
-        for shard, reason in self.damaged.items():
-            log.warning("damaged shard %s: %s", shard, reason)
         self._counts = np.array([len(index.offsets) for index in indexes])
         if not self._counts.sum():
             reasons = "".join(f"\n  {shard}: {reason}" for shard, reason in list(self.damaged.items())[:5])
@@ -121,15 +122,40 @@ class TarShards:
         self._offsets = np.concatenate([index.offsets for index in indexes])
         self._sizes = np.concatenate([index.sizes for index in indexes])
         self._names = PackedStrings(name for index in indexes for name in index.names)
-        labels = np.concatenate([index.labels for index in indexes])
         self.labels = self.classes = None
-        if (labels != UNLABELLED).any():
-            self.labels = labels
-            self.classes = [str(number) for number in range(labels.max() + 1)] if classes is None else list(classes)
-            if labels.max() >= len(self.classes):
+        self._label([os.fsdecode(label) for index in indexes for label in index.labels], classes)
+        for shard, reason in self.damaged.items():
+            log.warning("damaged shard %s: %s", shard, reason)
+
+    def _label(self, names: list[str], classes: Sequence[str] | None) -> None:
+        """Numbers are indices where most classes are numbers; else all are names."""
+        found = set(names) - {""}
+        if not found:
+            return
+        numbers = {name for name in found if name.isdecimal() and int(name) < _MOST_NUMBERED}
+        if 2 * len(numbers) > len(found):
+            largest = max(map(int, numbers))
+            self.classes = [str(number) for number in range(largest + 1)] if classes is None else list(classes)
+            if largest >= len(self.classes):
+                raise ValueError(f"{self.shards[0]} ... has label {largest}, but there are {len(self.classes)} classes")
+            label_of = {name: int(name) for name in numbers}
+            self._tell_words([index for index, name in enumerate(names) if name and name not in numbers], names)
+        else:
+            self.classes = in_order(found) if classes is None else list(classes)
+            label_of = {name: label for label, name in enumerate(self.classes)}
+            if strangers := sorted(found - set(label_of)):
                 raise ValueError(
-                    f"{self.shards[0]} ... has label {labels.max()}, but there are {len(self.classes)} classes"
+                    f"{self.shards[0]} ... has images outside the classes {self.classes[:10]}: in {strangers[:10]}"
                 )
+        self.labels = np.array([label_of.get(name, -1) for name in names], dtype=np.int64)
+
+    def _tell_words(self, indices: list[int], names: list[str]) -> None:
+        for shard in {self._shard_of(index): None for index in indices}:
+            words = [index for index in indices if self._shard_of(index) == shard]
+            image = os.fsdecode(self._names[words[0]])
+            more = f" (and {len(words) - 1} more like it)" if len(words) > 1 else ""
+            told = f"the class of {image} is no number: {names[words[0]]!r}{more}"
+            self.damaged[shard] = f"{self.damaged[shard]}; {told}" if shard in self.damaged else told
 
     def __len__(self) -> int:
         return len(self._offsets)
@@ -138,14 +164,14 @@ class TarShards:
         classes = "no classes" if self.classes is None else f"{len(self.classes)} classes"
         return f"TarShards({len(self.shards)} shards from {self.shards[0]!r}: {len(self)} images, {classes})"
 
-    def open(self, index: int) -> Image.Image:
+    def open(self, index: int) -> Image.Image | ArrayBands:
         """The image, not decoded yet. EOFError where the shard has become shorter."""
         with open(self._shard_of(index), "rb") as file:
             file.seek(self._offsets[index])
             content = file.read(self._sizes[index])
         if len(content) < self._sizes[index]:
             raise EOFError(f"the shard ends within {self.describe(index)}")
-        return open_image(io.BytesIO(content), self._max_pixels)
+        return open_image(io.BytesIO(content), self.pixels)
 
     def describe(self, index: int) -> str:
         return f"{self._shard_of(index)}: {os.fsdecode(self._names[index])}"
@@ -193,9 +219,9 @@ def _index_of(shard: str, cache: Path | None) -> _Index:
     path = cache / f"{hashlib.sha256(os.fsencode(identity)).hexdigest()[:40]}.npz"
     try:
         with np.load(path) as saved:
-            names, damage = (saved[key].tobytes().split(b"\0")[:-1] for key in ("names", "damage"))
-            arrays = [saved[key] for key in ("offsets", "sizes", "labels")]
-            return _Index(names, *arrays, [reason.decode() for reason in damage])
+            texts = ("names", "labels", "damage")
+            names, labels, damage = (saved[key].tobytes().split(b"\0")[:-1] for key in texts)
+            return _Index(names, saved["offsets"], saved["sizes"], labels, [reason.decode() for reason in damage])
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         pass  # not there, or broken: made anew
     log.info("indexing %s", shard)
@@ -220,7 +246,8 @@ def _build_index(shard: str) -> _Index:
         return np.array([getattr(sample, name) for sample in samples], dtype=np.int64)
 
     names = [os.fsencode(sample.name) for sample in samples]
-    return _Index(names, column("offset"), column("size"), column("label"), damage)
+    labels = [os.fsencode(sample.label) for sample in samples]
+    return _Index(names, column("offset"), column("size"), labels, damage)
 
 
 def _save_index(index: _Index, path: Path) -> None:
@@ -238,7 +265,7 @@ def _save_index(index: _Index, path: Path) -> None:
                 damage=joined([reason.encode("utf-8", "backslashreplace") for reason in index.damage]),
                 offsets=index.offsets,
                 sizes=index.sizes,
-                labels=index.labels,
+                labels=joined(index.labels),
             )
         os.replace(file.name, path)
     except OSError as error:

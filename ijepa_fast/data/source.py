@@ -17,6 +17,7 @@ class Source(Protocol):
     Attributes:
         labels: int64 [n], class index of every image, or None where the images have no classes.
         classes: class names, indexed by label; None where `labels` is None.
+        pixels: optional: channels and values of its crops, see ``Pixels``; 8-bit RGB where there is no such attribute.
         fingerprint: identity of the set. A resumed run refuses to continue on a source with another fingerprint.
     """
 
@@ -26,8 +27,11 @@ class Source(Protocol):
 
     def __len__(self) -> int: ...
 
-    def open(self, index: int) -> Image.Image:
-        """Image `index`; its pixels may still be undecoded. Whatever it raises marks the image as bad."""
+    def open(self, index: int) -> Image.Image | np.ndarray:
+        """Image `index`; its pixels may still be undecoded. Whatever it raises marks the image as bad.
+
+        An array is [h, w], [h, w, bands] or [bands, h, w].
+        """
         ...
 
     def describe(self, index: int) -> str:

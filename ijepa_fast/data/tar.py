@@ -1,9 +1,10 @@
 """WebDataset samples in a tar file, read front to back; damaged places are told, not fatal.
 
 A sample is what consecutive members with one key have in common, the key being a name up to the first dot of its last
-part: ``a/0001.jpg`` and ``a/0001.cls`` are one sample. It needs a member with an image's extension; its class is the
-whole number in its ``.cls``, if it has one. A sample whose only image has a dot in its name (``a/0001.left.jpg``, with
-the extension ``left.jpg``) is passed over and told as damage, and so are classes in words.
+part, and further if numbers follow: ``a/0001.jpg`` and ``a/0001.cls`` are one sample, ``photo.000.jpg`` and
+``photo.001.jpg`` are two. It needs a member whose last extension is an image's; of several (``0001.left.jpg``), the one
+without a further name counts, or one called ``image``, or the first. Its class, a number or a word, is the text of its
+``.cls`` or a field of its ``.json``.
 
 Python's tarfile takes a damaged header behind the first for the end of the archive, in silence; hence a reader that
 looks for the next header and says what it passed over. The format: POSIX.1-2017, pax, "ustar Interchange Format".
@@ -11,6 +12,7 @@ looks for the next header and says what it passed over. The format: POSIX.1-2017
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import tarfile
@@ -19,11 +21,11 @@ from typing import BinaryIO, NamedTuple
 
 from ijepa_fast.data.decode import image_extensions
 
-UNLABELLED = -1
-
 _BLOCK = 512
 _CHUNK = 1 << 20
-_MOST_CLS_BYTES = 64
+_MOST_CLASS_BYTES = {"cls": 256, "json": 1 << 20}
+_IMAGE_KINDS = ("", "image", "img", "input", "rgb")
+_CLASS_FIELDS = ("label", "cls", "class", "class_name", "category", "target")
 _META = re.compile(r"__[^/]*__($|/)")  # webdataset's names for members that describe the shard
 _PAX_RECORD = re.compile(rb"(\d+) ([^=]+)=")
 
@@ -46,54 +48,88 @@ class Sample(NamedTuple):
     offset: int
     size: int
     content: bytes | None
-    label: int  # UNLABELLED without a .cls
+    label: str  # "" without a class
 
 
 def read_samples(file: BinaryIO, contents: bool) -> Iterator[Sample | Damage]:
     """Samples with an image, in order; with the image's bytes or without (``contents``)."""
-    from webdataset.tariterators import base_plus_ext
-
-    extensions = image_extensions()
-
-    def is_image(name: str) -> bool:
-        return f".{base_plus_ext(name)[1]}".lower() in extensions
+    extensions = image_extensions() | {".npy"}
 
     def wanted(name: str, size: int) -> bool:
-        return (contents and is_image(name)) or (name.lower().endswith(".cls") and size <= _MOST_CLS_BYTES)
+        extension = os.path.splitext(name)[1].lower()
+        return (contents and extension in extensions) or size <= _MOST_CLASS_BYTES.get(extension[1:], -1)
 
-    current, image, dotted, label = None, None, None, UNLABELLED
-    passed_over: list[str] = []
-    classless: list[str] = []
+    group: dict[str, Member] = {}
+    current, passed_over, classless = None, [], []
     for found in read_members(file, wanted):
         if isinstance(found, Damage):
             yield found
             continue
-        key, extension = base_plus_ext(found.name)
+        key, kind, extension = _parts_of(found.name)
         if key is None or _META.match(found.name) or os.path.basename(found.name).startswith("."):
             continue
         if key != current:
-            if image is not None:
-                yield Sample(*image, label)
-            elif dotted is not None:
-                passed_over.append(dotted)
-            current, image, dotted, label = key, None, None, UNLABELLED
-        if extension.lower() == "cls":
-            number = (found.content or b"").strip()
-            if number.isdigit() and len(number) < 10:
-                label = int(number)
-            else:
-                classless.append(f"{found.name} holds no class number: {number[:20]!r}")
-        elif is_image(found.name):
-            image = image or found
-        elif os.path.splitext(found.name)[1].lower() in extensions:
-            dotted = f"{found.name} is passed over: a name ends at its first dot, so the extension is {extension!r}"
-    if image is not None:
-        yield Sample(*image, label)
-    elif dotted is not None:
-        passed_over.append(dotted)
+            yield from _sample(group, passed_over, classless)
+            current, group = key, {}
+        if f".{extension}" in extensions:
+            group.setdefault(kind, found)
+        elif extension in _MOST_CLASS_BYTES and not kind:
+            group.setdefault(f".{extension}", found)
+    yield from _sample(group, passed_over, classless)
     for told in (passed_over, classless):
         if told:
             yield Damage(told[0] + (f" (and {len(told) - 1} more like it)" if len(told) > 1 else ""))
+
+
+def _parts_of(name: str) -> tuple[str | None, str, str]:
+    """Key, further name and extension of a member: ``a/p.000.left.jpg`` -> ``a/p.000``, ``left``, ``jpg``."""
+    from webdataset.tariterators import base_plus_ext
+
+    key, rest = base_plus_ext(name)
+    parts = (rest or "").split(".")
+    while len(parts) > 1 and parts[0].isdecimal():
+        key += "." + parts.pop(0)
+    return key, ".".join(parts[:-1]).lower(), parts[-1].lower()
+
+
+def _sample(group: dict[str, Member], passed_over: list[str], classless: list[str]) -> Iterator[Sample]:
+    """The sample of members with one key, by their further names (labels by their extension), if it has an image."""
+    images = {kind: member for kind, member in group.items() if not kind.startswith(".")}
+    if not images:
+        return
+    kind = next((kind for kind in _IMAGE_KINDS if kind in images), next(iter(images)))
+    if kind not in _IMAGE_KINDS:
+        passed_over += [f"{m.name} is passed over, {images[kind].name} taken" for m in images.values()][1:]
+    label = ""
+    for extension, read in ((".cls", _class_in_text), (".json", _class_in_json)):
+        if not label and (member := group.get(extension)) is not None:
+            label = read(member.content or b"")
+            if label is None:
+                classless.append(f"{member.name} holds no class: {(member.content or b'')[:20]!r}")
+                label = ""
+    yield Sample(*images[kind], label)
+
+
+def _class_in_text(content: bytes) -> str | None:
+    """A whole number without leading zeros, or one line of text; None for anything else."""
+    try:
+        text = content.decode("utf-8").strip()
+    except UnicodeDecodeError:
+        return None
+    if not text.isprintable() or not text:
+        return None
+    return str(int(text)) if text.isdecimal() else text
+
+
+def _class_in_json(content: bytes) -> str | None:
+    """The first field of a class that there is, "" without one; None where it is no JSON."""
+    try:
+        fields = json.loads(content)
+    except ValueError:
+        return None
+    values = [fields[name] for name in _CLASS_FIELDS if name in fields] if isinstance(fields, dict) else []
+    values = [str(value) for value in values if isinstance(value, (int, str)) and not isinstance(value, bool)]
+    return (_class_in_text(values[0].encode()) or "") if values else ""
 
 
 def read_members(file: BinaryIO, wanted: Callable[[str, int], bool]) -> Iterator[Member | Damage]:

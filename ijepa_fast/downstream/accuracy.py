@@ -28,13 +28,12 @@ def _accuracy(parser, argv: list[str], figure: str) -> int:
     model, config, step = load_run(find(parsed.run, parsed.checkpoint))
     if parsed.layers == "last4" and config.model.depth < 4:
         raise ValueError(f"--layers last4 needs an encoder of 4 blocks; {parsed.run} has {config.model.depth}")
-    sources = open_sources(
-        parsed.data or config.data, None if parsed.data else config.evaluation.data, config.loader.max_pixels
-    )
+    others = {"data": parsed.data, "evaluation_data": None, "labels": None} if parsed.data else {}
+    sources = open_sources(**config.images | others)
     if sources.test is None:
         raise ValueError(
             f"{parsed.data or config.data} has no labelled test images (folders train/ and val/ or test/ with a folder "
-            "per class in each); --data PATH evaluates on other images, which have them"
+            "per class in each, or a .csv with path, label and split); --data PATH evaluates on other images"
         )
     encoder = model.target_encoder if parsed.encoder == "target" else model.context_encoder
     figures = evaluate(encoder.to(pick_device(parsed.device, 0)), sources, config, layers=parsed.layers)

@@ -23,8 +23,11 @@ REGULARISATION = 0.1
 """C of scikit-learn's LogisticRegression, on standardised features. Too few images are left to choose it by."""
 
 
-def open_classes(data: str, evaluation_data: str | None, options: Options) -> Sources:
+def open_classes(data: str, evaluation_data: str | None, options: Options, images: dict | None = None) -> Sources:
     """Labelled training and test images.
+
+    Args:
+        images: further arguments of ``open_sources``.
 
     Raises:
         ValueError: a split is empty or has no labels, there is one class only, there are fewer training images than
@@ -32,7 +35,7 @@ def open_classes(data: str, evaluation_data: str | None, options: Options) -> So
     """
     for shot in options.shots.split(","):
         _shot(shot)
-    train, test = open_sources(data, evaluation_data)
+    train, test = open_sources(data, evaluation_data, **(images or {}))
     if train.labels is None:
         raise ValueError(f"the images of {data} have no classes: a folder for each of at least two classes is needed")
     if test is None:

@@ -63,13 +63,14 @@ def evaluate(
             importlib.import_module(task.needs)  # now, and not when there are features already
     if data is None and kind == "classes":
         data, evaluation_data = loaded.data, evaluation_data or loaded.evaluation_data
+    pixels = loaded.images(own=data == loaded.data)
     if data is None:
         raise ValueError("no images are given: --data PATH")
     if kind != "classes" and evaluation_data:
         raise ValueError(
             f"test images with {kind} lie beside the training images; --test {evaluation_data} is not read"
         )
-    images = open_data(kind, data, evaluation_data, options)
+    images = open_data(kind, data, evaluation_data, options, pixels)
     out = loaded.results if out is None else Path(out)
     out.mkdir(parents=True, exist_ok=True)
     where, weights = pick_device(device, 0), digest(loaded.encoder)
@@ -201,7 +202,8 @@ def _subject(parser, argv: list[str]):
         loaded = load_any(parsed.weights, parsed.encoder)
         options = Options(**{name: parsed[name] for name in names})
         options.check(loaded.encoder)
-        source = at_most(open_images(parsed.data or loaded.data), options.limit)
+        data = parsed.data or loaded.data
+        source = at_most(open_images(data, **loaded.images(own=data == loaded.data)), options.limit)
         encoder = loaded.encoder.to(pick_device(parsed.device, 0))
         folder = loaded.results / "work" if folder is None else folder
         return Subject(encoder, digest(encoder), source, folder, options, loaded.resize_ratio)

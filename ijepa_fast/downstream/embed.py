@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 
 from ijepa_fast.data import Source
+from ijepa_fast.data.bands import pixels_of
 from ijepa_fast.data.crops import eval_crop
 from ijepa_fast.data.datasets import open_sources
-from ijepa_fast.data.decode import open_image
+from ijepa_fast.data.decode import open_image, opened
 from ijepa_fast.data.remote import RemoteShards
 from ijepa_fast.downstream.store import Features
 from ijepa_fast.downstream.tasks import Subject
@@ -26,13 +26,13 @@ FORMATS = (".npz", ".parquet")
 _ROWS_AT_ONCE = 10_000
 
 
-def open_images(data: str) -> Source:
+def open_images(data: str, **images) -> Source:
     """Images with or without classes; of a folder with train/ and val/ the training images.
 
     Raises:
         ValueError: they are URLs, which can be read in one order only.
     """
-    source = open_sources(data).train
+    source = open_sources(data, **images).train
     if isinstance(source, RemoteShards):
         raise ValueError(f"{data} is streamed, and an interrupted stream cannot be continued: use local shards")
     return source
@@ -127,9 +127,11 @@ def neighbours(subject: Subject, images: Sequence[Path], out: Path, k: int) -> l
 def _crop(image: Path | int, subject: Subject) -> Tensor:
     """The central crop of a file, or of an image of the set."""
     try:
-        opened: Image.Image = open_image(image) if isinstance(image, Path) else subject.data.open(image)
-        with opened:
-            return eval_crop(opened, subject.image_size, resize_ratio=subject.resize_ratio)
+        pixels = pixels_of(subject.data)
+        with opened(
+            open_image(image, pixels) if isinstance(image, Path) else subject.data.open(image), pixels
+        ) as whole:
+            return eval_crop(whole, subject.image_size, resize_ratio=subject.resize_ratio, pixels=pixels)
     except FileNotFoundError:
         raise
     except Exception as error:  # damaged files make decoders raise nearly anything

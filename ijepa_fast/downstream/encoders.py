@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
+from ijepa_fast.data.bands import Pixels
 from ijepa_fast.data.crops import EVAL_RATIO
 from ijepa_fast.jepa_model import JEPAModel
 from ijepa_fast.jepa_model.model import FORMAT
@@ -31,6 +32,8 @@ class Loaded:
         data: images of its run, None where the file names none.
         evaluation_data: labelled test images of its run, likewise.
         resize_ratio: see ``eval_crop``; that of its run.
+        pixels: arguments of ``Pixels``: what its run made of images.
+        labels: table of classes of ``data``.
     """
 
     encoder: VisionTransformer
@@ -39,6 +42,12 @@ class Loaded:
     data: str | None = None
     evaluation_data: str | None = None
     resize_ratio: float = EVAL_RATIO
+    pixels: dict = field(default_factory=dict)
+    labels: str | None = None
+
+    def images(self, own: bool) -> dict:
+        """Further arguments of ``open_sources``, for the images of its run (``own``) or others."""
+        return {"channels": self.encoder.in_chans} | self.pixels | ({"labels": self.labels} if own else {})
 
 
 def load_any(path: Path | str, which: str = "target") -> Loaded:
@@ -73,14 +82,23 @@ def load_any(path: Path | str, which: str = "target") -> Loaded:
             config.data,
             config.evaluation.data,
             config.evaluation.resize_ratio,
+            {name: config.images[name] for name in Pixels._fields},
+            config.evaluation.labels,
         )
     if KEY in metadata:
         encoder, said = load_encoder(path)
-        return Loaded(encoder, about | {"kind": "encoder", "encoder": said.get("encoder")}, results)
+        stated = {name: said[name] for name in ("value_range",) if said.get(name)}
+        return Loaded(encoder, about | {"kind": "encoder", "encoder": said.get("encoder")}, results, pixels=stated)
     imported = read_any(path)
     if imported.target is imported.context:
         about["encoder"] = None
     return Loaded(_built(imported, which, path), about | {"kind": imported.kind}, results)
+
+
+def training_size(encoder: VisionTransformer) -> int | tuple[int, int]:
+    """Side of the images that an encoder was trained on, or (height, width) where they differ."""
+    height, width = (side * encoder.patch_size for side in encoder.grid)
+    return height if height == width else (height, width)
 
 
 def untrained(encoder: VisionTransformer, seed: int = 0) -> VisionTransformer:

@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ijepa_fast.data import Batch, EvalLoader, TrainLoader
 from ijepa_fast.downstream.classify import chance, drawn, open_classes
-from ijepa_fast.downstream.encoders import Loaded, digest
+from ijepa_fast.downstream.encoders import Loaded, digest, training_size
 from ijepa_fast.downstream.heads import CROP_SCALE, FLIP, cosine, train
 from ijepa_fast.downstream.store import BATCH, Part
 from ijepa_fast.downstream.tasks import Options, keyed
@@ -103,10 +103,10 @@ def finetune(
     """
     options = Options(image_size=recipe.image_size, limit=recipe.limit)
     options.check(loaded.encoder)
-    sources = open_classes(data, evaluation_data, options)
+    sources = open_classes(data, evaluation_data, options, loaded.images(own=data == loaded.data))
     rows = drawn(torch.from_numpy(sources.train.labels), recipe.shots, recipe.seed, 0).numpy()
     train_images = Part(sources.train, rows)
-    size = recipe.image_size or loaded.encoder.grid[0] * loaded.encoder.patch_size
+    size = recipe.image_size or training_size(loaded.encoder)
     key = asdict(recipe) | {"weights": digest(loaded.encoder), "images": train_images.fingerprint}
     with ranks(device) as me:
         batch = min(recipe.batch_size, len(train_images)) // me.world_size * me.world_size

@@ -12,6 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ijepa_fast.data import EvalLoader
+from ijepa_fast.data.bands import Pixels, pixels_of
 from ijepa_fast.downstream.classify import accuracies
 from ijepa_fast.downstream.store import BATCH
 from ijepa_fast.downstream.tasks import Subject, on
@@ -36,6 +37,9 @@ share of pixels, radius in pixels, factor, quality, and factor of the side."""
 
 def robustness(subject: Subject) -> dict:
     """Accuracy of the quick linear probe, fitted on clean images, on test images with each corruption and strength."""
+    pixels = pixels_of(subject.data.test)
+    if pixels[:2] != Pixels()[:2]:
+        raise ValueError(f"corruptions are of 8-bit RGB images, this encoder takes {pixels}")
     train = subject.features("train")
     probe = fit_linear_probe(subject.last(on(subject.device, train.values)), train.labels, seed=subject.options.seed)
     cases = [(None, 0), *((name, level) for name in STRENGTHS for level in range(5))]

@@ -19,6 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ijepa_fast.data import EvalLoader, Source
+from ijepa_fast.data.bands import Pixels, pixels_of
 from ijepa_fast.evaluate.features import evaluation_mode
 from ijepa_fast.run.files import write_json, write_text
 
@@ -48,7 +49,7 @@ class Part:
 
     def __init__(self, source: Source, indices: np.ndarray):
         self.source, self.indices = source, np.asarray(indices, dtype=np.int64)
-        self.classes = source.classes
+        self.classes, self.pixels = source.classes, pixels_of(source)
         self.labels = None if source.labels is None else source.labels[self.indices]
 
     @property
@@ -78,7 +79,7 @@ def extract(
     function: Callable[[Tensor], Tensor],
     encoder: torch.nn.Module,
     *,
-    image_size: int,
+    image_size: int | tuple[int, int],
     resize_ratio: float,
     key: dict,
     workers: int | str = 0,
@@ -88,7 +89,7 @@ def extract(
 
     Args:
         folder: for the features of this source and these settings alone.
-        function: uint8 images [B, 3, h, w] on the encoder's device -> fp32 [B, ...].
+        function: images [B, C, h, w] as loaders give them on the encoder's device -> fp32 [B, ...].
         encoder: in evaluation mode while this runs.
         image_size, resize_ratio: of the crops.
         key: whatever else decides the features: weights, layers, precision.
@@ -98,6 +99,9 @@ def extract(
         BadFilesError: no image can be decoded.
     """
     key = key | {"images": source.fingerprint, "image_size": image_size, "resize_ratio": resize_ratio, "batch": BATCH}
+    if (pixels := pixels_of(source)[:2]) != Pixels()[:2]:
+        key["pixels"] = pixels
+    key = json.loads(json.dumps(key))
     folder.mkdir(parents=True, exist_ok=True)
     note, device = folder / "progress.json", next(encoder.parameters()).device
     state = json.loads(note.read_text()) if note.is_file() else {}

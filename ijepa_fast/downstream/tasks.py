@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ijepa_fast.config import did_you_mean
 from ijepa_fast.data import Source
+from ijepa_fast.downstream.encoders import training_size
 from ijepa_fast.downstream.store import Features, extract
 from ijepa_fast.evaluate.features import evaluation_mode, pool_features
 from ijepa_fast.model.vit import VisionTransformer
@@ -87,14 +88,22 @@ def named_tasks(names: str) -> dict[str, Task]:
     return {name: TASKS[name] for name in chosen}
 
 
-def open_data(kind: Kind, path: str, evaluation_data: str | None, options: Options) -> Any:
+def open_data(kind: Kind, path: str, evaluation_data: str | None, options: Options, images: dict | None = None) -> Any:
     """The training and test images of a task, checked: whatever is wrong with them is said before features are taken.
 
     Raises:
         ValueError, OSError: they cannot be used; the message says why.
     """
     module, _, name = OPENED_BY[kind].partition(".")
-    return getattr(importlib.import_module(f"ijepa_fast.downstream.{module}"), name)(path, evaluation_data, options)
+    images = {name: value for name, value in (images or {}).items() if value is not None}
+    if kind == "classes":
+        others = [images]
+    elif images.get("channels", 3) != 3 or "value_range" in images:
+        raise ValueError(f"tasks with {kind} are for encoders of 8-bit RGB images, this one takes {images}")
+    else:
+        others = []
+    opener = getattr(importlib.import_module(f"ijepa_fast.downstream.{module}"), name)
+    return opener(path, evaluation_data, options, *others)
 
 
 @dataclass(frozen=True)
@@ -165,9 +174,9 @@ class Subject:
         return self.encoder.pos_embed.device
 
     @property
-    def image_size(self) -> int:
-        """Side of the crops."""
-        return self.options.image_size or self.encoder.grid[0] * self.encoder.patch_size
+    def image_size(self) -> int | tuple[int, int]:
+        """Side of the crops, or their height and width."""
+        return self.options.image_size or training_size(self.encoder)
 
     def features(self, split: Literal["train", "test"]) -> Features:
         """Average-pooled features of a split: [n, D], or of four blocks [n, 4 * D], of which the last D are "last"."""

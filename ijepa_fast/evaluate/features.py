@@ -90,9 +90,9 @@ def collect_features(
 def pixel_features(images: Tensor, max_side: int = 16) -> Tensor:
     """Raw pixels as features: [B, C, h, w] -> fp32 [B, C * h' * w'], area-averaged so that no side exceeds max_side.
 
-    uint8 is scaled to [0, 1]; float is taken as it is.
+    Integers are scaled to [0, 1]; float is taken as it is.
     """
-    pixels = images.float() / 255 if images.dtype == torch.uint8 else images.float()
+    pixels = in_unit_range(images)
     height, width = pixels.shape[2:]
     shrink = max_side / max(height, width)
     if shrink < 1:
@@ -101,14 +101,21 @@ def pixel_features(images: Tensor, max_side: int = 16) -> Tensor:
     return pixels.flatten(1)
 
 
+def in_unit_range(images: Tensor) -> Tensor:
+    """fp32 images in [0, 1] of uint8 and uint16 ones; float ones as they are."""
+    return images.float() if images.is_floating_point() else images.float() / torch.iinfo(images.dtype).max
+
+
 def colour_histogram(images: Tensor, bins: int = 8) -> Tensor:
     """Joint colour histogram, Hellinger-mapped: [B, C, h, w] -> fp32 [B, bins ** C] of unit length.
+
+    Of more than three channels, the histograms of each, side by side: [B, bins * C] of length sqrt(C).
 
     Entries are square roots of the shares of pixels, which serves linear probes and cosine k-NN better than the shares
     themselves (Arandjelovic and Zisserman, CVPR 2012): the inner product of two is their Bhattacharyya coefficient.
 
     Args:
-        images: uint8, or float in [0, 1].
+        images: uint8, uint16, or float in [0, 1].
         bins: per channel, over equal intervals.
 
     Raises:
@@ -116,6 +123,7 @@ def colour_histogram(images: Tensor, bins: int = 8) -> Tensor:
     """
     if not 1 <= bins <= 256:
         raise ValueError(f"bins must be between 1 and 256, got {bins}")
+    images = in_unit_range(images) if images.dtype == torch.uint16 else images
     if images.dtype == torch.uint8:
         level = images.long() * bins // 256
     else:
@@ -124,6 +132,8 @@ def colour_histogram(images: Tensor, bins: int = 8) -> Tensor:
             raise ValueError(f"float images must be in [0, 1], got values from {low.item():g} to {high.item():g}")
         level = (images * bins).long().clamp_max(bins - 1)
     batch, channels = images.shape[:2]
+    if channels > 3:
+        return torch.cat([colour_histogram(one, bins) for one in images.split(1, dim=1)], dim=1)
     place = bins ** torch.arange(channels, device=images.device)
     cell = (level * place.view(1, -1, 1, 1)).sum(1).flatten(1)
     cell += torch.arange(batch, device=images.device)[:, None] * bins**channels

@@ -43,8 +43,7 @@ def import_command(argv: list[str]) -> int:
     from ijepa_fast.run.folder import holds_run
 
     holds_run(parsed.out)
-    limit = config.loader.max_pixels
-    sources = open_sources(config.data, config.evaluation.data, limit) if config.data is not None else None
+    sources = open_sources(**config.images) if config.data is not None else None
     fingerprint = None if sources is None else sources.train.fingerprint
     config, said = import_weights(parsed.source, parsed.out, config, parsed.num_heads, fingerprint)
     (parsed.out / "config.yaml").write_text(yaml.safe_dump(as_dict(config), sort_keys=False))

@@ -52,10 +52,11 @@ def export(
     if to == "huggingface":
         from ijepa_fast.interop.huggingface import save_huggingface
 
-        save_huggingface(network, out)
+        save_huggingface(network, out, config.loader.value_range)
         use = f'transformers.AutoModel.from_pretrained("{out}")'
     else:
-        save_encoder(out, network, {"encoder": encoder, "step": state.step})
+        stated = {} if config.loader.value_range is None else {"value_range": config.loader.value_range}
+        save_encoder(out, network, {"encoder": encoder, "step": state.step} | stated)
         use = f'ijepa_fast.weights.encoder_file.load_encoder("{out}")'
         if to == "timm":
             use = timm_call(network, out)

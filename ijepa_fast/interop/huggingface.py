@@ -66,23 +66,27 @@ def to_huggingface(encoder: VisionTransformer) -> IJepaModel:
     return model.eval()
 
 
-def save_huggingface(encoder: VisionTransformer, folder: Path | str) -> None:
+def save_huggingface(
+    encoder: VisionTransformer, folder: Path | str, value_range: tuple[float, float] | None = None
+) -> None:
     """Write a folder that ``AutoModel.from_pretrained`` and ``AutoImageProcessor.from_pretrained`` open offline.
 
-    The image processor resizes to the encoder's size and normalises with its mean and std.
+    The image processor resizes to the encoder's size and normalises with its mean and std, for values from 0 to 255 or
+    in ``value_range``.
     """
     encoder, folder = encoder_in(encoder), Path(folder)
     to_huggingface(encoder).save_pretrained(folder)
     height, width = (side * encoder.patch_size for side in encoder.grid)
+    low, high = value_range or (0, 255)
     processor = {
         "image_processor_type": "ViTImageProcessor",
         "do_resize": True,
         "size": {"height": height, "width": width},
         "resample": _BICUBIC,
         "do_rescale": True,
-        "rescale_factor": 1 / 255,
+        "rescale_factor": 1 / (high - low),
         "do_normalize": True,
-        "image_mean": list(encoder.patch_embed.mean),
+        "image_mean": [mean + low / (high - low) for mean in encoder.patch_embed.mean],
         "image_std": list(encoder.patch_embed.std),
     }
     (folder / "preprocessor_config.json").write_text(json.dumps(processor, indent=2) + "\n")

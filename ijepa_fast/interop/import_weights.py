@@ -66,21 +66,18 @@ def import_weights(
 def _model_config(imported: Networks, config: ModelConfig, num_heads: int | None) -> ModelConfig:
     """The configuration with the sizes of the weights."""
     seen = architecture(imported.context)
-    if seen.in_chans != 3:
-        raise WeightsError(f"the encoder takes {seen.in_chans} channels; runs have 3")
     height, width = imported.build.get("img_size", [seen.patch_size * square_side(seen.num_patches)] * 2)
-    if height != width:
-        raise WeightsError(f"the encoder is for images of {height} x {width} px; runs have square ones")
     sizes = {
-        "img_size": height,
+        "img_size": (height, width),
         "patch_size": seen.patch_size,
+        "in_chans": seen.in_chans,
         "embed_dim": seen.embed_dim,
         "depth": seen.depth,
         "num_heads": num_heads or imported.build.get("num_heads") or seen.num_heads,
         "mlp_ratio": seen.hidden / seen.embed_dim,
     }
-    named = [imported.build.get(name, before) for name, before in zip(("mean", "std"), config.mean_std, strict=True)]
-    sizes["mean_std"] = tuple(map(tuple, named))
+    before = config.normalisation if seen.in_chans == config.in_chans else ((0.5,) * seen.in_chans,) * 2
+    sizes["mean_std"] = tuple(tuple(imported.build.get(n, b)) for n, b in zip(("mean", "std"), before, strict=True))
     if imported.predictor is not None:
         blocks = {name.split(".")[1] for name in imported.predictor if name.startswith("predictor_blocks.")}
         if (first := "predictor_blocks.0.mlp.fc1.weight") not in imported.predictor:

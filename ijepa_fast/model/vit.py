@@ -76,7 +76,7 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(in_chans, embed_dim, patch_size, stride=patch_size)
 
     def forward(self, images: Tensor, indices: Tensor) -> Tensor:
-        """images [B, C, h, w] (uint8: normalised here; float: taken as normalised), indices int32 [T] -> [T, D]."""
+        """images [B, C, h, w] (uint8 and uint16: normalised here; float: taken as normalised), int32 [T] -> [T, D]."""
         weight = self.proj.weight
         patches = self.pixels(images, indices, weight.dtype)
         weight = F.pad(weight.flatten(1), (0, patches.shape[1] - weight[0].numel()))
@@ -84,7 +84,9 @@ class PatchEmbed(nn.Module):
 
     def pixels(self, images: Tensor, indices: Tensor, dtype: torch.dtype) -> Tensor:
         """Normalised pixel values of the patches [T, K]; K = C * p * p rounded up, see ``ops.gather_patches``."""
-        mean, std = (self.mean, self.std) if images.dtype == torch.uint8 else ([], [])
+        mean, std = ([], []) if images.is_floating_point() else (self.mean, self.std)
+        if images.dtype == torch.uint16:
+            images = images.float() / torch.iinfo(torch.uint16).max
         return ops.gather_patches(images, indices, self.patch_size, mean, std, dtype)
 
     @torch.no_grad()
@@ -120,7 +122,7 @@ class VisionTransformer(BlockStack):
         mlp_ratio: hidden width of the MLP over D.
         qkv_bias: whether the query, key and value projections have a bias.
         init: "flat", "depth_scaled" or "whitened", see ``BlockStack._initialise``.
-        mean, std: per channel, in units of [0, 1] images; used for uint8 images.
+        mean, std: per channel, in units of [0, 1] images; used for uint8 and uint16 images.
         attention: backend of ``ijepa_fast.attention.dispatch``.
         activation_checkpointing: recompute each block in the backward pass instead of keeping its activations.
 
@@ -180,8 +182,8 @@ class VisionTransformer(BlockStack):
         """Features of patches.
 
         Args:
-            images: [B, C, h, w]; uint8 is normalised here, float is taken as normalised. Sides other than
-                ``img_size`` interpolate the positions.
+            images: [B, C, h, w]; uint8 (of 255) and uint16 (of 65535) are normalised here, float is taken as
+                normalised. Sides other than ``img_size`` interpolate the positions.
             tokens: which patches the encoder sees. None: all of them. A ``Ragged`` of token indices: packed sets. A
                 list of int64 [B, K] (or one such tensor): the official layout.
             queries: rows of the packed input whose features are wanted; the last block computes no others.
@@ -210,8 +212,8 @@ class VisionTransformer(BlockStack):
     def _grid_of_images(self, images: Tensor) -> tuple[int, int]:
         if images.dim() != 4 or images.shape[1] != self.in_chans:
             raise ValueError(f"images must be [B, {self.in_chans}, h, w], got {list(images.shape)}")
-        if images.dtype != torch.uint8 and not images.is_floating_point():
-            raise ValueError(f"images must be uint8 or normalised float, got {images.dtype}")
+        if images.dtype not in (torch.uint8, torch.uint16) and not images.is_floating_point():
+            raise ValueError(f"images must be uint8, uint16 or normalised float, got {images.dtype}")
         return self.grid_of(*images.shape[2:])
 
     def _embed(self, images: Tensor, tokens: Ragged, grid: tuple[int, int]) -> Tensor:

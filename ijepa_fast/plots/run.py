@@ -19,19 +19,18 @@ PICTURE_IMAGES = 8
 
 
 def picture_images(source: Source, config: RunConfig, count: int = PICTURE_IMAGES) -> Tensor:
-    """uint8 [count, 3, h, w]: images spread evenly over the source."""
+    """uint8 or uint16 [count, C, h, w]: images spread evenly over the source."""
     batch = next(iter(image_loader(source, min(count, len(source)), config, workers=0)))
     return batch.images[:count]
 
 
 def draw_masks(config: RunConfig, source: Source, out: Path, count: int = PICTURE_IMAGES) -> None:
     """A sheet of images with the context and target blocks of step 0."""
-    height = config.model.img_size // config.model.patch_size
-    sampler = MaskSampler(config.masks, (height, height))
+    sampler = MaskSampler(config.masks, config.model.grid)
     group = config.masks.group_size if config.masks.context == "batch_min" else 1
     drawn = -(-count // group) * group
     masks = sampler.sample(drawn, seed=config.seed, step=0)
-    plot_masks(picture_images(source, config, count), masks, (height, height), out)
+    plot_masks(picture_images(source, config, count), masks, config.model.grid, out)
 
 
 def draw_run(config: RunConfig, encoder: VisionTransformer, sources: Sources, folder: Path) -> None:

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from torch import Tensor
+
+from ijepa_fast.evaluate.features import in_unit_range
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -139,11 +140,11 @@ def numbered(name: str, count: int) -> list[str]:
 
 
 def pictures_of(images: Tensor) -> np.ndarray:
-    """[B, 3, h, w] uint8, or float in [0, 1] -> float32 [B, h, w, 3]."""
-    if images.dim() != 4 or images.shape[1] != 3 or not len(images):
-        raise ValueError(f"images must be [B, 3, h, w] with B > 0, got {list(images.shape)}")
-    pictures = images.detach().cpu().float().permute(0, 2, 3, 1)
-    pictures = pictures / 255 if images.dtype == torch.uint8 else pictures
+    """[B, C, h, w] uint8, uint16, or float in [0, 1] -> float32 [B, h, w, 3]: three channels, or the first."""
+    if images.dim() != 4 or not images.shape[1] or not len(images):
+        raise ValueError(f"images must be [B, C, h, w] with B > 0, got {list(images.shape)}")
+    channels = [0, 1, 2] if images.shape[1] > 2 else [0, 0, 0]
+    pictures = in_unit_range(images.detach().cpu()[:, channels]).permute(0, 2, 3, 1)
     low, high = pictures.aminmax()
     if not (low >= 0 and high <= 1):
         raise ValueError(f"float images must be in [0, 1], got values from {low.item():g} to {high.item():g}")

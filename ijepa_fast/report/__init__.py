@@ -56,11 +56,11 @@ def write_report(
     config = attempt(_config, run) if trained.failure else Attempt(trained.value.config, None)
     sources = Attempt(None, config.failure)
     if not config.failure:
-        side = _grid_side(config.value)
+        height, width = config.value.model.grid
         for row, column in patches:
-            if not (0 <= row < side and 0 <= column < side):
-                raise ValueError(f"patch {row},{column} is outside the {side} x {side} grid (rows, columns from 0)")
-        sources = attempt(open_sources, config.value.data, config.value.evaluation.data, config.value.loader.max_pixels)
+            if not (0 <= row < height and 0 <= column < width):
+                raise ValueError(f"patch {row},{column} is outside the {height} x {width} grid (rows, columns from 0)")
+        sources = attempt(lambda: open_sources(**config.value.images))
     pictures = all_pictures(run, trained, sources, config, images=images, patches=patches, candidates=candidates)
     warnings = findings(run)
     if trained.value and sources.value and trained.value.data != sources.value.train.fingerprint:
@@ -94,14 +94,10 @@ def _config(run: RunRecord) -> RunConfig:
         raise ValueError("the settings of the run are not known")
     try:
         config = from_dict(run.config, strict=False)
-        _grid_side(config)
+        assert config.model.grid
     except (ValueError, TypeError, AttributeError, ArithmeticError) as error:
         raise ValueError(f"config.yaml does not fit this version: {error}") from error
     return config
-
-
-def _grid_side(config: RunConfig) -> int:
-    return config.model.img_size // config.model.patch_size
 
 
 def _classes(sources: Sources | None) -> int | None:
@@ -114,7 +110,6 @@ def _facts(run: RunRecord, trained: Trained | None, sources: Sources | None) -> 
     facts = {}
     if trained is not None:
         model = trained.config.model
-        side = _grid_side(trained.config)
         weights = {
             name: sum(p.numel() for p in getattr(trained.model, name).parameters())
             for name in ("context_encoder", "predictor")
@@ -127,7 +122,10 @@ def _facts(run: RunRecord, trained: Trained | None, sources: Sources | None) -> 
             f"width {model.predictor_embed_dim}, depth {model.predictor_depth}, {weights['predictor'] / 1e6:.3g} M "
             "parameters"
         )
-        facts["input"] = f"{model.img_size} px in {side} x {side} patches of {model.patch_size} px"
+        size = str(model.img_size) if isinstance(model.img_size, int) else " x ".join(map(str, model.img_size))
+        channels = "" if model.in_chans == 3 else f", {model.in_chans} channel{'s' * (model.in_chans > 1)}"
+        rows, columns = model.grid
+        facts["input"] = f"{size} px in {rows} x {columns} patches of {model.patch_size} px{channels}"
         facts["pictures of"] = f"checkpoint at step {trained.step:,}"
         if trained.best is not None:
             score = trained.best["score"]

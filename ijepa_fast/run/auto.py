@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -95,10 +96,17 @@ def own_images(
     given = given or {}
     # A batch is at most a quarter of the set, so that an epoch has several steps.
     most = max(4, images.count // 4)
+    named = given.get("model.img_size")
+    side = images.side if named is None else min(named) if isinstance(named, (list, tuple)) else named
     if device.type == "cuda":
-        size, patch = next(
-            ((size, patch) for size, patch in ((224, 16), (96, 8), (64, 8)) if images.side >= size), (32, 4)
-        )
+        size, patch = next(((size, patch) for size, patch in ((224, 16), (96, 8), (64, 8)) if side >= size), (32, 4))
+    else:
+        # 64 patches whatever the size: what a CPU can do, and all three cost the same.
+        size = next((size for size in (96, 64) if side >= size), 32)
+        patch = size // 8
+    if named is not None:
+        size, patch = named, _dividing(named, patch)
+    if device.type == "cuda":
         settings = {
             "model.img_size": size,
             "model.patch_size": patch,
@@ -111,15 +119,14 @@ def own_images(
         }
         steps = round(min(300.0, max(20.0, 30e6 / images.count)) * images.count / settings["train.batch_size"])
     else:
-        # 64 patches whatever the size: what a CPU can do, and all three cost the same.
-        size = next((size for size in (96, 64) if images.side >= size), 32)
         batch = given.get("train.batch_size", _power_of_two(min(base.train.batch_size, most)))
-        model = replace(base.model, img_size=size, patch_size=size // 8)
-        flops = step_flops(model, TokenCounts.expected(base.masks, (8, 8), draws=16)).total
+        sides = tuple(size) if isinstance(size, list) else size
+        model = replace(base.model, img_size=sides, patch_size=patch, in_chans=given.get("model.in_chans", 3))
+        flops = step_flops(model, TokenCounts.expected(base.masks, model.grid, draws=16)).total
         seconds = flops * batch / (rate(device) * SHARE_OF_PRODUCTS)
         settings = {
             "model.img_size": size,
-            "model.patch_size": size // 8,
+            "model.patch_size": patch,
             "train.batch_size": batch,
         }
         steps = CPU_MINUTES * 60 / seconds
@@ -128,7 +135,9 @@ def own_images(
     if "train.epochs" in given and "train.steps" not in given:
         steps, warmup = None, given["train.epochs"] / 10
     settings |= {"train.steps": steps, "optim.warmup_epochs": float(f"{warmup:.3g}")}
-    if images.side >= 2 * settings["model.img_size"]:
+    if named is not None:
+        del settings["model.img_size"]
+    if images.side >= 2 * (size if named is None else side):
         return settings
     # Images that are hardly larger than the crops: the centre is all of a test image.
     return settings | {"evaluation.resize_ratio": 1.0}
@@ -143,6 +152,13 @@ def product_rate(device: torch.device, seconds: float = 0.3) -> float:
         a @ a
         products += 1
     return products * 2 * 512**3 / spent
+
+
+def _dividing(size: object, wanted: int) -> int:
+    """The divisor of a side, or of both, that is nearest to a wanted size of patches."""
+    common = math.gcd(*size) if isinstance(size, (list, tuple)) else size
+    divisors = [patch for patch in range(1, common + 1) if common % patch == 0]
+    return min(divisors, key=lambda patch: abs(patch - wanted))
 
 
 def _power_of_two(limit: int) -> int:

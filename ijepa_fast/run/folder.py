@@ -104,11 +104,12 @@ def _settings_of_run(path: Path) -> dict | None:
     return values if of_run else None
 
 
-def precision_of(folder: Path) -> str | None:
-    """The train.precision of the run in a folder that has checkpoints; None where there is none."""
-    if not checkpoints.list_steps(folder / "checkpoints"):
+def written_before(config: RunConfig, section: str, name: str) -> object:
+    """A setting of the run that ``config`` continues, as its folder has it; None where none is continued."""
+    folder = Path(config.output)
+    if config.resume not in ("auto", "require") or not checkpoints.list_steps(folder / "checkpoints"):
         return None
-    return (_settings_of_run(folder / "config.yaml") or {}).get("train", {}).get("precision")
+    return (_settings_of_run(folder / "config.yaml") or {}).get(section, {}).get(name)
 
 
 def remove_run(folder: Path) -> int:

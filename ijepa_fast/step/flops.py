@@ -138,7 +138,7 @@ def step_flops(
         all_predictions: the same of the predictor's last block. Plain implementations compute all rows of both. (The
             predictor's projection to targets is counted for target rows alone in any case.)
     """
-    patches, pixels = (model.img_size // model.patch_size) ** 2, 3 * model.patch_size**2
+    patches, pixels = model.patches, model.in_chans * model.patch_size**2
     contexts, targets = tokens.num_contexts, tokens.num_targets
     width, hidden = model.embed_dim, round(model.embed_dim * model.mlp_ratio)
     read = patches if all_targets else min(tokens.read, patches)

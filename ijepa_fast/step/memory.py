@@ -44,9 +44,7 @@ def activation_bytes(
         checkpointing: whether blocks are computed again in the backward pass.
         wide_residual: whether the sums between blocks are fp32.
     """
-    side = model.img_size // model.patch_size
-    tokens = TokenCounts.expected(masks, (side, side), draws=32)
-    patches = side * side
+    tokens, patches = TokenCounts.expected(masks, model.grid, draws=32), model.patches
     predicted = tokens.num_contexts * tokens.targets
     rows = tokens.num_targets * tokens.context + predicted
 
@@ -65,7 +63,8 @@ def activation_bytes(
     encoder = blocks(width, model.mlp_ratio, model.depth, tokens.context, tokens.context)
     predictor = blocks(narrow, ratio, model.predictor_depth, rows, predicted)
     # Pixels, final norms, predictions, and the targets they are compared with.
-    ends = tokens.context * (3 * model.patch_size**2 * size + width * (4 + size)) + predicted * narrow * (4 + size)
+    pixels = model.in_chans * model.patch_size**2
+    ends = tokens.context * (pixels * size + width * (4 + size)) + predicted * narrow * (4 + size)
     ends += (predicted + patches) * width * size
     return int(images * (encoder + predictor + ends))
 

@@ -22,7 +22,6 @@ from ijepa_fast.ops import padded_patch_width
 
 INDEX = 4  # bytes of an index
 WIDE, LOW = 4, 2  # bytes of an fp32 master, moment or average, and of the bf16 values beside them
-CHANNELS = 3
 
 
 def _vit(size: str, patch_size: int) -> ModelConfig:
@@ -91,7 +90,7 @@ class Workload:
     @property
     def patches(self) -> int:
         """N."""
-        return (self.model.img_size // self.model.patch_size) ** 2
+        return self.model.patches
 
     @property
     def predictor_rows(self) -> float:
@@ -179,8 +178,8 @@ def _attention(tensors: int, products: float) -> Formula:
 
 def _patches(w: Workload, part: str) -> Cost:
     """Bytes of pixels in, a padded row of activations out, an index."""
-    size = w.model.patch_size
-    return Cost(w.rows(part) * (CHANNELS * size**2 + w.itemsize * padded_patch_width(CHANNELS, size) + INDEX))
+    size, channels = w.model.patch_size, w.model.in_chans
+    return Cost(w.rows(part) * (channels * size**2 + w.itemsize * padded_patch_width(channels, size) + INDEX))
 
 
 def _predictor_tokens(w: Workload, extra: float) -> Cost:

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ijepa_fast import ops
-from ijepa_fast.bench.cases.floors import CHANNELS, MODES, Cost, Workload, cost, hidden_width
+from ijepa_fast.bench.cases.floors import MODES, Cost, Workload, cost, hidden_width
 from ijepa_fast.config import ModelConfig
 from ijepa_fast.masks.sampler import MaskConfig, Masks, MaskSampler
 from ijepa_fast.model.predictor_layout import PredictorLayout, predictor_layout
@@ -88,8 +88,7 @@ class Batch:
     @staticmethod
     def draw(model: ModelConfig, images: int, device: torch.device, masks: MaskConfig | None = None) -> Batch:
         """A batch in bf16 on CUDA, in fp32 on the CPU."""
-        side = model.img_size // model.patch_size
-        sampler = MaskSampler(masks or MaskConfig(), (side, side), implementation="torch")
+        sampler = MaskSampler(masks or MaskConfig(), model.grid, implementation="torch")
         drawn = sampler.sample(images, seed=0, step=0)
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         workload = Workload.of(model, drawn, dtype.itemsize)
@@ -167,23 +166,22 @@ def row_cases(batch: Batch) -> list[Case]:
 
 def gather_patches(batch: Batch, part: str, pixels: torch.dtype = torch.uint8) -> Case:
     model, indices = batch.model, batch.indices(part)
-    side, size = model.img_size, model.patch_size
-    per_side = side // size
-    padding = ops.padded_patch_width(CHANNELS, size) - CHANNELS * size * size
-    image, patch = indices.long() // per_side**2, indices.long() % per_side**2
-    line, column = patch // per_side, patch % per_side
-    mean, std = (torch.tensor(values, device=batch.device).view(1, -1, 1, 1) for values in model.mean_std)
+    size, channels, (lines, columns) = model.patch_size, model.in_chans, model.grid
+    padding = ops.padded_patch_width(channels, size) - channels * size * size
+    image, patch = indices.long() // model.patches, indices.long() % model.patches
+    line, column = patch // columns, patch % columns
+    mean, std = (torch.tensor(values, device=batch.device).view(1, -1, 1, 1) for values in model.normalisation)
 
     def draw(generator):
-        shape = (batch.masks.num_images, CHANNELS, side, side)
+        shape = (batch.masks.num_images, channels, *model.size)
         return [torch.randint(256, shape, generator=generator, dtype=torch.uint8, device=batch.device).to(pixels)]
 
     def compute(op, images):
         dtype = batch.dtype if op is ops.gather_patches else torch.float64
-        return op(images, indices, size, *map(list, model.mean_std), dtype)
+        return op(images, indices, size, *map(list, model.normalisation), dtype)
 
     def eager(images):
-        grid = images.view(-1, CHANNELS, per_side, size, per_side, size)
+        grid = images.view(-1, channels, lines, size, columns, size)
         x = (grid[image, :, line, :, column] / 255 - mean) / std
         return F.pad(x.flatten(1).to(batch.dtype), (0, padding))
 
@@ -191,11 +189,11 @@ def gather_patches(batch: Batch, part: str, pixels: torch.dtype = torch.uint8) -
 
 
 def gather_add(batch: Batch, part: str) -> Case:
-    indices, width, side = batch.indices(part), batch.model.embed_dim, batch.model.img_size // batch.model.patch_size
-    rows = indices.long() % side**2
+    indices, width, model = batch.indices(part), batch.model.embed_dim, batch.model
+    rows = indices.long() % model.patches
 
     def draw(generator):
-        return batch.normal(generator, len(indices), width), sincos_positions(width, (side, side)).to(batch.device)
+        return batch.normal(generator, len(indices), width), sincos_positions(width, model.grid).to(batch.device)
 
     def compute(op, x, table):
         return op(x, table, indices)
@@ -207,15 +205,14 @@ def gather_add(batch: Batch, part: str) -> Case:
 
 
 def predictor_tokens(batch: Batch) -> Case:
-    layout, width = batch.layout, batch.model.predictor_embed_dim
-    side = batch.model.img_size // batch.model.patch_size
+    layout, model, width = batch.layout, batch.model, batch.model.predictor_embed_dim
     indices, sources, copies = layout.tokens.indices, layout.sources, layout.copies
-    from_context, rows, taken = (sources >= 0)[:, None], indices.long() % side**2, sources.clamp(min=0).long()
+    from_context, rows, taken = (sources >= 0)[:, None], indices.long() % model.patches, sources.clamp(min=0).long()
 
     def draw(generator):
         token = TABLE_STD * batch.normal(generator, width, dtype=torch.float32)
         context = batch.normal(generator, copies.shape[0], width)
-        return context, token, sincos_positions(width, (side, side)).to(batch.device)
+        return context, token, sincos_positions(width, model.grid).to(batch.device)
 
     def compute(op, context, token, positions):
         return op(context, token, positions, indices, sources, copies)

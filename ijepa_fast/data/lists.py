@@ -1,0 +1,192 @@
+"""Images and classes named in text files: ``list.txt`` with a path on each line, and tables of paths and classes."""
+
+from __future__ import annotations
+
+import csv
+import logging
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from ijepa_fast.data.folder import ImageFiles
+
+log = logging.getLogger(__name__)
+
+_EXTENSIONS = (".txt", ".csv", ".tsv")
+_PATH = ("path", "file", "filename", "file_name", "filepath", "image", "image_path", "img", "name", "id", "image_id")
+_LABEL = ("label", "labels", "class", "class_name", "category", "target", "y")
+_SPLIT = ("split", "set", "subset")
+_TRAINING, _TEST = re.compile("train", re.IGNORECASE), re.compile("val|test", re.IGNORECASE)
+_FOLDERS_ABOVE = 3
+"""Folders around the images that paths in a table may begin with."""
+
+
+def names_list(data: str) -> bool:
+    """Whether a setting names a list of files instead of a folder."""
+    return Path(data).suffix.lower() in _EXTENSIONS and not Path(data).is_dir()
+
+
+class Table(NamedTuple):
+    """The lines of a list: paths, and classes and splits where it has such columns (None where a field is empty)."""
+
+    paths: list[str]
+    labels: list[str | None] | None
+    splits: list[str | None] | None
+
+
+def read_table(file) -> Table:
+    """Read a list of paths (.txt) or a table of paths and classes (.csv, .tsv; comma, semicolon or tab between).
+
+    A first line with names of columns, such as path, label and split, says which is which; without one the first column
+    is the path and the second the class.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is empty, no text, or a line lacks a path.
+    """
+    path = Path(file).expanduser()
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no text in UTF-8: {error}") from error
+    if path.suffix.lower() == ".txt":
+        rows, columns = [[line.strip()] for line in text.splitlines() if line.strip()], [0, None, None]
+    else:
+        first = text.partition("\n")[0]
+        between = max(",;\t", key=first.count)
+        rows = [[field.strip() for field in row] for row in csv.reader(text.splitlines(), delimiter=between)]
+        rows = [row for row in rows if any(row)]
+        names = [field.casefold() for field in rows[0]] if rows else []
+        kinds = (_PATH, _LABEL, _SPLIT)
+        columns = [next((names.index(name) for name in kind if name in names), None) for kind in kinds]
+        if columns == [None, None, None]:
+            columns = [0, 1 if len(names) > 1 else None, None]
+        elif columns[0] is None:
+            raise ValueError(f"{path} has no column of paths: call one of {', '.join(names)} path")
+        else:
+            rows = rows[1:]
+    if not rows:
+        raise ValueError(f"{path} names no images")
+    for row in rows:
+        if len(row) <= columns[0] or not row[columns[0]]:
+            raise ValueError(f"{path} has a line without a path: {','.join(row)!r}")
+
+    def column(place: int | None) -> list[str | None] | None:
+        return None if place is None else [row[place] or None if len(row) > place else None for row in rows]
+
+    return Table(column(columns[0]), column(columns[1]), column(columns[2]))
+
+
+class ImageList(ImageFiles):
+    """The images that a list names, relative to its folder unless absolute, in the order of their paths. A `Source`.
+
+    ``root`` is the folder around all of them, so that list and images may be moved.
+
+    Args:
+        file: see `read_table`. Without a column of classes there are no labels.
+        training: of a list with a column of splits, whether the training images, or the validation (else test) images.
+        classes: as in `ImageFolder`.
+        pixels: see `Pixels`.
+
+    Raises:
+        FileNotFoundError: a file of the list does not exist.
+        ValueError: an image is listed twice, a split is none, or a class is none of ``classes``.
+    """
+
+    def __init__(self, file, *, training: bool = True, classes: Sequence[str] | None = None, **pixels):
+        table, beside = read_table(file), Path(file).expanduser().absolute().parent
+        rows = range(len(table.paths)) if table.splits is None else _of_split(file, table.splits, training)
+        wanted = {os.path.normpath(beside / Path(table.paths[row]).expanduser()): row for row in rows}
+        if len(wanted) < len(rows):
+            seen, places = set(), [os.path.normpath(beside / Path(table.paths[row]).expanduser()) for row in rows]
+            twice = next(place for place in places if place in seen or seen.add(place))
+            raise ValueError(f"{file} lists an image twice: {twice}")
+        if missing := [path for path in wanted if not os.path.isfile(path)]:
+            raise FileNotFoundError(
+                f"{len(missing)} of the {len(wanted)} files in {file} do not exist, the first being {missing[0]}"
+            )
+        root = Path(os.path.commonpath([os.path.dirname(path) for path in wanted]))
+        relative = {Path(path).relative_to(root).as_posix(): row for path, row in wanted.items()}
+        super().__init__(root, relative, **pixels)
+        if table.labels is not None and any(table.labels[row] for row in rows):
+            self.label([table.labels[relative[path]] for path in self.relative_paths()], classes)
+        elif classes is not None:
+            raise ValueError(f"{file} names no classes: a second column with them is needed")
+
+
+def has_test_images(file) -> bool:
+    """Whether a list has a column of splits with validation or test images."""
+    return any(_TEST.match(split or "") for split in read_table(file).splits or [])
+
+
+def _of_split(file, splits: list[str | None], training: bool) -> list[int]:
+    for split in splits:
+        if not (split and (_TRAINING.match(split) or _TEST.match(split))):
+            raise ValueError(f"{file} has a split that is neither train, val nor test: {split!r}")
+    kinds = ["train"] if training else ["val", "test"]
+    for kind in kinds:
+        if rows := [row for row, split in enumerate(splits) if split.casefold().startswith(kind)]:
+            return rows
+    raise ValueError(f"{file} has no images of the split {' or '.join(kinds)}")
+
+
+def label_from(file, train: ImageFiles, test: ImageFiles | None) -> None:
+    """Give images the classes that a table names. Paths may begin at any of three folders around them, or be names.
+
+    Raises:
+        ValueError: no row fits an image, a row fits several, or a test image has a class that no training image has.
+    """
+    table = read_table(file)
+    if table.labels is None:
+        raise ValueError(f"{file} names no classes: columns path and label are needed")
+    rows: dict[str, str | None] = {}
+    for path, label in zip(table.paths, table.labels, strict=True):
+        key = os.path.normpath(path.replace("\\", "/")).replace("\\", "/")
+        if rows.setdefault(key, label) != label:
+            raise ValueError(f"{file} gives {path} two classes: {rows[key]} and {label}")
+    folded = {key.casefold(): key for key in rows}
+    used: set[str] = set()
+    for source in filter(None, (train, test)):
+        keys = _keys(source, rows, folded, file)
+        used |= set(keys) - {None}
+        names = [None if key is None else rows[key] for key in keys]
+        if any(names):
+            source.label(names, train.classes if source is test else None)
+        if without := names.count(None):
+            log.warning("%d of the %d images below %s have no class in %s", without, len(names), source.root, file)
+    if not used:
+        raise ValueError(
+            f"none of the {len(rows)} rows of {file} fits an image below {train.root}: a row is {table.paths[0]!r}, "
+            f"an image {train.relative_paths()[0]!r}"
+        )
+    if missing := [key for key in rows if key not in used]:
+        log.warning(
+            "%d of the %d rows of %s name no image that is there, the first being %s",
+            *(len(missing), len(rows), file, missing[0]),
+        )
+
+
+def _keys(source: ImageFiles, rows: Mapping, folded: Mapping[str, str], file) -> list[str | None]:
+    """The row of each image, None for those without."""
+    above = [part for part in source.root.parts[-_FOLDERS_ABOVE:] if part != source.root.anchor]
+    found, image_of = [], {}
+    for path in source.relative_paths():
+        forms = [form for name in _forms(path, above, source.root) for form in (name, os.path.splitext(name)[0])]
+        key = next((form for form in forms if form in rows), None)
+        if key is None:
+            key = next((folded[form.casefold()] for form in forms if form.casefold() in folded), None)
+        if key is not None and image_of.setdefault(key, path) != path:
+            raise ValueError(f"the row {key!r} of {file} fits several images: {image_of[key]} and {path}")
+        found.append(key)
+    return found
+
+
+def _forms(path: str, above: list[str], root: Path) -> Iterator[str]:
+    """Ways to write an image's path: from its folder, from folders around that, from the root, by its name alone."""
+    yield path
+    for count in range(1, len(above) + 1):
+        yield "/".join([*above[-count:], path])
+    yield (root / path).as_posix()
+    yield path.rpartition("/")[2]
