@@ -65,8 +65,8 @@ class ModelConfig:
             mean, std = self.mean_std
             if {len(mean), len(std)} != {self.in_chans}:
                 raise ValueError(
-                    f"model.mean_std must be auto or hold {self.in_chans} means and as many deviations, as many as "
-                    f"model.in_chans, got {[list(mean), list(std)]}"
+                    f"model.mean_std holds {len(mean)} means and {len(std)} deviations for model.in_chans "
+                    f"{self.in_chans}; --model.mean_std auto measures them"
                 )
         for name, network in (("embed_dim", "encoder"), ("predictor_embed_dim", "predictor")):
             width = getattr(self, name)

@@ -121,7 +121,9 @@ def own_images(
     else:
         batch = given.get("train.batch_size", _power_of_two(min(base.train.batch_size, most)))
         sides = tuple(size) if isinstance(size, list) else size
-        model = replace(base.model, img_size=sides, patch_size=patch, in_chans=given.get("model.in_chans", 3))
+        model = replace(
+            base.model, img_size=sides, patch_size=patch, in_chans=given.get("model.in_chans", 3), mean_std="auto"
+        )
         flops = step_flops(model, TokenCounts.expected(base.masks, model.grid, draws=16)).total
         seconds = flops * batch / (rate(device) * SHARE_OF_PRODUCTS)
         settings = {
