@@ -160,6 +160,7 @@ def _values_of(image: Image.Image, channels: int) -> tuple[np.ndarray, int | Non
     orientation, white = _orientation(image), None
     if image.mode.startswith("I;16"):
         values, white = _sixteen_bit_values(image)
+        values = values.astype(np.uint16)
     elif image.mode in ("I", "F"):
         values = np.asarray(image)
     else:
