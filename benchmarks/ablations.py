@@ -71,7 +71,7 @@ def run_config(recipe: str, seed: int, out: Path, data: str | None = None) -> Ru
         output=str(out / short(recipe) / f"seed{seed}"),
         seed=seed,
         resume="auto",
-        evaluation=replace(config.evaluation, before_and_after=False, pictures=False, bank=0),
+        evaluation=replace(config.evaluation, results="none", bank=0),
     )
 
 
@@ -153,6 +153,7 @@ def markdown_table(report: dict) -> str:
     entries += [(short(entry["recipe"]), entry["changes"], entry["runs"]) for entry in report["recipes"]]
     lines = []
     for name, changed, runs in entries:
+        changed = present(changed, present(report.get("settings", {}), strict=False), strict=False)
         settings = ", ".join(f"{setting} {value}" for setting, value in changed.items())
         gaps = [f"{100 * (run['probe'] - base['probe']):+.1f}" for run, base in zip(runs, baseline, strict=True)]
         lines.append((name, settings, *accuracies(runs), "" if runs is baseline else ", ".join(gaps)))

@@ -51,7 +51,7 @@ def train(folder: str, seed: int, prediction_weight: float) -> dict:
             output=str(Path(folder) / f"{seed}-{prediction_weight}"),
             seed=seed,
             objective=replace(config.objective, prediction_weight=prediction_weight),
-            evaluation=replace(config.evaluation, pictures=False),
+            evaluation=replace(config.evaluation, results="figures"),
         )
     )
 

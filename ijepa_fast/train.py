@@ -178,7 +178,7 @@ def setup(config: RunConfig, me: Ranks) -> Run:
     check_batches(config, me)
     folder = Path(config.output).resolve()
     begins = config.resume == "overwrite" or not checkpoints.list_steps(folder / "checkpoints")
-    judged = config.evaluation.before_and_after and not (folder / "before.json").exists()
+    judged = config.evaluation.figures and not (folder / "before.json").exists()
     if config.init is not None and (begins or judged):
         init = Path(config.init).resolve()
         if config.resume == "overwrite" and (init == folder or folder / "checkpoints" in (init, init.parent)):
@@ -244,7 +244,7 @@ def begin(run: Run, to_yaml: Callable[[RunConfig], str]) -> None:
         tell_what_starts(config, run.model, me, run.total_steps)
         if state is None:
             hint_at_options(config, me.device)
-        if config.evaluation.before_and_after and not (folder / "before.json").exists():
+        if config.evaluation.figures and not (folder / "before.json").exists():
             start = "untrained" if config.init is None else "initial"
             log.info("evaluating the %s encoder %s, before the first step", start, evaluated_on(run.sources, config))
             write_json(folder / "before.json", evaluate(run.model.target_encoder, run.sources, config, baselines=True))

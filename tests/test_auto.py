@@ -90,7 +90,7 @@ def test_sizes_are_the_median_of_what_can_be_read(data):
 def test_images_alone_are_enough_and_the_same_command_continues(data, tmp_path, capsys, caplog, monkeypatch):
     caplog.set_level("INFO")
     out = tmp_path / "run"
-    few = ["--evaluation.before_and_after", "false", "--evaluation.pictures", "false", "--optim.warmup_epochs", "0.1"]
+    few = ["--evaluation.results", "none", "--optim.warmup_epochs", "0.1"]
     anew = ["--resume", "overwrite"]
     assert cli.main(["pretrain", "--data", str(data), "--output", str(out), *TINY, *few, *anew]) == 0
     said = capsys.readouterr().err

@@ -51,7 +51,7 @@ def test_pretrain_from_yaml_and_flags(run):
 
 
 def test_the_written_configuration_runs_again(run, data, tmp_path):
-    flags = ["--output", str(tmp_path / "again"), "--evaluation.pictures", "false", "--optim.lr", "2e-3"]
+    flags = ["--output", str(tmp_path / "again"), "--evaluation.results", "figures", "--optim.lr", "2e-3"]
     assert cli.main(["pretrain", "--config", str(run / "config.yaml"), *flags]) == 0
     assert yaml.safe_load((tmp_path / "again" / "config.yaml").read_text())["optim"]["lr"] == 0.002
 
@@ -136,7 +136,7 @@ def test_the_last_four_of_fewer_blocks_are_refused(data, tmp_path, capsys):
     shallow.write_text(yaml.safe_dump(TINY | {"model": TINY["model"] | {"depth": 2}}))
     output = tmp_path / "run"
     flags = ["--config", str(shallow), "--data", str(data), "--output", str(output)]
-    quick = ["--evaluation.before_and_after", "false", "--evaluation.pictures", "false"]
+    quick = ["--evaluation.results", "none"]
     assert cli.main(["pretrain", *flags, *quick]) == 0
     assert cli.main(["probe", str(output), "--layers", "last4"]) == 1
     assert f"--layers last4 needs an encoder of 4 blocks; {output} has 2" in capsys.readouterr().err

@@ -119,6 +119,12 @@ def test_changes_are_told_apart():
         ({"train": {"batch_size": 0}}, "train.batch_size must be at least 1, got 0"),
         ({"train": {"epochs": 0}}, "train.epochs must be positive, got 0"),
         ({"objective": {"loss": "huber"}}, "objective.loss must be .* got 'huber'"),
+        ({"objective": {"target_selection": "middle"}}, "target_selection must be output or input, got 'middle'"),
+        (
+            {"objective": {"targets": "pixels", "target_selection": "input"}},
+            "objective.targets must .* got 'pixels_alone'",
+        ),
+        ({"evaluation": {"results": "some"}}, "evaluation.results must be one of all, .* got 'some'"),
         ({"objective": {"target_eps": 0}}, "objective.target_eps is no setting any more and always 1e-05, got 0"),
         ({"optim": {"momentum": [0.9, 0.95, 1]}}, "momentum must be two numbers, at the start and at the end, got"),
         ({"masks": {"context": "batch_min"}}, "needs group_size"),
@@ -172,6 +178,15 @@ def test_a_warm_up_longer_than_the_run_is_a_tenth_of_it_and_named(caplog):
         ({"optim": {"momentum": 0.98, "final_momentum": 0.99}}, {"optim": {"momentum": [0.98, 0.99]}}),
         ({"model": {"std": [0.5, 0.5, 0.5]}}, {"model": {"mean_std": [list(IMAGENET_MEAN), [0.5, 0.5, 0.5]]}}),
         ({"evaluation": {"test_images": 9, "monitor_every": 4}}, {"evaluation": {"images": [10_000, 9]}}),
+        ({"objective": {"target_selection": "output"}}, {}),
+        ({"objective": {"target_selection": "input"}}, {"objective": {"targets": "features_alone"}}),
+        (
+            {"objective": {"targets": "average", "target_selection": "input"}},
+            {"objective": {"targets": "average_alone"}},
+        ),
+        ({"evaluation": {"pictures": False}}, {"evaluation": {"results": "figures"}}),
+        ({"evaluation": {"before_and_after": False, "pictures": True}}, {"evaluation": {"results": "pictures"}}),
+        ({"evaluation": {"before_and_after": False, "pictures": False}}, {"evaluation": {"results": "none"}}),
         ({"objective": {"target_eps": 1e-5}, "loader": {"timeout": 3}, "optim": {"layer_decay": 1}}, {}),
     ],
     ids=str,
@@ -202,6 +217,14 @@ def test_settings_of_earlier_versions(old, now):
         (["--overwrite", "no", "--resume=never"], ["--resume", "never"]),
         (["--optim.eps=.1e-7", "--train.compile=False"], ["--step.blocks", "plain"]),
         (["--optim.momentum", "0.99", "--seed", "1"], ["--optim.momentum", "[0.99, 1.0]", "--seed", "1"]),
+        (
+            ["--objective.targets", "average", "--objective.target_selection", "input"],
+            ["--objective.targets", "average_alone"],
+        ),
+        (
+            ["--evaluation.pictures", "no", "--seed", "1", "--evaluation.before_and_after=False"],
+            ["--seed", "1", "--evaluation.results", "none"],
+        ),
         (["--optim.momentum", "[0.9, 0.99]"], ["--optim.momentum", "[0.9, 0.99]"]),
         (
             ["--optim.momentum", ".99", "--optim.start_lr=1e-4"],

@@ -309,7 +309,7 @@ def test_compressed_shards_are_refused(four):
 
 def test_a_run_with_probe_on_labelled_shards(four):
     config = tiny_run(four / "set-{0..2}.tar", four / "run", steps=2)
-    evaluation = replace(config.evaluation, data=str(four / "set-3.tar"), before_and_after=True)
+    evaluation = replace(config.evaluation, data=str(four / "set-3.tar"), results="figures")
     summary = pretrain(replace(config, evaluation=evaluation))
     assert 0 <= summary["after"]["probe"] <= 1 and summary["bad_files"] == {}
 
@@ -447,7 +447,7 @@ def test_a_run_on_a_stream_resumes_to_the_same_weights(four, url):
     config = replace(config, loader=replace(config.loader, epoch_images=24))
     with pytest.raises(ValueError, match="epoch_images"):
         pretrain(replace(config, loader=replace(config.loader, epoch_images=None)))
-    pretrain(replace(config, evaluation=replace(config.evaluation, pictures=True)))
+    pretrain(replace(config, evaluation=replace(config.evaluation, results="pictures")))
     assert (four / "whole" / "masks.png").exists()
     resumed = four / "resumed" / "checkpoints"
     resumed.mkdir(parents=True)

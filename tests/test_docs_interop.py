@@ -41,7 +41,7 @@ def test_weights_page(workplace, capsys):
         "import ": " --num_heads 2 --masks.min_keep 1 --train.device cpu --train.precision fp32",
         "knn ": " --device cpu",
         "vitb16_in1k": " --train.steps 3 --train.batch_size 8 --masks.group_size 8 --optim.warmup_epochs 1"
-        " --evaluation.before_and_after false --evaluation.pictures false --loader.workers 0",
+        " --evaluation.results none --loader.workers 0",
     }
     for command in commands:
         extra = "".join(flags for part, flags in small.items() if part in command)

@@ -102,7 +102,7 @@ def test_a_layer_multiplies_in_fp8_in_training_mode_alone():
         (Objective(), True),
         (Objective(), False),
         (Objective(targets="average"), False),
-        (Objective(target_selection="input"), False),
+        (Objective(targets="features_alone"), False),
     ],
 )
 def test_only_targets_change(objective, all_targets):

@@ -28,7 +28,7 @@ TINY = {
     "model": {**SIZES, "predictor_embed_dim": 8, "predictor_depth": 1},
     "masks": {"min_keep": 1},
     "optim": {"warmup_epochs": 0.5},
-    "evaluation": {"before_and_after": False, "pictures": False},
+    "evaluation": {"results": "none"},
     "train": {"batch_size": 8, "steps": 4, "log_every": 1, "save_every": 2, "keep": 5, "device": "cpu"},
 }
 HEADS = ["--num_heads", "2"]

@@ -89,10 +89,12 @@ def test_smooth_l1_sees_both_sides_of_its_bend():
     assert 0.1 < (predicted.abs() < 1).double().mean() < 0.9
 
 
-@pytest.mark.parametrize(("selection", "all_targets", "whole"), [("output", 1, 2), ("output", 0, 1), ("input", 1, 0)])
-def test_whole_images_can_have_an_attention_of_their_own(monkeypatch, selection, all_targets, whole):
+@pytest.mark.parametrize(
+    ("targets", "all_targets", "whole"), [("features", 1, 2), ("features", 0, 1), ("features_alone", 1, 0)]
+)
+def test_whole_images_can_have_an_attention_of_their_own(monkeypatch, targets, all_targets, whole):
     """``whole``: how many of the target encoder's two blocks compute all rows of all images."""
-    grid, objective, uniform = (6, 6), Objective(target_selection=selection), []
+    grid, objective, uniform = (6, 6), Objective(targets=targets), []
     images, masks = make_images(3, grid), make_masks(grid, 3)
     model = make_model(grid, objective, attention="reference")
     want = model(images, masks, all_targets=bool(all_targets))[0].total

@@ -36,9 +36,9 @@ KINDS = {
     "average, raw": Objective(targets="average", normalize_targets=False),
     "pixels, normalised": Objective(targets="pixels"),
     "pixels": Objective(targets="pixels", normalize_targets=False, loss="l2"),
-    "features of the block alone": Objective(target_selection="input"),
-    "features of the block alone, raw": Objective(target_selection="input", normalize_targets=False),
-    "average of the block alone": Objective(targets="average", target_selection="input"),
+    "features of the block alone": Objective(targets="features_alone"),
+    "features of the block alone, raw": Objective(targets="features_alone", normalize_targets=False),
+    "average of the block alone": Objective(targets="average_alone"),
 }
 REGULARISED = {"variance_weight": 0.7, "covariance_weight": 0.3}
 
@@ -54,13 +54,13 @@ class DenseTargets(DenseJEPA):
             pixels = normalized(image[None], torch.float64)[0]
             corners = [(PATCH * (patch // GRID[1]), PATCH * (patch % GRID[1])) for patch in block]
             rows = [pixels[:, top : top + PATCH, left : left + PATCH].flatten() for top, left in corners]
-        elif self.objective.target_selection == "input":
+        elif self.objective.targets.endswith("_alone"):
             rows = list(encode(self.target_encoder, image[None], [block], HEADS)[0])
         else:
             rows = list(self.target_features(image[None])[0, block])
         if self.objective.normalize_targets:
             rows = [_layer_norm(row, TARGET_NORM_EPS) for row in rows]
-        if self.objective.targets == "average":
+        if self.objective.averaged:
             rows = [sum(rows) / len(rows)] * len(rows)
         return torch.stack(rows)
 
@@ -160,7 +160,7 @@ def test_pooled_features_for_monitoring(objective):
     oracle = make_oracle(model)
     if objective.targets == "pixels":
         want = oracle.pooled_context(images, contexts)
-    elif objective.target_selection == "output":
+    elif objective.targets in ("features", "average"):
         want = oracle.target_features(images).mean(1)
     else:
         blocks = [
@@ -208,9 +208,7 @@ def small_parts(target_dim=None):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Objective(targets="tokens"), "targets must be one of features, average, pixels, got 'tokens'"),
-        (lambda: Objective(target_selection="middle"), "target_selection must be one of output, input, got 'middle'"),
-        (lambda: Objective(targets="pixels", target_selection="input"), "target_selection input .* pixels"),
+        (lambda: Objective(targets="tokens"), "targets must be one of features, average, .*pixels, got 'tokens'"),
         (lambda: IJEPA(*small_parts(), Objective(targets="pixels")), "gives width 12, but .* pixels have 48"),
         (lambda: IJEPA(*small_parts(48)), "gives width 48, but .* features have 12"),
     ],

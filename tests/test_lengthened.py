@@ -101,7 +101,7 @@ def test_a_new_run_begins_with_the_weights_of_another(data, run, tmp_path, caplo
     assert "start from" not in caplog.text and "is trained" in caplog.text
     # But where it is to be judged after all: by the initial encoder, not by a random one.
     (tmp_path / "new" / "summary.json").unlink()
-    summary = pretrain(replace(config, evaluation=replace(config.evaluation, before_and_after=True)))
+    summary = pretrain(replace(config, evaluation=replace(config.evaluation, results="figures")))
     assert summary["before"] == summary["after"]
 
 

@@ -100,7 +100,7 @@ class TestFinishedRun:
         settings = yaml.safe_load((finished / "run" / "config.yaml").read_text())
         assert "model.embed_dim 16 768" in page.text and "train.steps 12 null" in page.text
         defaults, values = flatten(Defaults()), flatten(tiny_run(finished / "data", finished / "run"))
-        values |= {"evaluation.before_and_after": True, "evaluation.pictures": True, "evaluation.bank": 16}
+        values |= {"evaluation.results": "all", "evaluation.bank": 16}
         changed = [name for name in values if values[name] != defaults[name]]
         assert settings["evaluation"]["bank"] == 16
         assert f"{len(changed)} of {len(values)} settings differ" in page.text

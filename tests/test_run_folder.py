@@ -49,7 +49,7 @@ def test_never_also_refuses_checkpoints_without_settings(data, tmp_path):
 def test_all_that_a_run_writes_is_removed_and_nothing_else(data, tmp_path):
     folder = tmp_path / "run"
     config = tiny_run(data, folder, steps=4)
-    pretrain(replace(config, evaluation=replace(config.evaluation, before_and_after=True, pictures=True)))
+    pretrain(replace(config, evaluation=replace(config.evaluation, results="all")))
     (folder / "metrics.jsonl.partial").touch()
     (folder / "checkpoints" / "step_000000009.partial").touch()
     remove_run(folder)

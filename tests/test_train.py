@@ -89,7 +89,7 @@ def test_a_run_leaves_what_it_should(straight):
 def test_before_and_after_and_pictures(data, tmp_path, caplog):
     config = tiny_run(data, tmp_path / "run", steps=4)
     with caplog.at_level("INFO", logger="ijepa_fast.train"):
-        evaluation = replace(config.evaluation, before_and_after=True, pictures=True, images=(16, 10_000))
+        evaluation = replace(config.evaluation, results="all", images=(16, 10_000))
         summary = pretrain(replace(config, evaluation=evaluation))
     assert [message for message in caplog.messages if "evaluating" in message] == [
         "evaluating the untrained encoder by k-NN and linear probe (16 training images, 10 test images), "
@@ -106,7 +106,7 @@ def test_before_and_after_and_pictures(data, tmp_path, caplog):
 def test_images_without_classes_are_enough(tmp_path):
     write_folder(tmp_path / "photos", 9, classes=())
     config = tiny_run(tmp_path / "photos", tmp_path / "run", steps=3)
-    config = replace(config, evaluation=replace(config.evaluation, before_and_after=True))
+    config = replace(config, evaluation=replace(config.evaluation, results="figures"))
     summary = pretrain(config)
     assert summary["steps"] == 3 and summary["loss"] > 0
     assert summary["before"].keys() == summary["after"].keys() == {"rank"} and "pixels" not in summary
@@ -391,7 +391,7 @@ def start(data, output, *settings):
 def test_killed_at_twenty_random_moments(data, straight, tmp_path):
     """SIGKILL while starting, training, saving and evaluating; the last start is left alone."""
     rng = random.Random(0)
-    evaluated = ["evaluation.before_and_after=true", "train.save_every=1"]
+    evaluated = ["evaluation.results=figures", "train.save_every=1"]
     for _ in range(20):
         process = start(data, tmp_path / "run", *evaluated)
         if rng.random() < 0.8:

@@ -66,5 +66,5 @@ def tiny_run(data, output, **train) -> RunConfig:
         optim=OptimConfig(warmup_epochs=0.5),
         train=TrainConfig(**(settings | train)),
         step=StepOptions(**options),
-        evaluation=EvaluationConfig(before_and_after=False, pictures=False, bank=32),
+        evaluation=EvaluationConfig(results="none", bank=32),
     )

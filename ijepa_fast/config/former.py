@@ -23,6 +23,9 @@ RENAMED = {
     "train.fused": "step.blocks",
     "overwrite": "resume",
     "labels": "evaluation.labels",
+    "objective.target_selection": "objective.targets",
+    "evaluation.before_and_after": "evaluation.results",
+    "evaluation.pictures": "evaluation.results",
     "optim.start_lr": ("optim.lr_ends", 0),
     "optim.final_lr": ("optim.lr_ends", 1),
     "optim.weight_decay": ("optim.weight_decay", 0),
@@ -34,6 +37,9 @@ RENAMED = {
 }
 """Settings of earlier versions -> their present names, with the place in a pair for what is half of one now. A number
 alone for a pair is its first half: ``--optim.momentum 0.99`` leaves the end as it is."""
+
+HALVES = ("overwrite", "objective.target_selection", "evaluation.before_and_after", "evaluation.pictures")
+"""Those that say only half of what their present name says, which may stand beside them."""
 
 FIXED = {
     "objective.target_std": 1.0,
@@ -86,6 +92,15 @@ def present(
         if old == "overwrite":
             if value is True and settings.get("resume", base["resume"]) == "never":
                 now[name] = "overwrite"
+        elif old == "objective.target_selection":
+            if value not in ("output", "input"):
+                raise ValueError(f"{old} must be output or input, got {value!r}")
+            now[name] = now.get(name, base[name]).removesuffix("_alone") + ("_alone" if value == "input" else "")
+        elif name == "evaluation.results":
+            kind, shown = "pictures" if old == "evaluation.pictures" else "figures", now.get(name, base[name])
+            parts = {"figures", "pictures"} if shown == "all" else {shown} - {"none"}
+            parts = parts - {kind} if value in (False, "no", "off") else parts | {kind}
+            now[name] = "all" if len(parts) == 2 else "".join(parts) or "none"
         elif old == "train.fp8_targets":
             now.setdefault(name, value not in ("off", False))
         elif old in ("train.fused", "train.compile"):
@@ -111,8 +126,8 @@ def present_flags(arguments: list[str], base: Mapping[str, object] | None = None
     """
     kept, old, place, rest = [], {}, 0, list(arguments)
     names = RENAMED.keys() | FIXED.keys() | GONE.keys()
-    if any(argument.partition("=")[0] == "--overwrite" for argument in arguments):
-        names |= {"resume"}  # which says half of it
+    flagged = {argument.partition("=")[0] for argument in arguments}
+    names |= {RENAMED[name] for name in HALVES if f"--{name}" in flagged}
     while rest:
         argument = rest.pop(0)
         name, equals, value = argument.removeprefix("--").partition("=")

@@ -91,21 +91,33 @@ class EvaluationConfig:
     Args:
         data: labelled images to test on; by default the test or val folder beside the training images.
         labels: table of classes (.csv with columns path and label) of images whose folders do not tell them.
-        before_and_after: k-NN and linear probe of the untrained and of the trained target encoder.
         images: largest number of training images that k-NN and probe are fitted to, and of test images.
         resize_ratio: the shorter side of a test image is resized to this times img_size, then the centre is cut out.
             1 for sets whose images have the size of the crops.
         bank: training features kept for the online k-NN; 0 turns it off.
-        pictures: draw masks, curves and PCA maps at the end.
+        results: what a run ends with: figures (k-NN, linear probe and rank of the untrained and of the trained target
+            encoder), pictures (masks, curves and PCA maps), all of this or none.
     """
 
     data: str | None = common(None)
     labels: str | None = common(None)
-    before_and_after: bool = True
     images: tuple[int, int] = (10_000, 10_000)
     resize_ratio: float = 256 / 224
     bank: int = 20_000
-    pictures: bool = True
+    results: Literal["all", "figures", "pictures", "none"] = "all"
+
+    def __post_init__(self) -> None:
+        choices = ("all", "figures", "pictures", "none")
+        if self.results not in choices:
+            raise ValueError(f"evaluation.results must be one of {', '.join(choices)}, got {self.results!r}")
+
+    @property
+    def figures(self) -> bool:
+        return self.results in ("all", "figures")
+
+    @property
+    def pictures(self) -> bool:
+        return self.results in ("all", "pictures")
 
 
 @dataclass(frozen=True)

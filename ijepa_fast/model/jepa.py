@@ -49,12 +49,12 @@ class Objective:
         covariance_weight: weight of the covariance term.
         invariance_weight: weight of the invariance term, which needs at least two masks per image.
         targets: what is predicted for a target patch: features (of this patch, by the target encoder), average (the
-            mean of its block's features, the same for every patch of the block) or pixels (of this patch; no target
-            encoder takes part, which then is a running average for evaluation alone).
+            mean of its block's features, the same for every patch of the block), features_alone or average_alone (the
+            same of a target encoder that sees each target block alone; otherwise it sees the whole image and the rows
+            of the blocks are taken from its output, as in the paper) or pixels (of this patch; no target encoder takes
+            part, which then is a running average for evaluation alone).
         normalize_targets: layer-normalise each patch's features (before any average) or pixels, without affine
             parameters. Pixels are normalised with the encoder's mean and std in any case.
-        target_selection: output (the target encoder sees the whole image, and the rows of the target blocks are taken
-            from its output, as in the paper) or input (it sees each target block alone).
     """
 
     loss: Literal["smooth_l1", "l2", "l1"] = "smooth_l1"
@@ -62,19 +62,14 @@ class Objective:
     variance_weight: float = 0.0
     covariance_weight: float = 0.0
     invariance_weight: float = 0.0
-    targets: Literal["features", "average", "pixels"] = "features"
+    targets: Literal["features", "average", "features_alone", "average_alone", "pixels"] = "features"
     normalize_targets: bool = True
-    target_selection: Literal["output", "input"] = "output"
 
     def __post_init__(self) -> None:
-        for name in ("loss", "targets", "target_selection"):
+        for name in ("loss", "targets"):
             choices = get_args(get_type_hints(Objective)[name])
             if getattr(self, name) not in choices:
                 raise ValueError(f"objective.{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
-        if self.targets == "pixels" and self.target_selection == "input":
-            raise ValueError(
-                "objective.target_selection input is for a target encoder, but objective.targets is pixels"
-            )
         for name in ("prediction_weight", "variance_weight", "covariance_weight", "invariance_weight"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"objective.{name} must not be negative, got {getattr(self, name)}")
@@ -86,6 +81,10 @@ class Objective:
                 f"objective.invariance_weight {self.invariance_weight} compares masks of one image, but "
                 f"masks.per_image is {per_image}; give at least 2"
             )
+
+    @property
+    def averaged(self) -> bool:
+        return self.targets in ("average", "average_alone")
 
     @property
     def regularised(self) -> bool:
@@ -251,7 +250,7 @@ class IJEPA(nn.Module):
             predicted.rows,
             predicted.cu_seqlens,
             objective.loss,
-            objective.normalize_targets and objective.targets != "average",
+            objective.normalize_targets and not objective.averaged,
             TARGET_EPS,
         )
         total = objective.prediction_weight * prediction_loss
@@ -293,7 +292,7 @@ class IJEPA(nn.Module):
         # in `read`, each once. Of one mask, a patch in several target blocks is read as often: where they have more
         # rows than there are patches, all patches once cost less.
         read = masks.read if masks.read is not None else targets.every(masks.per_image * masks.num_targets)
-        if objective.target_selection == "input":  # the encoder sees target blocks alone
+        if objective.targets.endswith("_alone"):
             features = encoder(images, targets)
             pooled = mean_pool(features, targets.every(masks.per_image * masks.num_targets))
         elif all_targets or read.num_rows >= patches:
@@ -306,7 +305,7 @@ class IJEPA(nn.Module):
                 grid_rows = features.new_zeros(patches + 1, features.shape[1])
                 grid_rows[read.indices.long()] = features  # rows of no token, -1, go to the one that is too many
                 features, placed = grid_rows, True
-        if objective.targets == "features":
+        if not objective.averaged:
             return features, layout.target_tokens if placed else layout.target_rows, pooled
         if placed:
             features = take_rows(features, targets.indices)

@@ -174,7 +174,7 @@ def _results(run: RunRecord, classes: int | None) -> str:
     if not rows:
         return (
             "<p>No k-NN or linear probe: they need labelled images, and are taken before the first step and after the "
-            "last (<code>evaluation.before_and_after</code>).</p>"
+            "last (<code>evaluation.results</code>).</p>"
         )
     chance = f" Chance among {classes:,} classes is {1 / classes:.1%}." if classes else ""
     return f"""<div class="wide" role="region" aria-label="Results" tabindex="0"><table class="figures results">
