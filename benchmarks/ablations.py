@@ -1,14 +1,15 @@
-"""Train and probe a list of recipes for several seeds, and put the results into one table.
+"""Train and probe recipes, or variants of one, for several seeds, and put the results into one table.
 
     python -m benchmarks.ablations [--recipes 'ablations/*'] [--seeds 0 1 2] [--out runs/ablations] [--jobs 2]
+    python -m benchmarks.ablations --group demo --out runs/demo_controls --json benchmarks/results/demo.json
 
-A recipe is a name (or a pattern of names) of the shipped ones, or a YAML file. Every run has a folder of its own below
---out. Started again, the command continues an unfinished run and passes over the finished ones. Jobs are processes of
-one thread each, so that figures do not depend on their number.
+A recipe is a name (or a pattern of names) of the shipped ones, or a YAML file; a group stands in ``variants.yaml``.
+Every run has a folder of its own below --out. Started again, the command continues an unfinished run and passes over
+the finished ones. Jobs are processes of one thread each, so that figures do not depend on their number.
 
-Reported are k-NN and linear-probe accuracy of the target encoder on held-out images, and the rank of its features:
-OUT/ablations.json holds every run, OUT/ablations.md and OUT/ablations.png show the means over the seeds. The first
-recipe is what the others are compared with, seed by seed.
+Reported are k-NN and linear-probe accuracy of the target encoder on held-out images, and the rank of its features: the
+results file (OUT/ablations.json) holds every run, OUT/ablations.md and OUT/ablations.png show the means over the seeds.
+The first recipe is what the others are compared with, seed by seed.
 
     python -m benchmarks.ablations --table benchmarks/results/ablations.json --doc docs/ablations.md --png FILE
 
@@ -26,15 +27,19 @@ import os
 import statistics
 import sys
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
+import yaml
+from torch.overrides import TorchFunctionMode
 
 from benchmarks.results_files import accuracies, between, table
 from ijepa_fast.bench.measure import save
-from ijepa_fast.config import RunConfig, flatten, from_dict, present, read_recipe, recipes
+from ijepa_fast.config import RunConfig, flatten, from_dict, present, read_recipe, recipes, with_settings
 from ijepa_fast.data.datasets import Sources, open_sources
 from ijepa_fast.evaluate.encoder import evaluate
 from ijepa_fast.run.environment import machine
@@ -42,6 +47,19 @@ from ijepa_fast.train import pretrain
 from ijepa_fast.weights.runs import load_run
 
 DOC_END = "<!-- end of table -->"
+GROUPS = Path(__file__).with_name("variants.yaml")
+
+
+class ProductsInFp32(TorchFunctionMode):
+    """bf16 linear layers as a GPU computes them, by fp32 products and one rounding of each result.
+
+    Where a CPU has no bf16 instructions, torch's own bf16 products take more than ten times as long.
+    """
+
+    def __torch_function__(self, function, types, arguments=(), keywords=None):
+        if function is F.linear and arguments[0].dtype == torch.bfloat16:
+            return F.linear(*(a if a is None else a.float() for a in arguments), **(keywords or {})).bfloat16()
+        return function(*arguments, **(keywords or {}))
 
 
 def chosen_recipes(wanted: list[str]) -> list[str]:
@@ -62,16 +80,22 @@ def chosen_recipes(wanted: list[str]) -> list[str]:
     return chosen
 
 
-def run_config(recipe: str, seed: int, out: Path, data: str | None = None) -> RunConfig:
-    """The recipe in its folder below ``out``. It is judged here, not by ``pretrain``: once, and without pictures."""
-    config = from_dict(read_recipe(recipe))
+def variants(name: str) -> dict[str, RunConfig]:
+    """The variants of a group: its base, with settings of the group, and with their own."""
+    group = yaml.safe_load(GROUPS.read_text())[name]
+    base, common = from_dict(read_recipe(group["base"])), group.get("settings", {})
+    return {variant: with_settings(base, common | changes) for variant, changes in group["variants"].items()}
+
+
+def run_config(recipe: str, config: RunConfig, seed: int, out: Path, data: str | None = None) -> RunConfig:
+    """A recipe in its folder below ``out``. It is judged here, not by ``pretrain``: once, and without pictures."""
     return replace(
         config,
         data=data or config.data,
         output=str(out / short(recipe) / f"seed{seed}"),
         seed=seed,
         resume="auto",
-        evaluation=replace(config.evaluation, results="none", bank=0),
+        evaluation=replace(config.evaluation, results="none"),
     )
 
 
@@ -93,13 +117,14 @@ def run(config: RunConfig, kind: str) -> dict:
         raise ValueError(f"{config.data} has no labelled test images, which ablations are judged by")
     figures = {"seed": config.seed}
     if kind == "trained":
-        summary = pretrain(config)
+        with ProductsInFp32() if config.train.precision == "bf16" else nullcontext():
+            summary = pretrain(config)
         figures |= {"steps": summary["steps"], "seconds": summary["seconds"]}
         model, *_ = load_run(Path(config.output))
     else:
         torch.manual_seed(config.seed)  # as pretrain does
         model = config.model.build(config.objective)
-    figures |= evaluate(model.target_encoder, sources, config)
+    figures |= evaluate(model.target_encoder, sources, config, baselines=kind == "untrained")
     save(Path(config.output, f"{kind}.json"), {"settings": flatten(config), "figures": figures})
     return figures
 
@@ -143,7 +168,7 @@ def changes(baseline: RunConfig, other: RunConfig) -> dict[str, object]:
 
 
 def short(recipe: str) -> str:
-    return recipe.rpartition("/")[2].removesuffix(".yaml")
+    return recipe.rpartition("/")[2].removesuffix(".yaml").replace(", ", "_").replace(" ", "_")
 
 
 def markdown_table(report: dict) -> str:
@@ -198,25 +223,34 @@ def write_into(document: Path, table: str, start: str, end: str = DOC_END) -> No
     document.write_text(between(document.read_text(), start, end, table))
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipes", nargs="+", default=["ablations/*"], help="names, patterns of names, or YAML files")
+    parser.add_argument("--group", help="a group of variants.yaml, instead of recipes")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--out", type=Path, default=Path("runs/ablations"), help="folder of runs and results")
     parser.add_argument("--data", help="images instead of the recipes' own")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time, one thread each")
+    parser.add_argument("--json", type=Path, help="write the results here instead of OUT/ablations.json")
     parser.add_argument("--table", type=Path, help="train nothing: take the results of this file")
     parser.add_argument("--doc", type=Path, help="write the table into this file, too")
     parser.add_argument("--png", type=Path, help="write the picture here instead of OUT/ablations.png")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     if arguments.table:
         report = json.loads(arguments.table.read_text())
     else:
-        names = chosen_recipes(arguments.recipes)
-        configs = {n: [run_config(n, s, arguments.out, arguments.data) for s in arguments.seeds] for n in names}
+        if arguments.group:
+            wanted = variants(arguments.group)
+        else:
+            wanted = {name: from_dict(read_recipe(name)) for name in chosen_recipes(arguments.recipes)}
+        configs = {
+            name: [run_config(name, config, seed, arguments.out, arguments.data) for seed in arguments.seeds]
+            for name, config in wanted.items()
+        }
         made_on = machine("cpu") | {"threads": 1}  # before hours pass, and the checkout moves on
         report = report_of(configs, run_all(configs, arguments.jobs), made_on)
-        save(arguments.out / "ablations.json", report)
+        report["kind"] = arguments.group or "ablations"
+        save(arguments.json or arguments.out / "ablations.json", report)
     shown = markdown_table(report)
     if arguments.doc:
         write_into(arguments.doc, shown, doc_start(arguments.table.name if arguments.table else "ablations.json"))

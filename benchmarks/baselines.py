@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -205,22 +204,11 @@ class BaselineStep(nn.Module):
 
 
 class Eager(BaselineStep):
-    """The published step. Images are normalised floats; masks are lists of int64 [B, K] of contexts and targets.
+    """The published step. Images are normalised floats; masks are lists of int64 [B, K] of contexts and targets."""
 
-    Args:
-        context_loss: added to the loss, of the context encoder's output [C * B, K, D], outside of autocast; the
-            published algorithm has none.
-    """
-
-    def __init__(
-        self,
-        model: ModelConfig,
-        schedules: Schedules,
-        precision: str = "fp32",
-        context_loss: Callable[[Tensor], Tensor] | None = None,
-    ):
+    def __init__(self, model: ModelConfig, schedules: Schedules, precision: str = "fp32"):
         super().__init__(EagerEncoder(model), EagerPredictor(model), schedules, precision)
-        self.scaler, self.context_loss = None, context_loss
+        self.scaler = None
 
     def loss(self, images: Tensor, contexts: list[Tensor], targets: list[Tensor]) -> Tensor:
         with self.autocast():
@@ -229,9 +217,7 @@ class Eager(BaselineStep):
                 wanted = F.layer_norm(wanted, wanted.shape[-1:])
                 wanted = torch.cat([_take(wanted, [mask] * len(contexts)) for mask in targets])
             context = self.context_encoder(images, contexts)
-            loss = F.smooth_l1_loss(self.predictor(context, contexts, targets), wanted)
-        # Outside of autocast, which would round covariances to bf16 where every other contender has fp32.
-        return loss if self.context_loss is None else loss + self.context_loss(context)
+            return F.smooth_l1_loss(self.predictor(context, contexts, targets), wanted)
 
     def forward(self, images: Tensor, masks: tuple[list[Tensor], list[Tensor]], step: int) -> float:
         self.set_schedules(step)

@@ -4,8 +4,8 @@
 # ops and masks, runs the tests marked gpu, and more as time is left. It writes benchmarks/results/gpu-<name>.json after
 # every command, and prints a summary, failures first. A part that is run again replaces that part of the file in --out
 # and keeps the others, so give every run the same. --part step and ops run all there are; scaling (time per token) and
-# tune (proposals for the kernels) are no parts of a whole run, and accuracy has a command of its own
-# (benchmarks.train_to_accuracy). Without the tests of its GPU and commit, no time of a file is shown.
+# tune (proposals for the kernels) are no parts of a whole run. Without the tests of its GPU and commit, no time of a file
+# is shown.
 #
 #   benchmarks/gpu_check.sh [--part all|quick|step|ops|masks|tests|more|scaling|tune ...] [--out DIR] [--seconds N]
 #   benchmarks/gpu_check.sh --part step --steps compile --seconds 590

@@ -2,23 +2,18 @@
 
     python -m benchmarks.precision_curves [--seeds 0 1 2] [--jobs 2] [--out runs/precision] [--json FILE]
 
-Trains the demo's networks on the embedded set in fp32, in bf16, and in bf16 with each option, from the same weights on
-the same images and masks, and records curves, k-NN, linear probe and rank. Then compares the features that the target
-encoder gives in FP8 with those it gives in bf16, block by block: of the encoders trained in bf16, and of ViT-S/16 and
-ViT-B/16 with the weights that training starts from. ``python -m benchmarks.report`` makes table and chart of FILE.
-
-Started again, the command continues unfinished runs and passes over the finished ones. Jobs are processes of one thread
-each, so that figures do not depend on their number.
+Trains the group ``precision`` of variants.yaml as ``benchmarks.ablations`` does: the demo's networks in fp32, in bf16,
+and in bf16 with each option, from the same weights on the same images and masks. Then compares the features that the
+target encoder gives in FP8 with those it gives in bf16, block by block: of the encoders trained in bf16, and of
+ViT-S/16 and ViT-B/16 with the weights that training starts from. ``python -m benchmarks.report`` makes table and chart.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import os
 import sys
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,69 +21,29 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from benchmarks import ablations
-from ijepa_fast.config import ModelConfig, RunConfig, flatten
-from ijepa_fast.data.rendered import NUM_IMAGES, RenderedTextures
+from benchmarks.ablations import ProductsInFp32
+from ijepa_fast.bench.measure import save
+from ijepa_fast.config import ModelConfig, RunConfig
+from ijepa_fast.data.rendered import RenderedTextures
 from ijepa_fast.model.blocks import CPU_HIDDEN
 from ijepa_fast.model.fp8 import convert_to_fp8
 from ijepa_fast.model.jepa import Objective
 from ijepa_fast.model.vit import SIZES, VisionTransformer, cast_weights
 from ijepa_fast.run.environment import machine
-from ijepa_fast.run.files import write_json
-from ijepa_fast.step.options import StepOptions
 from ijepa_fast.weights.runs import load_run
 
-RECIPE = "ablations/baseline"
-BATCH, STEPS, LOG_EVERY = 32, 400, 10
-WARMUP = 0.13
-"""Share of the steps, as in the demo."""
-VARIANTS = {
-    "fp32": ("fp32", StepOptions()),
-    "bf16": ("bf16", StepOptions()),
-    "bf16, fp32 residual": ("bf16", StepOptions(wide_residual=True)),
-    "bf16, FP8 targets, row": ("bf16", StepOptions(fp8_targets=True)),
-}
 CURVES = ("loss", "rank", "knn")
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "precision.json"
 
 
-class ProductsInFp32(TorchFunctionMode):
-    """bf16 linear layers as a GPU computes them, by fp32 products and one rounding of each result.
-
-    Where a CPU has no bf16 instructions, torch's own bf16 products take more than ten times as long.
-    """
-
-    def __torch_function__(self, function, types, arguments=(), keywords=None):
-        if function is F.linear and arguments[0].dtype == torch.bfloat16:
-            return F.linear(*(a if a is None else a.float() for a in arguments), **(keywords or {})).bfloat16()
-        return function(*arguments, **(keywords or {}))
-
-
-def run_config(variant: str, seed: int, out: Path, steps: int) -> RunConfig:
-    config = ablations.run_config(RECIPE, seed, out)
-    precision, options = VARIANTS[variant]
-    train = replace(config.train, batch_size=BATCH, steps=steps, log_every=LOG_EVERY, precision=precision)
-    folder = variant.replace(", ", "_").replace(" ", "_")
-    return replace(
-        config,
-        output=str(out / folder / f"seed{seed}"),
-        train=train,
-        step=options,
-        optim=replace(config.optim, warmup_epochs=WARMUP * steps * BATCH / NUM_IMAGES["train"]),
-        evaluation=replace(config.evaluation, bank=4000),
-    )
-
-
-def run(config: RunConfig) -> dict[str, Any]:
-    """Figures and curves of a run, trained now where it is not finished."""
-    with ProductsInFp32():
-        figures = ablations.run(config, "trained")
+def curve(config: RunConfig) -> list[dict[str, Any]]:
+    """What a finished run has logged, step by step."""
     lines = Path(config.output, "metrics.jsonl").read_text().splitlines()
     rows = {row["step"]: row for row in map(json.loads, lines)}  # steps made again after a stop come last
-    return figures | {"curve": [{name: rows[step][name] for name in ("step", *CURVES)} for step in sorted(rows)]}
+    return [{name: rows[step][name] for name in ("step", *CURVES)} for step in sorted(rows)]
 
 
 def likeness(encoder: VisionTransformer, images: Tensor) -> list[dict[str, Any]]:
@@ -147,54 +102,34 @@ def untrained_likeness(size: str, count: int) -> list[dict[str, Any]]:
     return likeness(model.target_encoder, rendered_images(count, 224))
 
 
-def measure(seeds: list[int], out: Path, jobs: int, steps: int, sizes: list[str]) -> dict[str, Any]:
-    """The contents of the results file."""
-    made_on = machine("cpu") | {"threads": 1}  # before hours pass, and the checkout moves on
-    configs = {name: [run_config(name, seed, out, steps) for seed in seeds] for name in VARIANTS}
-    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), torch.set_num_threads, (1,)) as pool:
-        pending = {name: [] for name in VARIANTS}
-        for number in range(len(seeds)):  # so that a broken-off command leaves whole comparisons
-            for name, of in configs.items():
-                pending[name].append(pool.submit(run, of[number]))
-        widths = {size: pool.submit(untrained_likeness, size, 24) for size in sizes}
-        runs = {}
-        for name, futures in pending.items():
-            runs[name] = [future.result() for future in futures]
-            print(name, [{key: value for key, value in r.items() if key != "curve"} for r in runs[name]], flush=True)
-        trained = [pool.submit(trained_likeness, config.output) for config in configs["bf16"]]
-        compared = [
-            {"encoder": f"trained in bf16, seed {seed}", "compared": future.result()}
-            for seed, future in zip(seeds, trained, strict=True)
-        ]
-        compared += [
-            {"encoder": f"ViT-{size[0].upper()}/16, untrained", "compared": future.result()}
-            for size, future in widths.items()
-        ]
-    first = configs["fp32"][0]
-    return {
-        "kind": "precision",
-        "machine": made_on,
-        "settings": {name: value for name, value in flatten(first).items() if name not in ("output", "seed")},
-        "variants": [
-            {"variant": name, "changes": ablations.changes(first, configs[name][0]), "runs": runs[name]}
-            for name in VARIANTS
-        ],
-        "likeness": compared,
-    }
-
-
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--out", type=Path, default=Path("runs/precision"), help="folder of the runs")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time, one thread each")
-    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--steps", type=int, help="of a run, instead of those of the group")
     parser.add_argument("--sizes", nargs="*", default=["small", "base"], choices=SIZES, help="untrained encoders")
     parser.add_argument("--json", type=Path, default=RESULTS, help="results file")
     options = parser.parse_args(argv)
-    report = measure(options.seeds, options.out, options.jobs, options.steps, options.sizes)
-    options.json.parent.mkdir(parents=True, exist_ok=True)
-    write_json(options.json, report)
+    made_on = machine("cpu") | {"threads": 1}  # before hours pass, and the checkout moves on
+    configs = {}
+    for name, config in ablations.variants("precision").items():
+        config = replace(config, train=replace(config.train, steps=options.steps or config.train.steps))
+        configs[name] = [ablations.run_config(name, config, seed, options.out) for seed in options.seeds]
+    report = ablations.report_of(configs, ablations.run_all(configs, options.jobs), made_on) | {"kind": "precision"}
+    for entry in report["recipes"]:
+        entry["runs"] = [
+            of | {"curve": curve(config)} for of, config in zip(entry["runs"], configs[entry["recipe"]], strict=True)
+        ]
+    report["likeness"] = [
+        {"encoder": f"trained in bf16, seed {seed}", "compared": trained_likeness(config.output)}
+        for seed, config in zip(options.seeds, configs["bf16"], strict=True)
+    ]
+    report["likeness"] += [
+        {"encoder": f"ViT-{size[0].upper()}/16, untrained", "compared": untrained_likeness(size, 24)}
+        for size in options.sizes
+    ]
+    save(options.json, report)
     return 0
 
 

@@ -95,8 +95,7 @@ def test_the_whole_command_and_its_second_run(recipe_files, tmp_path, monkeypatc
     flags = ["--recipes", *recipe_files, "--seeds", "0", "3", "--out", str(tmp_path / "out"), "--doc", str(document)]
     # In this process, and with the real training; the command itself starts processes.
     monkeypatch.setattr(ablations, "ProcessPoolExecutor", lambda *_: ThreadPoolExecutor(1))
-    monkeypatch.setattr("sys.argv", ["ablations", *flags])
-    assert ablations.main() == 0
+    assert ablations.main(flags) == 0
 
     report = json.loads((tmp_path / "out" / "ablations.json").read_text())
     first, second = report["recipes"]
@@ -114,25 +113,25 @@ def test_the_whole_command_and_its_second_run(recipe_files, tmp_path, monkeypatc
 
     trained = []
     monkeypatch.setattr(ablations, "pretrain", lambda config: trained.append(config) or 1 / 0)
-    assert ablations.main() == 0 and trained == []
+    assert ablations.main(flags) == 0 and trained == []
     assert json.loads((tmp_path / "out" / "ablations.json").read_text())["recipes"] == report["recipes"]
     # Figures taken with other settings are none of this run.
     with open(recipe_files[1], "a") as file:
         file.write("optim: {lr: 0.5}\n")
     with pytest.raises(ZeroDivisionError):
-        ablations.main()
+        ablations.main(flags)
     assert [config.optim.lr for config in trained] == [0.5, 0.5]
 
 
 @pytest.mark.slow
 def test_runs_in_processes_of_their_own(recipe_files, tmp_path):
-    configs = {name: [ablations.run_config(name, 1, tmp_path)] for name in recipe_files}
+    configs = {name: [ablations.run_config(name, read(name), 1, tmp_path)] for name in recipe_files}
     results = ablations.run_all(configs, jobs=2)
     assert list(results) == [(recipe_files[0], "untrained"), *((name, "trained") for name in recipe_files)]
     for name in recipe_files:
         assert results[name, "trained"] == [ablations.finished(configs[name][0], "trained")]
     # A process started for it and this one agree to the bit.
-    again = ablations.run_config(recipe_files[0], 1, tmp_path / "again")
+    again = ablations.run_config(recipe_files[0], read(recipe_files[0]), 1, tmp_path / "again")
     assert ablations.run(again, "trained")["probe"] == results[recipe_files[0], "trained"][0]["probe"]
 
 
@@ -165,8 +164,8 @@ def test_the_documentation_shows_the_committed_results(contexts):
     of_contexts = {recipe for recipe in SHIPPED if recipe.startswith("ablations/context_")}
     wanted = of_contexts | {BASELINE} if contexts else set(SHIPPED) - of_contexts
     assert {entry["recipe"] for entry in report["recipes"]} == wanted
-    baseline = ablations.run_config(BASELINE, 0, ROOT)
+    baseline = read(BASELINE)
     for entry in report["recipes"]:
-        changes = ablations.changes(baseline, ablations.run_config(entry["recipe"], 0, ROOT))
+        changes = ablations.changes(baseline, read(entry["recipe"]))
         assert present(entry["changes"], flatten(baseline)) == json.loads(json.dumps(changes))
         assert [run["seed"] for run in entry["runs"]] == [0, 1, 2]

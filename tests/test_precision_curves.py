@@ -1,24 +1,23 @@
 """benchmarks/precision_curves.py and the page that shows its results."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks import precision_curves
+from benchmarks import ablations, precision_curves
 from benchmarks.report.sections import precision
 from ijepa_fast.model.vit import VisionTransformer, cast_weights
 
-ROOT = Path(__file__).resolve().parents[1]
+VARIANTS = ablations.variants("precision")
 
 
 def test_products_in_fp32_are_the_bf16_products_rounded_once():
     generator = torch.Generator().manual_seed(0)
     x, weight, bias = (torch.randn(s, generator=generator).bfloat16() for s in ((40, 64), (24, 64), (24,)))
     x.requires_grad_()
-    with precision_curves.ProductsInFp32():
+    with ablations.ProductsInFp32():
         out = F.linear(x, weight, bias)
     exact = x.detach().double() @ weight.double().T + bias.double()
     assert out.dtype == torch.bfloat16
@@ -28,8 +27,8 @@ def test_products_in_fp32_are_the_bf16_products_rounded_once():
 
 
 def test_variants_differ_in_their_precision_alone(tmp_path):
-    configs = {name: precision_curves.run_config(name, 0, tmp_path, 50) for name in precision_curves.VARIANTS}
-    changed = [set(precision_curves.ablations.changes(configs["fp32"], config)) for config in configs.values()]
+    configs = {name: ablations.run_config(name, config, 0, tmp_path) for name, config in VARIANTS.items()}
+    changed = [set(ablations.changes(configs["fp32"], config)) for config in configs.values()]
     assert set().union(*changed) == {"train.precision", "step.wide_residual", "step.fp8_targets"}
     assert len({config.output for config in configs.values()}) == len(configs) == 4
 
@@ -58,13 +57,13 @@ def made_up(seeds=(0, 1)):
         return {"seed": seed, "probe": 0.5 + loss, "knn": 0.4, "rank": 9.0, "curve": curve}
 
     variants = [
-        {"variant": name, "changes": {}, "runs": [run(seed, 0.01 * i + 0.001 * seed) for seed in seeds]}
-        for i, name in enumerate(precision_curves.VARIANTS)
+        {"recipe": name, "changes": {}, "runs": [run(seed, 0.01 * i + 0.001 * seed) for seed in seeds]}
+        for i, name in enumerate(VARIANTS)
     ]
     block = {"mean": 0.99912, "min": 0.99834, "centred_mean": 0.98765}
     compared = [{"a": "row", "b": "bf16", "blocks": [block, block]}]
     return {
-        "kind": "precision", "file": "precision.json", "variants": variants,
+        "kind": "precision", "file": "precision.json", "recipes": variants,
         "machine": {"cpu": "CPU", "threads": 1, "cores": 2, "torch": "2.11.0", "python": "3.12.3", "commit": None},
         "settings": {"model.depth": 3, "model.embed_dim": 64, "train.steps": 70, "train.batch_size": 32},
         "likeness": [{"encoder": "ViT-S/16, untrained", "compared": compared}],
@@ -83,22 +82,18 @@ def test_the_page_says_what_the_results_say(tmp_path):
 
 
 @pytest.mark.slow
-def test_command(tmp_path, monkeypatch):
+def test_command(tmp_path):
     file = tmp_path / "results" / "precision.json"
     arguments = ["--seeds", "3", "--steps", "20", "--jobs", "1", "--sizes", "--out", str(tmp_path / "runs")]
     assert precision_curves.main([*arguments, "--json", str(file)]) == 0
     found = json.loads(file.read_text())
-    assert [entry["variant"] for entry in found["variants"]] == list(precision_curves.VARIANTS)
-    for entry in found["variants"]:
+    assert [entry["recipe"] for entry in found["recipes"]] == list(VARIANTS)
+    for entry in found["recipes"]:
         (run,) = entry["runs"]
         assert run["seed"] == 3 and [row["step"] for row in run["curve"]] == [10, 20]
         assert all(0 <= run[name] <= 1 for name in ("probe", "knn"))
-    ends = [entry["runs"][0]["curve"][-1]["loss"] for entry in found["variants"]]
+    ends = [entry["runs"][0]["curve"][-1]["loss"] for entry in found["recipes"]]
     assert len(set(ends)) == 4 and max(ends) - min(ends) < 0.02
     assert found["likeness"][0]["encoder"] == "trained in bf16, seed 3"
     text = precision({"precision": [found | {"file": "precision.json"}]})
     assert "| bf16, FP8 targets, row |" in text
-
-    monkeypatch.setattr(precision_curves.ablations, "pretrain", lambda config: pytest.fail("trained again"))
-    config = precision_curves.run_config("bf16", 3, tmp_path / "runs", 20)
-    assert precision_curves.run(config) == found["variants"][1]["runs"][0]

@@ -11,11 +11,12 @@ failed are not shown.
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.report.sections import mask_rates, precision, readme, results_page
+from benchmarks.report.sections import demo, mask_rates, precision, readme, results_page
 from benchmarks.results_files import Reports, between, load
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -23,15 +24,19 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def pages(root: Path, reports: Reports) -> dict[Path, str]:
     """Every text with figures, as it should be."""
-    marked = {
-        "README.md": ("speed", readme(reports)),
-        "docs/masks.md": ("mask rates", mask_rates(reports, "../benchmarks/results")),
-        "docs/precision.md": ("precision", precision(reports)),
-    }
-    texts = {}
-    for path, (name, content) in marked.items():
-        marks = f"<!-- {name}: written by `python -m benchmarks.report` -->\n", f"<!-- end of {name} -->"
-        texts[root / path] = between((root / path).read_text("utf-8"), *marks, content + "\n")
+    marked = (
+        ("README.md", "speed", readme(reports)),
+        ("README.md", "demo table", demo(reports)),
+        ("docs/masks.md", "mask rates", mask_rates(reports, "../benchmarks/results")),
+        ("docs/precision.md", "precision", precision(reports)),
+    )
+    texts: dict[Path, str] = {}
+    for name, of, content in marked:
+        path = root / name
+        text = texts.get(path) or path.read_text("utf-8")
+        start = re.search(f"<!-- {of}: written by `python -m benchmarks[^>]*-->\n", text)
+        start = start[0] if start else f"<!-- {of} -->"
+        texts[path] = between(text, start, f"<!-- end of {of} -->", content + "\n")
     return {root / "benchmarks" / "RESULTS.md": results_page(reports), **texts}
 
 

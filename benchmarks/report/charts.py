@@ -82,13 +82,13 @@ def _precision(reports: Sequence[Report], path: Path) -> None:
     """Loss over steps, and less that of bf16 with the same seed: means over the seeds. Probe accuracy, a dot a seed."""
     ratios = {"width_ratios": (4, 4, 3)}
     figure, (losses, gaps, probes) = plt.subplots(1, 3, figsize=(11, 3.4), layout="constrained", gridspec_kw=ratios)
-    entries = reports[-1]["variants"]
+    entries = reports[-1]["recipes"]
     curves = {
-        entry["variant"]: np.array([[point["loss"] for point in run["curve"]] for run in entry["runs"]])
+        entry["recipe"]: np.array([[point["loss"] for point in run["curve"]] for run in entry["runs"]])
         for entry in entries
     }
     for row, (entry, colour) in enumerate(zip(entries, PRECISIONS, strict=False)):
-        name, steps = entry["variant"], [point["step"] for point in entry["runs"][0]["curve"]]
+        name, steps = entry["recipe"], [point["step"] for point in entry["runs"][0]["curve"]]
         losses.plot(steps, np.mean(curves[name], 0), color=colour, linewidth=1.3, label=name)
         gaps.plot(steps, np.mean(curves[name] - curves["bf16"], 0), color=colour, linewidth=1.3)
         values = [100 * run["probe"] for run in entry["runs"]]

@@ -29,7 +29,7 @@ def results_page(reports: Reports) -> str:
     head = (
         "# Results\n\nWritten by `python -m benchmarks.report` from the files in [results](results); do not edit. "
         "`benchmarks/gpu_check.sh` measures everything that needs a GPU; `python -m benchmarks.masks`, "
-        "`benchmarks.step`, `benchmarks.scaling` and `benchmarks.train_to_accuracy` what a CPU can do."
+        "`benchmarks.step` and `benchmarks.scaling` what a CPU can do."
     )
     return "\n\n".join([head, *(part for section in (steps, scaling, accuracy, ops, masks, checks)
                                 for part in section(reports))]) + "\n"  # fmt: skip
@@ -43,6 +43,30 @@ def readme(reports: Reports) -> str:
         steps_there = f"On {on(on_gpu[0]['machine'])}:\n\n{step_table(on_gpu)}"
     more = "More in [benchmarks/RESULTS.md](benchmarks/RESULTS.md); `ijepa-fast bench` measures your machine."
     return "\n\n".join([steps_there, mask_rates(reports, "benchmarks/results"), more])
+
+
+def demo(reports: Reports) -> str:
+    """What the demo learned, beside its controls: README's first table. Means over the seeds."""
+    if not reports.get("demo"):
+        return f"The demo: {NOT_MEASURED}."
+    report = reports["demo"][-1]
+    trained = {entry["recipe"]: entry["runs"] for entry in report["recipes"]}
+    rows = {
+        "raw pixels": [run["pixels"] for run in report["untrained"]],
+        "colour histogram": [run["colours"] for run in report["untrained"]],
+        "encoder before training": report["untrained"],
+        "prediction loss at weight 0": trained["no_prediction"],
+        "**encoder after training**": trained["demo"],
+    }
+
+    def mean(runs: Sequence[Report], figure: str, form: str) -> str:
+        return format(statistics.mean(run[figure] for run in runs), form) if figure in runs[0] else ""
+
+    figures = (("knn", ".1%"), ("probe", ".1%"), ("rank", ".1f"))
+    return table(
+        ["features", "k-NN", "probe", "rank"],
+        [(title, *(mean(runs, *figure) for figure in figures)) for title, runs in rows.items()],
+    )
 
 
 def picture(name: str, words: str) -> str:
@@ -177,7 +201,8 @@ def accuracy(reports: Reports) -> list[str]:
             f"{settings['data']}, {model['img_size']} px, patches of {model['patch_size']} px, width "
             f"{model['embed_dim']}, {model['depth']} blocks; steps of {settings['batch']} images in "
             f"{settings['precision']}; everyone minimises the prediction loss {term}. Judged on held-out images by the "
-            f"target encoder's features; minutes are {clock} of the steps alone, on {on(report['machine'])}."
+            f"target encoder's features; minutes are {clock} of the steps alone, on {on(report['machine'])}, by "
+            "the script of that commit."
         )
         parts += [f"{TITLES[comparison]}:\n\n{accuracy_table(report, comparison)}" for comparison in report["steps"]]
     shown = picture("bench_accuracy", "Linear probe at equal time and at equal epochs")
@@ -314,7 +339,7 @@ def precision(reports: Reports) -> str:
         f"The demo's networks ({settings['model.depth']} encoder blocks of width {settings['model.embed_dim']}) on the "
         f"embedded set, {settings['train.steps']} steps of {settings['train.batch_size']} images, from "
         f"[{file}](../benchmarks/results/{file}) ({on(report['machine'])}): mean and sample standard deviation over "
-        f"{len(report['variants'][0]['runs'])} seeds, also of what each seed differs by from bf16 with the same seed. "
+        f"{len(report['recipes'][0]['runs'])} seeds, also of what each seed differs by from bf16 with the same seed. "
         f"The loss is the mean over the last {LAST_POINTS} points of the curve. Accuracy is that of the target "
         "encoder on held-out images, without FP8; chance is 12.5 %."
     )
@@ -329,7 +354,7 @@ def precision(reports: Reports) -> str:
 
 
 def curves_table(report: Report) -> str:
-    runs = {entry["variant"]: entry["runs"] for entry in report["variants"]}
+    runs = {entry["recipe"]: entry["runs"] for entry in report["recipes"]}
 
     def less_bf16(name: str, value: Callable[[Report], float], digits: int) -> str:
         if name == "bf16":
