@@ -2,11 +2,12 @@
 
 csrc/host_teams.cpp in this folder runs it on the host with teams of 1 to 32 lanes, under the sanitizers: the masks must
 be those of the torch sampler, and no lane may leave a buffer, meet undefined behaviour or, without a sync, another
-lane's data.
+lane's data. csrc/cuda_launches.cpp runs the kernels themselves, against a stand-in for CUDA's header.
 """
 
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 from dataclasses import replace
@@ -138,6 +139,44 @@ def test_the_glue_for_cuda_compiles_beside_any_build_of_torch(tmp_path):
     compiled(
         tmp_path, "unused", *flags, "-DUSE_CUDA", "-DIJEPA_FAST_WITH_CUDA", *include, sources=["csrc/bindings.cpp"]
     )
+
+
+def kernels_for_the_host(folder):
+    """csrc/block_masks_cuda.cu as C++: launches are calls, launch bounds constants."""
+    source = (ROOT / "csrc" / "block_masks_cuda.cu").read_text()
+    bounds = r"__global__ void __launch_bounds__\((.*?)\)\s+(\w+)\("
+    source, kernels = re.subn(bounds, r"constexpr stand_in::Bounds \2_bounds{\1};\nvoid \2(", source)
+    launch = r'stand_in::launch("\1", \1_bounds, \1, \2)('
+    source, launches = re.subn(r"(\w+)<<<(.*?)>>>\(", launch, source)
+    assert kernels == launches == 3 and "__global__" not in source
+    (folder / "kernels.cpp").write_text(source)
+    return folder / "kernels.cpp"
+
+
+@pytest.mark.slow
+def test_kernels_are_launched_within_their_bounds_and_draw_the_masks_of_the_torch_sampler(tmp_path):
+    """On the stream that is given, without shared memory, and with nothing that waits or copies: see the stand-in."""
+    sources = ["tests/csrc/cuda_launches.cpp", kernels_for_the_host(tmp_path)]
+    program = compiled(tmp_path, "cuda_launches", "-Itests/csrc/stand_in", sources=sources)
+    cases = [(config, grid, 3) for config, grid in CASES[::8]] + [(MaskConfig(), (14, 14), 20)]
+    lines, expected = zip(*(case_and_masks(*case) for case in cases), strict=True)
+    done = subprocess.run([program, "3"], input="\n".join(lines), capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    printed = done.stdout.splitlines()
+    for number, case in enumerate(cases):
+        context, context_ends, targets, target_ends, launches = printed[5 * number : 5 * number + 5]
+        want = expected[number]
+        assert [context, context_ends] == [f"{want[0]} -1 -1 -1", want[1]], case
+        assert [targets, target_ends] == [f"{want[2]} -1 -1 -1", want[3]], case
+        masks = int(lines[number].split()[3]) * case[0].per_image
+        blocks = -(-masks // 4)
+        assert (
+            launches
+            == f"draw_kernel {blocks} 128 0 0x57; starts_kernel 2 1024 0 0x57; pack_kernel {blocks} 128 0 0x57; "
+        )
+    # Too few rows are told by the assertion of the kernel, and nothing else.
+    done = subprocess.run([program, "-1"], input=lines[0], capture_output=True, text=True, timeout=600)
+    assert done.returncode != 0 and "mask tokens do not fit the capacity" in done.stderr
 
 
 def load_tool(name):

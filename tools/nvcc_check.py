@@ -2,8 +2,8 @@
 
     python tools/nvcc_check.py
 
-Needs nvcc but neither a GPU nor torch. Fails (exit 1) where a kernel spills registers or has a stack frame; where there
-is no nvcc it says so and passes.
+Needs nvcc but neither a GPU nor torch. Fails (exit 1) where a kernel spills registers or has a stack frame, or the host
+calls more of CUDA's runtime than launches; where there is no nvcc it says so and passes.
 """
 
 import re
@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 SOURCE = Path(__file__).resolve().parents[1] / "csrc" / "block_masks_cuda.cu"
 ARCHITECTURES = ("80", "90", "100")
+RUNTIME_CALLS = {"cudaLaunchKernel", "cudaGetLastError", "cudaGetErrorString"}
 
 
 class Resources(NamedTuple):
@@ -46,8 +47,11 @@ def compile_for(nvcc: str, architecture: str) -> list[Resources]:
         command = [nvcc, "-std=c++17", "-O3", "-Werror", "all-warnings", "-Xptxas", "-v", "-c", SOURCE]
         command += [f"-gencode=arch=compute_{architecture},code=sm_{architecture}", "-o", Path(folder, "object.o")]
         done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        sys.exit(f"nvcc_check: {SOURCE.name} does not compile for sm_{architecture}:\n{done.stdout}{done.stderr}")
+        if done.returncode:
+            sys.exit(f"nvcc_check: {SOURCE.name} does not compile for sm_{architecture}:\n{done.stdout}{done.stderr}")
+        symbols = subprocess.run(["nm", "-u", command[-1]], capture_output=True, text=True).stdout
+    if others := set(re.findall(r" (cuda\w+)", symbols)) - RUNTIME_CALLS:
+        sys.exit(f"nvcc_check: {SOURCE.name} calls {', '.join(sorted(others))}, but must launch and never wait or copy")
     return parse(done.stdout + done.stderr)
 
 
