@@ -26,6 +26,7 @@ import statistics
 import sys
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -195,6 +196,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=MODELS, default="vit_small")
     parser.add_argument("--img-size", type=int, default=224)
+    parser.add_argument("--depth", type=int, help="blocks of each network, instead of the model's")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--masks", choices=("exact", "batch_min"), default="exact")
     suffixes = ", ".join(SUFFIXES)
@@ -224,6 +226,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     if options.threads:
         torch.set_num_threads(options.threads)
     model = model_config(options.model, options.img_size)
+    if options.depth:
+        model = replace(model, depth=options.depth, predictor_depth=options.depth)
     if options.masks_per_image:
         config = MaskConfig.official(options.batch) if options.masks == "batch_min" else MaskConfig()
         common = (model, options.batch, config, options.masks_per_image, device, precision)

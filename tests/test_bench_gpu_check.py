@@ -179,6 +179,9 @@ def test_every_step_is_one_that_the_command_takes():
     for model, _, masks_of, names in gpu_check.STEPS:
         peers[model, masks_of] = peers.get((model, masks_of), "") + names
     assert all("eager" in names and "compiled" in names for names in peers.values())
+    timed = {name for *_, names in gpu_check.STEPS[: gpu_check.WHOLE_STEPS] for name in names.split(",")}
+    plain = {"eager", "ours+plain", "ours+fused"}  # nothing of these is compiled by torch
+    assert timed - plain == set(gpu_check.COMPILED)
 
 
 def test_what_a_step_wrote_is_kept_and_a_process_that_died_is_tried_in_two(run, monkeypatch):
@@ -215,6 +218,19 @@ def test_steps_that_are_named_join_those_measured_before(run, monkeypatch):
     run.steps, run.whole = "", True
     gpu_check.step(run, entry := run.begin("step", 1000))
     assert len(entry["reports"]) == gpu_check.WHOLE_STEPS
+
+
+def test_what_is_timed_later_is_compiled_beside_the_checks_in_networks_of_one_block(run, monkeypatch):
+    ran = []
+    monkeypatch.setattr(run, "execute", lambda entry, name, command, *_: ran.append((name, command)))
+    run.tiny = False
+    gpu_check.quick(run, run.begin("quick", 1000))
+    compiled, steps = ran[:-2], ran[-2:]
+    assert {name for name, _ in compiled} == {"ops, check"} | {
+        f"compile {model} {name}" for model in ("vit_h14", "vit_b16") for name in gpu_check.COMPILED
+    }
+    assert all(value(command, "--depth") == "1" for name, command in compiled if name != "ops, check")
+    assert all("--depth" not in command and value(command, "--impl") == "ours" for _, command in steps)
 
 
 def test_a_whole_run_fits_into_nine_minutes():

@@ -246,6 +246,10 @@ def test_half_of_a_pair_leaves_the_other_as_it_is(tmp_path):
     assert read_recipe(str(tmp_path / "half.yaml"), onto=flatten(settings))["optim"]["weight_decay"] == [0.5, 0.3]
 
 
+def test_the_other_way_to_fp8_products_is_read_as_the_one_there_is():
+    assert from_dict({"step": {"fp8_targets": "by_hand"}}).step.fp8_targets is True
+
+
 def test_settings_that_became_constants_are_ignored_in_what_is_only_read(caplog):
     old = as_dict(RunConfig()) | {"objective": {"target_eps": 1e-6, "loss": "l1"}}
     assert from_dict(old, strict=False).objective.loss == "l1"

@@ -80,6 +80,8 @@ def present(
         ValueError: a setting in ``FIXED`` has another value.
     """
     base = flatten(RunConfig()) | dict(base or {})
+    if settings.get("step.fp8_targets") == "by_hand":  # another way to the same products
+        settings = {**settings, "step.fp8_targets": True}
     for name in FIXED.keys() & settings.keys() if strict else ():
         if _number(settings[name]) != FIXED[name]:
             raise ValueError(f"{name} is no setting any more and always {FIXED[name]}, got {settings[name]}")

@@ -5,9 +5,9 @@ weight (an output feature). They are found on the device in every forward pass, 
 every step. Products are summed in fp32, multiplied by both scales, and rounded.
 
 On CUDA it is ``torch._scaled_mm`` that multiplies, with the faster sums that Hopper has for FP8, which are less exact.
-Its row-wise scaling is said to be slow (DINOv3's code), so there is a second form, which takes the product unscaled and
-scales it by hand; the slower of the two is to go once a GPU has timed them. Elsewhere e4m3 numbers are multiplied as
-fp32: for tests, and for training curves without such a GPU.
+Its row-wise scaling was slow while CUTLASS did it (DINOv3 scales unscaled products by hand for that reason). On Hopper
+torch gives it to cuBLAS where that is 12.9 or later, as in every build for CUDA 13, and the product is written once,
+with its bias. Elsewhere e4m3 numbers are multiplied as fp32: for tests, and for training curves without such a GPU.
 
 Legend: T rows, K input features, D output features.
 """
@@ -33,27 +33,18 @@ class Fp8Linear(Linear):
     Its weight stays what it is, so the EMA and checkpoints know nothing of it.
     """
 
-    by_hand = False
-
     def forward(self, x: Tensor, outputs: slice | None = None) -> Tensor:
         if not self.training:
             return super().forward(x, outputs)
         weight, bias = self.part(outputs)
-        return fp8_linear(x, weight, None if bias is None else bias.to(weight.dtype), self.by_hand)
+        return fp8_linear(x, weight, None if bias is None else bias.to(weight.dtype))
 
 
-class HandScaledFp8Linear(Fp8Linear):
-    """The same, with products that are scaled by hand."""
-
-    by_hand = True
-
-
-def convert_to_fp8(module: nn.Module, device: torch.device, by_hand: bool = False) -> None:
+def convert_to_fp8(module: nn.Module, device: torch.device) -> None:
     """Turn every ``Linear`` inside ``module`` into an ``Fp8Linear``, in place; parameters and their names stay.
 
     Args:
         device: where the layers will run. On a GPU, their weights must be bf16 by then.
-        by_hand: see ``fp8_linear``.
 
     Raises:
         ValueError: widths that are no multiples of 16, or a GPU that cannot multiply FP8 numbers.
@@ -71,29 +62,21 @@ def convert_to_fp8(module: nn.Module, device: torch.device, by_hand: bool = Fals
             f"FP8 needs a GPU of compute capability {wanted}, but {torch.cuda.get_device_name(device)} has {actual}"
         )
     for layer in layers:
-        layer.__class__ = HandScaledFp8Linear if by_hand else Fp8Linear
+        layer.__class__ = Fp8Linear
 
 
-def fp8_linear(x: Tensor, weight: Tensor, bias: Tensor | None, by_hand: bool = False) -> Tensor:
+def fp8_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``F.linear`` of x [T, K] and weight [D, K] rounded to e4m3: [T, D] in the dtype of the weight. No gradient.
 
     Args:
         weight: on a GPU bf16, because row-wise scaling has no other results there.
         bias: [D] in the dtype of the weight, or None.
-        by_hand: on a GPU, multiply the unscaled product, rounded to the dtype of the weight, by the scales.
     """
     x_TK, x_scales = ops.quantize_fp8(x, True)
     weight_DK, weight_scales = ops.quantize_fp8(weight, True)
     if not x.is_cuda:
         out_TD = F.linear(x_TK.float(), weight_DK.float()) * x_scales[:, None] * weight_scales
         return (out_TD if bias is None else out_TD + bias.float()).to(weight.dtype)
-    if by_hand:
-        one = x_scales.new_ones(())
-        out_TD = torch._scaled_mm(
-            x_TK, weight_DK.t(), scale_a=one, scale_b=one, out_dtype=weight.dtype, use_fast_accum=True
-        )
-        out_TD = out_TD * x_scales.unsqueeze(1) * weight_scales
-        return (out_TD if bias is None else out_TD + bias).to(weight.dtype)
     return torch._scaled_mm(
         x_TK,
         weight_DK.t(),

@@ -164,12 +164,11 @@ class IJEPA(nn.Module):
         self.target_encoder = copy.deepcopy(encoder).requires_grad_(False)
         self.predictor = predictor
 
-    def use_fp8_targets(self, device: torch.device, by_hand: bool = False) -> None:
+    def use_fp8_targets(self, device: torch.device) -> None:
         """Let the blocks of the target encoder multiply in FP8 from now on, in training mode (``fp8.Fp8Linear``).
 
         Args:
             device: where ``forward`` will be called. On a GPU, weights must be bf16 by then.
-            by_hand: see ``fp8.fp8_linear``.
 
         Raises:
             ValueError: widths that are no multiples of 16, a GPU that cannot multiply FP8 numbers, pixels as targets,
@@ -179,7 +178,7 @@ class IJEPA(nn.Module):
             raise ValueError("FP8 products are for a target encoder, but objective.targets is pixels")
         if any(isinstance(block, FusedBlock) for block in self.target_encoder.blocks):
             raise ValueError("FP8 products need plain blocks, but the target encoder's are fused")
-        convert_to_fp8(self.target_encoder.blocks, device, by_hand)
+        convert_to_fp8(self.target_encoder.blocks, device)
 
     def fuse_blocks(self, *, targets: bool = True) -> None:
         """Run the blocks of all three networks on the package's fused kernels from now on (``fused_blocks.py``).

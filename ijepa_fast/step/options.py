@@ -129,9 +129,7 @@ class StepOptions:
         suffixes={"overlap": True},
         no_phases="two networks run at the same time",
     )
-    fp8_targets: bool | Literal["by_hand"] = _option(
-        False, resumes=False, suffixes={"fp8": True, "fp8hand": "by_hand"}, approximate=True
-    )
+    fp8_targets: bool = _option(False, resumes=False, suffixes={"fp8": True}, approximate=True)
     wide_residual: bool = _option(False, resumes=False, suffixes={"wide": True})
 
     def __post_init__(self) -> None:
@@ -139,8 +137,8 @@ class StepOptions:
             raise ValueError(f"step.blocks must be one of {', '.join(get_args(Blocks))}, got {self.blocks!r}")
         if self.attention not in ("auto", *BACKENDS):
             raise ValueError(f"step.attention must be auto or one of {', '.join(BACKENDS)}, got {self.attention!r}")
-        if self.fp8_targets not in (True, False, "by_hand"):
-            raise ValueError(f"step.fp8_targets must be true, false or by_hand, got {self.fp8_targets!r}")
+        if self.fp8_targets not in (True, False):
+            raise ValueError(f"step.fp8_targets must be true or false, got {self.fp8_targets!r}")
         if self.activation_checkpointing not in (True, False, "auto"):
             raise ValueError(
                 f"step.activation_checkpointing must be true, false or auto, got {self.activation_checkpointing!r}"
@@ -196,7 +194,7 @@ def apply(
     """
     networks = (model.context_encoder, model.target_encoder, model.predictor)
     if options.fp8_targets:
-        model.use_fp8_targets(device, by_hand=options.fp8_targets == "by_hand")
+        model.use_fp8_targets(device)
     model.to(device)
     cast_weights(model, PRECISION_DTYPES[precision])
     checkpointing = options.activation_checkpointing
