@@ -12,7 +12,7 @@ endif
 export PIP_ARGS
 
 .NOTPARALLEL:
-.PHONY: help setup demo test test-all torch lint kernels bench ext clean
+.PHONY: help setup demo test test-all torch of-torch lint kernels bench ext clean
 
 help:
 	@echo "make demo      train I-JEPA on the embedded images into runs/demo; stopped and made again, it continues"
@@ -42,8 +42,11 @@ OF_TORCH = tests/test_attention.py tests/test_attention_padding.py tests/test_op
 
 torch:
 	@folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT && $(or $(PYTHON),python3) -m venv "$$folder" && \
-	"$$folder/bin/python" -m pip install --quiet $(PIP_ARGS) "torch==$(TORCH)" && \
-	VIRTUAL_ENV="$$folder" $(MAKE) test PYTHON= ARGS="$(OF_TORCH) $(ARGS)"
+	"$$folder/bin/python" -m pip install --quiet $(PIP_ARGS) "torch==$(TORCH)" hypothesis pytest && \
+	VIRTUAL_ENV="$$folder" $(MAKE) of-torch PYTHON=
+
+of-torch:  # in the environment that is active
+	@$(in_environment) --extras train -- -m pytest -m "not slow and not gpu" $(OF_TORCH) $(ARGS)
 
 lint:
 	@$(in_environment) --extras dev -- -m ruff check .

@@ -331,11 +331,6 @@ def scaling(run: Run, entry: Entry) -> None:
         run.measure(entry, f"scaling {model}", command, limit=seconds)
 
 
-def tune(run: Run, entry: Entry) -> None:
-    """Proposals for the kernels' tables."""
-    entry["report"] = run.measure(entry, "tune", python("benchmarks.tune"), "tune.json")
-
-
 PARTS: dict[str, Callable[[Run, Entry], None]] = {
     "install": install,
     "quick": quick,
@@ -346,7 +341,6 @@ PARTS: dict[str, Callable[[Run, Entry], None]] = {
     "more": more,
     "sanitizer": sanitizer,
     "scaling": scaling,
-    "tune": tune,
 }
 
 

@@ -3,11 +3,10 @@
 # checkout, holds every op to its definition and runs the step as it is by default (quick), times whole steps, the hottest
 # ops and masks, runs the tests marked gpu, and more as time is left. It writes benchmarks/results/gpu-<name>.json after
 # every command, and prints a summary, failures first. A part that is run again replaces that part of the file in --out
-# and keeps the others, so give every run the same. --part step and ops run all there are; scaling (time per token) and
-# tune (proposals for the kernels) are no parts of a whole run. Without the tests of its GPU and commit, no time of a file
-# is shown.
+# and keeps the others, so give every run the same. --part step and ops run all there are; scaling (time per token) is no
+# part of a whole run. Without the tests of its GPU and commit, no time of a file is shown.
 #
-#   benchmarks/gpu_check.sh [--part all|quick|step|ops|masks|tests|more|scaling|tune ...] [--out DIR] [--seconds N]
+#   benchmarks/gpu_check.sh [--part all|quick|step|ops|masks|tests|more|scaling ...] [--out DIR] [--seconds N]
 #   benchmarks/gpu_check.sh --part step --steps compile --seconds 590
 #   python -m benchmarks.gpu_cache triton_cache.tar.xz    before, without a GPU: kernels that need not be compiled there
 #   benchmarks/gpu_check.sh --device cpu --tiny      the same chain, small, on a machine without a GPU

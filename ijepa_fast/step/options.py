@@ -187,7 +187,7 @@ def apply(
     Args:
         precision: a name in ``PRECISION_DTYPES``.
         sizes, masks: of the run, for the estimate of its memory where activation_checkpointing is auto.
-        images: number of images of a micro-batch on this device, for the same.
+        images: number of images of a micro-batch on this device, for the same, and for torch.compile.
 
     Raises:
         ValueError: the model or the device cannot do what an option asks for.
@@ -210,7 +210,7 @@ def apply(
         # FP8 products are not among the fused kernels: a target encoder that multiplies so keeps its plain blocks.
         model.fuse_blocks(targets=not options.fp8_targets)
     if "compile" in blocks:
-        _compile(model, device, must=options.compiled)
+        _compile(model, device, images, must=options.compiled)
     if options.overlap_target:
         model.target_stream = SideStream(device)
 
@@ -236,7 +236,7 @@ def _why_not_compiled(device: torch.device) -> str | None:
     return None if Path(headers, "Python.h").exists() else f"Python's headers are missing: {headers}/Python.h"
 
 
-def _compile(model: IJEPA, device: torch.device, must: bool) -> None:
+def _compile(model: IJEPA, device: torch.device, images: int, must: bool) -> None:
     """Compile the blocks, now instead of in the first step, so that it is known how long it takes and whether it works.
 
     Args:
@@ -247,27 +247,31 @@ def _compile(model: IJEPA, device: torch.device, must: bool) -> None:
         network.compile_blocks()
     log.info("torch.compile compiles the transformer blocks; this can take minutes")
     try:
-        _try_out(model, device)
+        _try_out(model, device, images)
     except Exception as error:  # each of the compiler's stages raises its own
         if must:
             raise
         for network in networks:
             network.compile_blocks(None)
-        _try_out(model, device)  # raises where it is not the compiler that fails
+        _try_out(model, device, images)  # raises where it is not the compiler that fails
         said = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         log.warning("torch.compile FAILED, so blocks run without it, slower: %s", said)
     else:
         log.info("blocks were compiled in %.0f s", time.monotonic() - started)
 
 
-def _try_out(model: IJEPA, device: torch.device) -> None:
-    """Forward and backward passes of all networks as a step has them, on two black images; gradients are dropped."""
-    encoder = model.context_encoder
+def _try_out(model: IJEPA, device: torch.device, count: int) -> None:
+    """Forward and backward passes of all networks as a step has them, on black images; gradients are dropped.
+
+    As many as a micro-batch has: the code is for any number of rows, but the compiler decides by the first that it sees
+    into how many parts a sum over rows is split, and that of few rows would leave most of a GPU idle in later steps.
+    """
+    encoder, count = model.context_encoder, max(count, 2)
     height, width = (side * encoder.patch_size for side in encoder.grid)
-    images = torch.zeros(2, encoder.in_chans, height, width, dtype=torch.uint8, device=device)
+    images = torch.zeros(count, encoder.in_chans, height, width, dtype=torch.uint8, device=device)
     patches = encoder.grid[0] * encoder.grid[1]
     context, targets = [], []
-    for first in (0, patches):  # of each image half of the patches, and two target blocks
+    for first in range(0, count * patches, patches):  # of each image half of the patches, and two target blocks
         half, last = first + patches // 2, first + patches
         context.append(range(first, half))
         targets += [range(half, (half + last) // 2), range((half + last) // 2, last)]

@@ -164,7 +164,7 @@ def row_cases(batch: Batch) -> list[Case]:
     ]
 
 
-def gather_patches(batch: Batch, part: str, pixels: torch.dtype = torch.uint8) -> Case:
+def gather_patches(batch: Batch, part: str) -> Case:
     model, indices = batch.model, batch.indices(part)
     size, channels, (lines, columns) = model.patch_size, model.in_chans, model.grid
     padding = ops.padded_patch_width(channels, size) - channels * size * size
@@ -174,7 +174,7 @@ def gather_patches(batch: Batch, part: str, pixels: torch.dtype = torch.uint8) -
 
     def draw(generator):
         shape = (batch.masks.num_images, channels, *model.size)
-        return [torch.randint(256, shape, generator=generator, dtype=torch.uint8, device=batch.device).to(pixels)]
+        return [torch.randint(256, shape, generator=generator, dtype=torch.uint8, device=batch.device)]
 
     def compute(op, images):
         dtype = batch.dtype if op is ops.gather_patches else torch.float64
