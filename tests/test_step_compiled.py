@@ -85,8 +85,15 @@ def test_a_compiler_that_fails_leaves_plain_blocks_and_says_so_once(monkeypatch,
     monkeypatch.setattr(torch, "compile", broken)
     monkeypatch.setattr(options, "blocks_on", lambda blocks, device: "compile")
     caplog.set_level("INFO", logger="ijepa_fast")
-    model, plain = tiny_model(), tiny_model()
-    options.apply(options.StepOptions(), model, device=torch.device("cpu"), precision="fp32")
+    model, plain, predict, seen = tiny_model(), tiny_model(), options.IJEPA.predict, []
+
+    def spied(model, images, *more, **settings):
+        seen.append(len(images))
+        return predict(model, images, *more, **settings)
+
+    monkeypatch.setattr(options.IJEPA, "predict", spied)
+    options.apply(options.StepOptions(), model, device=torch.device("cpu"), precision="fp32", images=5)
+    assert set(seen) == {5}  # a whole micro-batch, by which sums over rows are split
     (warning,) = [record for record in caplog.records if record.levelname == "WARNING" and "ijepa_fast" in record.name]
     assert "FAILED" in warning.message and warning.message.endswith("RuntimeError: gcc: fatal error and more")
     assert all(parameter.grad is None for parameter in model.parameters())
