@@ -342,6 +342,7 @@ def test_sixteen_bit_crops_are_normalised_like_floats():
     assert_close(encoder(crops), encoder((crops.float() / 65535 - mean) / std), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_sources_and_crops_pass_to_spawned_processes(tmp_path):
     """What macOS and Windows start workers with: no module state of the parent, everything pickled."""
     folder_of(tmp_path, *values(4, 16, 16, 5, dtype=np.uint16))
