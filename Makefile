@@ -12,7 +12,7 @@ endif
 export PIP_ARGS
 
 .NOTPARALLEL:
-.PHONY: help setup demo test test-all torch of-torch lint kernels bench ext clean
+.PHONY: help setup demo test test-all torch of-torch lint kernels docs bench ext clean
 
 help:
 	@echo "make demo      train I-JEPA on the embedded images into runs/demo; stopped and made again, it continues"
@@ -20,6 +20,7 @@ help:
 	@echo "make torch     the tests that depend on torch, with another version of it (TORCH=) in an environment of its own"
 	@echo "make lint      ruff: style and format"
 	@echo "make kernels   compile the Triton kernels for sm_90, without a GPU, and judge the machine code"
+	@echo "make docs      docs/ as a site in site/; links and code on the pages are tested"
 	@echo "make bench     the tests, then every op beside its peers"
 	@echo "make ext       the optional C++/CUDA extension, which draws masks faster (needs a C++ compiler)"
 	@echo "make setup     the set-up alone, which every target does by itself"
@@ -55,6 +56,10 @@ lint:
 kernels:
 	@$(in_environment) --extras train,test -- tools/kernel_check.py $(ARGS)
 
+docs:
+	@NO_MKDOCS_2_WARNING=1 $(in_environment) --extras train,test,docs -- -m mkdocs build --strict
+	@$(in_environment) --extras train,test,docs -- -m pytest tests/test_readme.py tests/test_docs_*.py $(ARGS)
+
 bench: test
 	@$(in_environment) --extras train,test -- -m pytest benchmarks --benchmark-only $(ARGS)
 
@@ -62,5 +67,5 @@ ext:
 	@$(in_environment) --extras train,test -- tools/build_extension.py $(ARGS)
 
 clean:
-	rm -rf .venv build ijepa_fast/_block_masks* dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf .venv build site ijepa_fast/_block_masks* dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
 	find ijepa_fast kernels tests benchmarks tools -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true

@@ -118,9 +118,13 @@ EXTRAS = {
     "images": ["tifffile>=2024.8.10", "imagecodecs", "pillow-heif"],
     "huggingface": ["transformers>=4.56", "safetensors>=0.4.3"],
     "lightning": ["lightning>=2.4"],
+    "onnx": ["onnx>=1.17", "onnxscript>=0.5"],
+    "wandb": ["wandb>=0.19"],
+    "mlflow": ["mlflow-skinny>=3"],
     "evaluate": ["scikit-learn>=1.4"],
     "parquet": ["pyarrow>=15"],
     "detection": ["torchvision>=0.25", "faster-coco-eval>=1.6"],
+    "docs": ["mkdocs-material>=9.5", "mkdocstrings[python]>=0.29"],
     "dev": ["ruff>=0.12"],
 }
 # setuptools: a test builds the wheel.

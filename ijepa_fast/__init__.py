@@ -14,6 +14,7 @@ if not Path(__file__).with_name("kernels").is_dir():
     __path__.append(str(Path(__file__).parents[1]))
 
 _MODULE_OF = {
+    "Callback": "run.callbacks",
     "EMA": "optim",
     "FusedAdamW": "optim",
     "IJEPA": "model.jepa",
@@ -26,6 +27,7 @@ _MODULE_OF = {
     "VisionTransformer": "model.vit",
     "cast_weights": "model.vit",
     "parameter_groups": "optim",
+    "pretrain": "train",
     "varlen_attention": "attention",
 }
 __all__ = ["__version__", *_MODULE_OF]

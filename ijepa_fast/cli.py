@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import logging
-import os
 import shlex
 import sys
 from importlib import import_module
@@ -23,6 +22,9 @@ EXTRAS = {
     "shards": "webdataset",
     "huggingface": "transformers",
     "lightning": "lightning",
+    "onnx": "onnx onnxscript",
+    "wandb": "wandb",
+    "mlflow": "mlflow",
     "evaluate": "sklearn",
     "parquet": "pyarrow",
     "detection": "torchvision faster_coco_eval",
@@ -104,56 +106,27 @@ def main(argv: list[str] | None = None) -> int:
 def _pretrain(argv: list[str]) -> int:
     parser = run_parser("pretrain", "Train an encoder with I-JEPA.")
     config, parsed = run_config(parser, argv)
-    if parsed.config is None:
-        config, _ = run_config(parser, [*_unasked(config, argv), *argv])
     import yaml
 
-    from ijepa_fast.config import as_dict
+    from ijepa_fast.config import as_dict, flags, flatten
+    from ijepa_fast.configure import NoRecipe, choose
     from ijepa_fast.train import Stopped, pretrain
 
+    if parsed.config is None:
+        named = {argument[2:].partition("=")[0] for argument in argv if argument.startswith("--")}
+        try:
+            recipe, settings = choose(config, {name: v for name, v in flatten(config).items() if name in named})
+        except NoRecipe as error:
+            raise UsageError(str(error)) from None
+        config, _ = run_config(parser, ["--config", recipe, *shlex.split(flags(settings)), *argv])
     try:
-        summary = pretrain(config, lambda c: yaml.safe_dump(as_dict(c), sort_keys=False))
+        summary = pretrain(config, to_yaml=lambda c: yaml.safe_dump(as_dict(c), sort_keys=False))
     except Stopped as stopped:
         print(stopped, file=sys.stderr)
         return EXIT_STOPPED
     if summary:
         print(_table(summary, config))
     return 0
-
-
-def _unasked(config, argv: list[str]) -> list[str]:
-    """Flags that stand in for a recipe where none is named: the settings of the run to continue or to begin with, or
-    what fits images and device.
-
-    ``config`` has the settings of ``argv``, which win over these.
-    """
-    from ijepa_fast.config import flags, flatten, from_dict, read_recipe, value_text
-    from ijepa_fast.data.datasets import open_sources
-    from ijepa_fast.data.remote import RemoteShards
-    from ijepa_fast.ranks import pick_device
-    from ijepa_fast.run.auto import RECIPE, look_at, own_images, product_rate
-    from ijepa_fast.run.checkpoint import list_steps
-
-    continues = config.resume in ("auto", "require") and list_steps(Path(config.output, "checkpoints"))
-    for folder in [config.output] if continues else [config.init] if config.init else []:
-        if (written := Path(folder, "config.yaml")).exists():
-            # The folder may have been moved, and the run may have begun with --resume overwrite.
-            now = {"output": config.output, "resume": config.resume}
-            return ["--config", str(written), *(f"--{name}={value_text(value)}" for name, value in now.items())]
-    if config.init and not continues:
-        raise UsageError(f"--init {config.init} needs a recipe with networks of the same sizes: --config NAME")
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise UsageError(f"several processes need a recipe: --config NAME, for example --config {RECIPE}")
-    source = open_sources(**config.images).train
-    if isinstance(source, RemoteShards):
-        raise UsageError("images at URLs are not counted, so a recipe is needed: --config NAME")
-    device = pick_device(config.train.device, 0)
-    named = {argument[2:].partition("=")[0] for argument in argv if argument.startswith("--")}
-    given = {name: value for name, value in flatten(config).items() if name in named}
-    settings = own_images(from_dict(read_recipe(RECIPE)), look_at(source), device, product_rate, given)
-    chosen = f"--config {RECIPE} {flags(settings)}"
-    print(f"no --config is given; for these images on this machine: {chosen}", file=sys.stderr)
-    return shlex.split(chosen)
 
 
 def _table(summary: dict, config) -> str:

@@ -121,6 +121,8 @@ def _driver_version() -> str | None:
 def _why_no_gpu(torch) -> str | None:
     if torch.cuda.is_available():
         return None
+    if torch.backends.mps.is_available():
+        return "none that is used: nothing here has run on Apple's GPUs (mps) yet"
     driver = _driver_version()
     if torch.version.cuda is None:
         hint = f", although there is an NVIDIA driver {driver}: install a CUDA build of torch" if driver else ""

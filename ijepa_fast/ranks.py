@@ -65,7 +65,10 @@ _HOST_GROUP: dict[str, dist.ProcessGroup | None] = {}
 
 
 def pick_device(name: str, local_rank: int) -> torch.device:
-    """ "auto", "cpu" or "cuda" -> device of this process. Raises ValueError for a GPU that is not there."""
+    """ "auto", "cpu" or "cuda" -> device of this process. Raises ValueError for others and a GPU that is not there."""
+    if name not in ("auto", "cpu", "cuda"):
+        apple = "; nothing here has run on Apple's GPUs yet, take cpu" if name == "mps" else ""
+        raise ValueError(f"train.device must be auto, cpu or cuda, got {name!r}{apple}")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cpu":

@@ -6,8 +6,8 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -15,6 +15,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from ijepa_fast.config import RunConfig, as_dict
+from ijepa_fast.configure import configure, refuse_in_workers
 from ijepa_fast.data import DevicePrefetcher, LoaderError, Source, StopRequested
 from ijepa_fast.data.datasets import Sources, open_sources, train_loader
 from ijepa_fast.data.survey import announce, measured
@@ -41,11 +42,13 @@ from ijepa_fast.run.build import (
     tell_what_starts,
     use_deterministic,
 )
+from ijepa_fast.run.callbacks import Callback, Callbacks
 from ijepa_fast.run.checkpoint import Checkpoint
 from ijepa_fast.run.environment import describe
 from ijepa_fast.run.files import write_json, write_text
 from ijepa_fast.run.lengthening import length_before, refuse_shortening, tell_of_stretching
-from ijepa_fast.run.log import ESTIMATED_BY, RunLog, heard
+from ijepa_fast.run.log import ESTIMATED_BY, RunLog, heard, known
+from ijepa_fast.run.loggers import loggers
 from ijepa_fast.run.meter import Meter
 from ijepa_fast.run.signals import StopFlag
 from ijepa_fast.step.train_step import StepResult, TrainStep
@@ -70,12 +73,23 @@ class NotFinite(RuntimeError):
     """The loss became infinite or NaN."""
 
 
-def pretrain(config: RunConfig, to_yaml: Callable[[RunConfig], str] | None = None) -> dict:
-    """Run ``config``, or continue it from the newest checkpoint of its output folder.
+def pretrain(
+    config: RunConfig | Mapping | Path | str | None = None,
+    callbacks: Sequence[Callback] = (),
+    *,
+    to_yaml: Callable[[RunConfig], str] | None = None,
+    **settings: object,
+) -> dict:
+    """Train an encoder, or continue the run from the newest checkpoint of its output folder.
+
+    ``pretrain(data="PATH", output="runs/mine")`` chooses what fits the images and the machine.
 
     Args:
-        config: everything about the run.
+        config: a configuration, its settings as nested dicts, a YAML file, or the name of a recipe; without it, the
+            settings of the run in the output folder, or those that fit the images.
+        callbacks: called as ``run.callbacks.Callback`` says.
         to_yaml: how config.yaml is written; JSON (which is YAML too) without it.
+        settings: any settings by their names, ``**{"train.steps": 500}``; they win over those in ``config``.
 
     Returns:
         What ``summary.json`` holds: steps, seconds (of all starts together), loss of the last log interval, bad files,
@@ -90,14 +104,27 @@ def pretrain(config: RunConfig, to_yaml: Callable[[RunConfig], str] | None = Non
         KeyboardInterrupt: by a second Ctrl-C, or by one before the first step or after the last.
         NotFinite: the loss was not finite; the checkpoints on disk are from before.
     """
-    with heard(), ranks(config.train.device) as me:
+    refuse_in_workers()
+    Callbacks(callbacks)  # checked before anything is done
+    with heard(), ExitStack() as open_:
+        config = configure(config, settings)
+        me = open_.enter_context(ranks(config.train.device))
         # Hosts may differ: the first rank's choice is everybody's.
         run = setup(me.from_main(_with_precision(config, me) if me.is_main else None), me)
-        with run_folder.locked(run.folder) if me.is_main else nullcontext():
-            begin(run, to_yaml or (lambda config: json.dumps(as_dict(config), indent=2)))
-            train(run)
-            summary = finish(run) if me.is_main else {}
-            me.barrier()
+        if me.is_main:
+            open_.enter_context(run_folder.locked(run.folder))
+        begin(run, to_yaml or (lambda config: json.dumps(as_dict(config), indent=2)))
+        if me.is_main:
+            run_log = RunLog(run.folder, run.total_steps, run.done, run.folder.name)
+            run.records = run_log.records
+            run.loss = run.records[-1].get("loss") if run.records else None
+            others = [*loggers(run.config.log), *callbacks] if run.done < run.total_steps else []
+            run.callbacks = Callbacks([run_log, *others])
+            open_.callback(run.callbacks.call, "close")
+            run.callbacks.call("on_start", run)
+        train(run)
+        summary = finish(run) if me.is_main else {}
+        me.barrier()
         return summary
 
 
@@ -108,6 +135,8 @@ class Run:
     Attributes:
         stop: whether a signal asked to stop.
         step: training step; made by ``begin``.
+        callbacks: none on ranks but the first.
+        records: metrics of all log intervals, of earlier starts too.
         knn: None without labels.
         done: steps done.
         saved: ``done`` at the newest checkpoint, -1 without one.
@@ -131,6 +160,8 @@ class Run:
     meter: Meter
     best: Best
     step: TrainStep | None = None
+    callbacks: Callbacks = field(default_factory=Callbacks)
+    records: list[dict] = field(default_factory=list)
     done: int = 0
     saved: int = -1
     loss: float | None = None
@@ -292,12 +323,7 @@ def _continue(run: Run, state: Checkpoint) -> None:
 def train(run: Run) -> None:
     """Do the steps that are left."""
     config, me, stop = run.config, run.me, run.stop
-    with ExitStack() as open_:
-        run_log = RunLog(run.folder, run.total_steps, run.done, run.folder.name) if me.is_main else None
-        if run_log is not None:
-            open_.callback(run_log.close)
-            run.loss = run_log.records[-1].get("loss") if run_log.records else None
-        open_.enter_context(stop)
+    with stop:
         batches = iter(DevicePrefetcher(run.loader, me.device))
         first = run.done
         for step in range(first, run.total_steps):
@@ -318,12 +344,15 @@ def train(run: Run) -> None:
                 _watch(run, result, batch)
             if step - first in (0, ESTIMATED_BY):
                 result.losses.total.item()  # the device is done with the step now, and has not only been asked for it
-            if run_log is not None:
-                run_log.advance()
-            if run.done % config.train.log_every == 0 or run.done == run.total_steps:
-                _write_metrics(run, run_log)
-            if run.done % config.train.save_every == 0 or run.done == run.total_steps:
+            run.callbacks.call("on_step", run, result)
+            end = run.done == run.total_steps
+            if run.done % config.train.log_every == 0 or end:
+                # A callback may end the run, on all ranks together.
+                end |= me.from_main(_write_metrics(run))
+            if run.done % config.train.save_every == 0 or end:
                 save(run)
+            if end:
+                break
 
 
 def _next_batch(run: Run, batches: Iterator) -> tuple:
@@ -356,13 +385,16 @@ def _watch(run: Run, result: StepResult, batch) -> None:
         run.knn.push(result.pooled, batch.labels, batch.indices)
 
 
-def _write_metrics(run: Run, run_log: RunLog | None) -> None:
-    """Every rank must come here, because means are taken over all of them."""
+def _write_metrics(run: Run) -> bool:
+    """Tell the callbacks of a log interval; whether one of them ends the run.
+
+    Every rank must come here, because means are taken over all of them.
+    """
     _raise_if_bad(run.step)
     run.bad_files |= run.me.union(run.loader.bad)
     metrics = {"step": run.done, "epoch": run.done / run.loader.steps_per_epoch, **run.meter.read()}
-    if run_log is None:
-        return
+    if not run.me.is_main:
+        return False
     metrics |= {
         "lr": run.schedules.lr_at(run.done - 1),
         "weight_decay": run.schedules.weight_decay_at(run.done - 1),
@@ -373,9 +405,9 @@ def _write_metrics(run: Run, run_log: RunLog | None) -> None:
         "knn": run.knn.accuracy() if run.knn is not None else None,
         "bad_files": len(run.bad_files),
     }
-    run_log.write(metrics)
     run.loss = metrics["loss"]
     run.best.see(metrics)
+    return run.callbacks.call("on_log", run, known(metrics))
 
 
 def save(run: Run) -> None:
@@ -397,15 +429,18 @@ def save(run: Run) -> None:
         "scores": run.best.scores,
         "best": run.best.so_far,
     }
-    checkpoints.save(run.folder / "checkpoints", Checkpoint(run.done, tensors, extra), run.config.train.keep, best)
+    path = checkpoints.save(
+        run.folder / "checkpoints", Checkpoint(run.done, tensors, extra), run.config.train.keep, best
+    )
+    run.callbacks.call("on_save", run, path)
 
 
 def finish(run: Run) -> dict:
     """Evaluate and draw what was trained; the summary."""
     config, path, before = run.config, run.folder / "summary.json", run.folder / "before.json"
-    if path.exists() and (summary := json.loads(path.read_text())).get("steps") == run.total_steps:
+    if path.exists() and (summary := json.loads(path.read_text())).get("steps") == run.done:
         return summary
-    summary = {"steps": run.total_steps, "bad_files": run.bad_files, "loss": run.loss, "best": run.best.so_far}
+    summary = {"steps": run.done, "bad_files": run.bad_files, "loss": run.loss, "best": run.best.so_far}
     if before.exists():
         log.info("evaluating the trained encoder %s", evaluated_on(run.sources, config))
         figures = json.loads(before.read_text())
@@ -416,6 +451,7 @@ def finish(run: Run) -> dict:
     if config.evaluation.pictures:
         draw_run(config, run.model.target_encoder, run.sources, run.folder)
     write_json(path, summary)
+    run.callbacks.call("on_end", run, summary)
     return summary
 
 

@@ -104,7 +104,7 @@ def test_no_results_are_no_figures():
     page = sections.results_page({})
     assert page.count("not measured yet") == 5 and "not run yet" in page
     assert not re.search(r"\d", re.sub(r"Wanted.*|\|.*|L2", "", page))
-    assert "have not been timed on a GPU yet" in sections.readme({})
+    assert "have not been timed on a GPU yet" in sections.speed({})
     page = sections.precision({})
     assert "not measured yet" in page and "precision.png" not in page
 
@@ -130,7 +130,7 @@ def test_a_gpu_run_is_shown(check):
         "Largest over smallest: 8.0% more.",
     ):
         assert words in page
-    assert "700.0" in sections.readme({"gpu_check": [check]})
+    assert "700.0" in sections.speed({"gpu_check": [check]})
 
 
 @pytest.mark.parametrize("tests", [{"passed": 119, "failed": ["test_x.py: test_y"]}, {"passed": 0, "failed": []}, None])

@@ -178,7 +178,13 @@ def test_extras_are_those_of_the_package():
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "EXTRAS"
     )
     # transformers needs safetensors too; whoever lacks it alone lacks it for training.
-    imported_as = {"pillow": "PIL", "pyyaml": "yaml", "scikit-learn": "sklearn", "faster-coco-eval": "faster_coco_eval"}
+    imported_as = {
+        "pillow": "PIL",
+        "pyyaml": "yaml",
+        "scikit-learn": "sklearn",
+        "faster-coco-eval": "faster_coco_eval",
+        "mlflow-skinny": "mlflow",
+    }
     for extra, packages in cli.EXTRAS.items():
         names = {re.match(r"[\w-]+", requirement)[0] for requirement in extras[extra]}
         assert {imported_as.get(name, name) for name in names} - {"safetensors"} <= set(packages.split()), extra
@@ -187,7 +193,7 @@ def test_extras_are_those_of_the_package():
 def test_ctrl_c_is_one_line(monkeypatch, capsys, data):
     from ijepa_fast import train
 
-    def interrupted(*_):
+    def interrupted(*_, **__):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(train, "pretrain", interrupted)

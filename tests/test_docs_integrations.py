@@ -2,11 +2,13 @@
 
 import re
 from dataclasses import fields
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 import torch
 
+from ijepa_fast.config import from_dict, read_recipe, recipes
 from ijepa_fast.jepa_model.config import JEPAConfig
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -21,6 +23,7 @@ def page(name: str) -> str:
     ("name", "blocks"),
     [
         pytest.param("jepa_model", 6, marks=pytest.mark.slow),  # compiles
+        pytest.param("callbacks", 1, marks=pytest.mark.slow),  # trains, evaluates and draws
         ("huggingface", 3),
         ("lightning", 2),
         ("pieces", 1),
@@ -37,14 +40,31 @@ def test_the_python_of_a_page_runs(name, blocks, tmp_path, monkeypatch):
 @pytest.mark.parametrize("path", sorted((ROOT / "docs").glob("*.md")), ids=lambda path: path.stem)
 def test_links_lead_to_files(path):
     links = re.findall(r"\]\((?!https?://)([^)#]+)", path.read_text())
-    assert links
+    assert links or path.stem in ("api", "callbacks")
     for link in links:
         assert (path.parent / link).exists(), link
 
 
-def test_the_index_names_every_page():
-    named = set(re.findall(r"\]\((\w+\.md)\)", page("README")))
-    assert named | {"README.md"} == {path.name for path in (ROOT / "docs").glob("*.md")}
+def test_index_and_site_name_every_page():
+    pages = {path.name for path in (ROOT / "docs").glob("*.md")}
+    assert set(re.findall(r"\]\((\w+\.md)\)", page("README"))) | {"README.md"} == pages
+    nav = (ROOT / "mkdocs.yml").read_text().split("\nnav:")[1]
+    assert sorted(re.findall(r"\w+\.md", nav)) == sorted(pages)
+
+
+def test_the_page_of_recipes_names_them_and_its_own_one_loads(tmp_path):
+    named = set(re.findall(r"`(?:--config )?(\w+)`", page("recipes")))
+    assert {name for name in recipes() if "/" not in name and not name.endswith("_exact")} - named == {"own_images"}
+    (mine,) = re.findall(r"^```yaml\n(.*?)^```$", page("recipes"), re.MULTILINE | re.DOTALL)
+    (tmp_path / "mine.yaml").write_text(mine)
+    config = from_dict(read_recipe(str(tmp_path / "mine.yaml")))
+    assert config.model.patch_size == 16 and config.model.img_size == 96
+
+
+def test_the_reference_names_what_is_there():
+    for name in re.findall(r"^::: ([\w.]+)$", page("api"), re.MULTILINE):
+        module, _, attribute = name.rpartition(".")
+        assert hasattr(import_module(module), attribute), name
 
 
 def test_the_table_of_keys_is_complete():

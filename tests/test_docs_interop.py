@@ -1,5 +1,6 @@
-"""The commands and the Python of docs/official.md and docs/weights.md, as they stand there."""
+"""The commands and the Python of docs/official.md, docs/weights.md and docs/classifier.md, as they stand there."""
 
+import importlib.util
 import re
 import shlex
 from pathlib import Path
@@ -35,7 +36,10 @@ def workplace(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_weights_page(workplace, capsys):
     commands = [line for block in blocks("weights.md", "") for line in block.splitlines()]
-    assert len(commands) == 8
+    commands = [line for line in commands if "--push" not in line and not line.startswith("hf ")]
+    assert len(commands) == 11
+    if importlib.util.find_spec("onnxscript") is None:
+        commands = [line for line in commands if "--to onnx" not in line]
     small = {  # what the page leaves out because the sizes of the paper and a run with metrics do not need it
         "--to official": " --steps_per_epoch 2",
         "import ": " --num_heads 2 --masks.min_keep 1 --train.device cpu --train.precision fp32",
@@ -53,6 +57,33 @@ def test_weights_page(workplace, capsys):
         exec(compile(block, "docs/weights.md", "exec"), names)
     assert names["about"]["encoder"] == "context" and names["larger"].grid == (12, 12)
     assert (workplace / "runs" / "continued" / "summary.json").exists()
+
+
+@pytest.mark.slow
+def test_classifier_page(workplace, capsys):
+    commands = [line for block in blocks("classifier.md", "") for line in block.splitlines()]
+    assert len(commands) == 9
+    small = {
+        "pretrain": " --config imagenette --model.img_size 24 --model.patch_size 4 --model.embed_dim 16 --model.depth 2"
+        " --model.num_heads 2 --model.predictor_embed_dim 8 --masks.min_keep 1 --optim.warmup_epochs 0.1"
+        " --train.steps 2 --train.batch_size 8 --train.device cpu --loader.workers 0 --resume overwrite",
+        "evaluate": " --workers 0 --device cpu",
+        "features": " --workers 0 --device cpu",
+        "finetune": " --epochs 1 --warmup_epochs 0 --workers 0 --device cpu",
+        "report": " --device cpu",
+    }
+    for command in commands:
+        command = command.replace("LABELLED", "PATH").replace("NEW", "PATH/test")
+        program, *arguments = shlex.split(command + small.get(command.split()[1], ""))
+        if "onnx" in arguments and importlib.util.find_spec("onnxscript") is None:
+            continue
+        assert program == "ijepa-fast"
+        assert cli.main(arguments) == 0, (command, capsys.readouterr().err)
+    capsys.readouterr()
+    (block,) = blocks("classifier.md", "python")
+    exec(compile(block, "docs/classifier.md", "exec"), {})
+    answers = capsys.readouterr().out.split("\n")[:-1]
+    assert len(answers) == 10 and all(answer.endswith((" ant", " bee")) for answer in answers)
 
 
 def test_official_page():

@@ -1,6 +1,7 @@
 """Every script of examples/ runs, at tiny size, and does what it says."""
 
 import importlib.util
+import json
 import re
 import runpy
 import sys
@@ -79,6 +80,34 @@ def test_official_trainer(run):
 def test_pieces(run):
     printed = run("pieces.py", "--steps", 21)
     assert losses(printed)[-1] < losses(printed)[0]
+
+
+@pytest.mark.slow
+def test_the_notebook_from_the_first_cell_to_the_last(monkeypatch, tmp_path, capsys):
+    """The code of its cells, in their order, with few images and steps in place of those that its second cell names."""
+    monkeypatch.chdir(tmp_path)
+    cells = json.loads((EXAMPLES / "own_images.ipynb").read_text())["cells"]
+    assert all(cell.get("outputs", []) == [] for cell in cells)
+    code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    small = {
+        "model.embed_dim": 16,
+        "model.depth": 1,
+        "model.num_heads": 2,
+        "model.predictor_embed_dim": 8,
+        "model.predictor_depth": 1,
+        "train.steps": 4,
+        "train.batch_size": 8,
+        "evaluation.images": (20, 20),
+    }
+    names = {}
+    for number, block in enumerate(code):
+        exec(compile(block.replace("(split, 1000)", "(split, 24)"), f"cell {number}", "exec"), names)
+        if number == 0:
+            names["SETTINGS"] |= small
+    printed = capsys.readouterr().out
+    assert names["summary"]["steps"] == 4 and names["step"] == 4
+    assert "pixels " in printed and "before " in printed and "after " in printed
+    assert (tmp_path / "neighbours.png").exists() and (tmp_path / "runs" / "notebook" / "pca.png").exists()
 
 
 def test_no_script_is_left_out():

@@ -34,7 +34,8 @@ STANDS_ON = {
     "data": "philox ranks side_stream",
     "plots": "evaluate",
     "evaluate": "config data",
-    "train": "weights plots",
+    "configure": "run data",
+    "train": "weights plots configure",
     "weights": "run",
     "jepa_model": "weights evaluate",
     "interop": "jepa_model command_line",
@@ -68,8 +69,8 @@ INSIDE_FUNCTIONS = {
     "doctor": "triton",
     "config": "yaml",
     "command_line": "jsonargparse yaml",
-    "interop": "yaml",
-    "run": "yaml",
+    "interop": "yaml huggingface_hub onnxscript",
+    "run": "yaml PIL wandb mlflow",
 }
 
 

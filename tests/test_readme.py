@@ -4,6 +4,7 @@ import json
 import re
 from pathlib import Path
 
+import ijepa_fast
 from benchmarks.ablations import variants
 from ijepa_fast.config import from_dict, read_recipe
 
@@ -28,3 +29,22 @@ def test_links_lead_to_files():
     assert len(links) > 10
     for link in links:
         assert (ROOT / link).exists(), link
+
+
+def test_one_screen_first_and_no_more_than_120_lines():
+    assert len(README.splitlines()) <= 120
+    screen = README.split("| what you use today |")[0]
+    assert len(screen.splitlines()) <= 65 and "docs/images/" in screen
+    for words in ("not ", "n't", "only", "no kernel"):  # what the package does not do stands further down
+        assert words not in re.sub(r"```.*?```", "", screen, flags=re.DOTALL).lower(), words
+
+
+def test_the_python_runs():
+    (block,) = re.findall(r"^```python\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+    names = {}
+    exec(compile(block, "README.md", "exec"), names)
+    assert list(names["features"].shape) == [16, 64, 192]
+
+
+def test_the_citation_is_of_this_version():
+    assert f"version: {ijepa_fast.__version__}\n" in (ROOT / "CITATION.cff").read_text()

@@ -16,7 +16,7 @@ import torch
 
 from ijepa_fast.model.jepa import Losses
 from ijepa_fast.ranks import Ranks
-from ijepa_fast.run.log import RunLog, rate
+from ijepa_fast.run.log import RunLog, known, rate
 from ijepa_fast.run.meter import Meter
 from ijepa_fast.run.signals import StopFlag
 from ijepa_fast.step.train_step import StepResult
@@ -31,31 +31,10 @@ def test_metrics_of_later_steps_are_dropped_and_the_last_is_known(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 1')
     log = RunLog(tmp_path, 20, 8, "run")
     assert log.records[-1] == lines[1]
-    log.write({"step": 12, "loss": float("nan"), "images_per_second": 0.02, "knn": None})
+    log.on_log(None, known({"step": 12, "loss": float("nan"), "images_per_second": 0.02, "knn": None}))
     log.close()
     kept = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert kept == [*lines[:2], {"step": 12, "images_per_second": 0.02}]
-
-
-def test_tensorboard_keeps_the_point_at_the_resume_step(tmp_path):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    for start, steps in ((0, (4, 8, 12)), (8, (12, 16))):
-        log = RunLog(tmp_path, 16, start, "run")
-        for step in steps:
-            log.write({"step": step, "loss": float(step + start)})
-        log.close()
-    events = EventAccumulator(str(tmp_path / "tensorboard"))
-    events.Reload()
-    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(4, 4), (8, 8), (12, 20), (16, 24)]
-
-
-def test_a_tensorboard_that_cannot_be_imported_ends_nothing(tmp_path, monkeypatch, caplog):
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    log = RunLog(tmp_path, 4, 0, "run")
-    log.write({"step": 4, "loss": 1.0})
-    log.close()
-    assert "TensorBoard files are left out" in caplog.text and (tmp_path / "metrics.jsonl").read_text()
 
 
 BAR = """
@@ -65,7 +44,7 @@ if sys.argv[2] == "command":
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
 with heard():
     log = RunLog(pathlib.Path(sys.argv[1]), 100, 0, "run")
-    log.advance()
+    log.on_step()
     logging.getLogger("ijepa_fast.any").info("attention with heads of width 7 takes sdpa")
     time.sleep(2.5)
     log.close()

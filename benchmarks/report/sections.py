@@ -1,4 +1,4 @@
-"""The sections of the results, and what README and the documentation show of them."""
+"""The sections of the results, and what the documentation shows of them."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ def results_page(reports: Reports) -> str:
                                 for part in section(reports))]) + "\n"  # fmt: skip
 
 
-def readme(reports: Reports) -> str:
+def speed(reports: Reports) -> str:
     """Whole steps on a GPU where they were measured, and masks."""
     on_gpu = [report for report in of_kind(reports, "step") if report["machine"]["device"] == "cuda"]
     steps_there = "Kernels and whole training steps have not been timed on a GPU yet."
     if on_gpu:
         steps_there = f"On {on(on_gpu[0]['machine'])}:\n\n{step_table(on_gpu)}"
-    more = "More in [benchmarks/RESULTS.md](benchmarks/RESULTS.md); `ijepa-fast bench` measures your machine."
-    return "\n\n".join([steps_there, mask_rates(reports, "benchmarks/results"), more])
+    more = "More in [RESULTS.md](../benchmarks/RESULTS.md); `ijepa-fast bench` measures your machine."
+    return "\n\n".join([steps_there, mask_rates(reports, "../benchmarks/results"), more])
 
 
 def demo(reports: Reports) -> str:

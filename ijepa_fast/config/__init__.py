@@ -5,6 +5,7 @@ from ijepa_fast.config.former import present, present_flags, present_sections
 from ijepa_fast.config.limits import LIMITS
 from ijepa_fast.config.sections import (
     CHANGEABLE,
+    LOGGERS,
     EvaluationConfig,
     LoaderConfig,
     RunConfig,
@@ -23,6 +24,7 @@ from ijepa_fast.step.options import StepOptions
 __all__ = [
     "CHANGEABLE",
     "LIMITS",
+    "LOGGERS",
     "EvaluationConfig",
     "LoaderConfig",
     "MaskConfig",

@@ -120,6 +120,9 @@ class EvaluationConfig:
         return self.results in ("all", "pictures")
 
 
+LOGGERS = ("tensorboard", "csv", "wandb", "mlflow")
+
+
 @dataclass(frozen=True)
 class RunConfig:
     """One pretraining run.
@@ -134,6 +137,8 @@ class RunConfig:
             overwrite removes it, but no file that no run writes; require refuses a folder that holds none.
         init: weights that a new run begins with: another run or one of its checkpoints, an encoder of export, or a file
             of the official code, timm or transformers. They must have the sizes in model.
+        log: where metrics go beside metrics.jsonl: tensorboard, csv, wandb, mlflow, or several with commas between;
+            none for nowhere.
         model: encoder and predictor.
         masks: context and target blocks.
         objective: the loss.
@@ -149,6 +154,7 @@ class RunConfig:
     seed: int = common(0)
     resume: Literal["auto", "never", "overwrite", "require"] = common("auto")
     init: str | None = common(None)
+    log: tuple[str, ...] | str = common("tensorboard")
     model: ModelConfig = field(default_factory=ModelConfig)
     masks: MaskConfig = field(default_factory=MaskConfig)
     objective: Objective = field(default_factory=Objective)
@@ -159,6 +165,12 @@ class RunConfig:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
     def __post_init__(self) -> None:
+        names = self.log.split(",") if isinstance(self.log, str) else self.log
+        names = tuple(name for name in map(str.strip, names) if name not in ("", "none"))
+        object.__setattr__(self, "log", names)
+        for name in names:
+            if name not in LOGGERS:
+                raise ValueError(f"log must name some of {', '.join(LOGGERS)}, or none; got {name!r}")
         train = self.train
         self.step.check(precision=train.precision, accumulate=train.accumulate, device=train.device)
         self.objective.check_masks(self.masks.per_image)
@@ -186,6 +198,7 @@ CHANGEABLE = {
     "data",
     "output",
     "resume",
+    "log",
     "loader.workers",
     "loader.max_bad_share",
     "train.accumulate",

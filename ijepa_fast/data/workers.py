@@ -164,7 +164,10 @@ def _ending(exit_code: int) -> str:
         return f"was ended by SIGBUS, as happens when {SHARED_MEMORY} is full{_shared_memory_remedy()}"
     if exit_code < 0:
         return f"was ended by {signal.Signals(-exit_code).name}"
-    return f"ended with exit code {exit_code}"
+    guard = ""
+    if exit_code == 1 and multiprocessing.get_start_method() != "fork":
+        guard = '; a program that trains with workers must begin below `if __name__ == "__main__":`'
+    return f"ended with exit code {exit_code}{guard}"
 
 
 def _shared_memory_remedy() -> str:

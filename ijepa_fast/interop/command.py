@@ -12,17 +12,36 @@ def export_command(argv: list[str]) -> int:
     """``ijepa-fast export``."""
     parser = make_parser("export", "Write a checkpoint in the format of another library, or an encoder by itself.")
     add_checkpoint(parser)
-    formats = ("huggingface", "timm", "official", "safetensors")
+    formats = ("huggingface", "timm", "onnx", "torch", "official", "safetensors")
     parser.add_argument("--to", choices=formats, required=True, help="Whose format.")
     parser.add_argument("--encoder", choices=("target", "context"), default="target", help="Official files hold both.")
     parser.add_argument("--out", type=Path, required=True, help="File to write; a folder for huggingface.")
     steps_help = "For the official format, which counts epochs; by default from the metrics of the run."
     parser.add_argument("--steps_per_epoch", type=int | None, default=None, help=steps_help)
+    size_help = "Height and width of the images, for onnx and torch; those of the training by default."
+    parser.add_argument("--image_size", type=tuple[int, int] | int | None, default=None, help=size_help)
+    batch_help = "Images of every call, for onnx and torch; any number by default."
+    parser.add_argument("--batch", type=int | None, default=None, help=batch_help)
+    license_help = "For the model card of huggingface, such as apache-2.0 or cc-by-4.0."
+    parser.add_argument("--license", type=str, default="unknown", help=license_help)
+    push_help = "Repository of the Hugging Face Hub to upload to, for huggingface; a new one is private."
+    parser.add_argument("--push", type=str | None, metavar="NAME/MODEL", default=None, help=push_help)
     parsed = parse(parser, argv)
     from ijepa_fast.interop.export import export
     from ijepa_fast.run.checkpoint import find
 
-    print(export(find(parsed.run, parsed.checkpoint), parsed.to, parsed.out, parsed.encoder, parsed.steps_per_epoch))
+    said = export(
+        find(parsed.run, parsed.checkpoint),
+        parsed.to,
+        parsed.out,
+        parsed.encoder,
+        parsed.steps_per_epoch,
+        image_size=(parsed.image_size,) * 2 if isinstance(parsed.image_size, int) else parsed.image_size,
+        batch=parsed.batch,
+        license=parsed.license,
+        push=parsed.push,
+    )
+    print(said)
     return 0
 
 

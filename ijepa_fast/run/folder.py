@@ -20,6 +20,10 @@ log = logging.getLogger(__name__)
 RECORDS = ("environment.json", "before.json", "metrics.jsonl", "summary.json", "config.yaml")
 """What a run tells of itself."""
 
+PICTURES = ("masks.png", "curves.png", "pca.png")
+LOGGED_RUNS = "logged_runs.json"
+"""The names under which wandb and mlflow know the run."""
+
 RUN_FILES = (
     "checkpoints/step_*.safetensors",
     "checkpoints/step_*.partial",
@@ -27,9 +31,9 @@ RUN_FILES = (
     "checkpoints/best.safetensors",
     "checkpoints/best.safetensors.partial",
     "tensorboard/events.out.tfevents.*",
-    "curves.png",
-    "masks.png",
-    "pca.png",
+    "metrics.csv",
+    LOGGED_RUNS,
+    *PICTURES,
     *(f"{name}.partial" for name in RECORDS),
     # Last, and config.yaml at their end: a removal that is interrupted leaves what is still known to be a run.
     *RECORDS,

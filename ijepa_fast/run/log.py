@@ -1,4 +1,4 @@
-"""What a run leaves to read: metrics.jsonl, TensorBoard events, a progress bar, lines of log."""
+"""What every run leaves to read: metrics.jsonl, a progress bar, lines of log."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-from tqdm import tqdm
+from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from ijepa_fast.run.callbacks import Callback
 from ijepa_fast.run.diagnosis import NORMAL, diagnose
 from ijepa_fast.run.files import write_text
 
@@ -26,14 +28,14 @@ SHOWN = {"loss": "loss {:.4f}", "images_per_second": "{} img/s", "rank": "rank {
 """What people are shown of the metrics, and how."""
 
 
-class RunLog:
+class RunLog(Callback):
     """Metrics of a run, one dict per log interval.
 
-    On a terminal a progress bar shows loss, images/s, feature rank and damaged files, and log lines appear above it;
-    elsewhere each interval is a log line.
+    On a terminal and in a notebook a progress bar shows loss, images/s, feature rank and damaged files, and log lines
+    appear above it; elsewhere each interval is a log line.
 
     Args:
-        folder: of the run; gets ``metrics.jsonl`` and, where TensorBoard can be imported, ``tensorboard/``.
+        folder: of the run; gets ``metrics.jsonl``.
         total_steps: length of the bar.
         start_step: where a resumed run continues; metrics of later steps, from before it was stopped, are dropped.
         description: left of the bar.
@@ -49,7 +51,7 @@ class RunLog:
         self._start, self._steps, self._since = start_step, 0, 0.0
         self._open = contextlib.ExitStack()
         self._file = self._open.enter_context(path.open("a", encoding="utf-8"))
-        self._events = _events(folder / "tensorboard", start_step)
+        terminal, notebook = sys.stderr.isatty(), in_notebook()
         self._bar = self._open.enter_context(
             tqdm(
                 total=total_steps,
@@ -58,16 +60,17 @@ class RunLog:
                 unit="step",
                 dynamic_ncols=True,
                 miniters=1,
-                disable=not sys.stderr.isatty(),
+                disable=not (terminal or notebook),
             )
         )
         if not self._bar.disable:
             # Each logger gets a handler that writes above the bar: where there is none, lines would appear twice.
             loggers = (logging.root, logging.getLogger("ijepa_fast"))
             self._open.enter_context(logging_redirect_tqdm([logger for logger in loggers if logger.handlers]))
-            self._open.enter_context(_ticking(self._bar))
+            if not notebook:  # whose bar is drawn by the browser
+                self._open.enter_context(_ticking(self._bar))
 
-    def advance(self) -> None:
+    def on_step(self, run: Any = None, result: Any = None) -> None:
         """Count a step; some steps after the first, say how long the others will take."""
         self._bar.update()
         self._steps += 1
@@ -78,16 +81,11 @@ class RunLog:
             seconds = (time.monotonic() - self._since) / ESTIMATED_BY
             log.info("about %s to go: %d steps of %.2g s, by the first ones", duration(left * seconds), left, seconds)
 
-    def write(self, metrics: dict[str, float | int | None]) -> None:
-        """Record one interval. ``metrics["step"]`` counts the steps done; None and NaN values are left out."""
-        metrics = {k: v for k, v in metrics.items() if v is not None and not (isinstance(v, float) and math.isnan(v))}
+    def on_log(self, run: Any, metrics: dict[str, float | int]) -> None:
+        """Record one interval. ``metrics["step"]`` counts the steps done."""
         self.records.append(metrics)
         self._file.write(json.dumps(metrics) + "\n")
         self._file.flush()
-        if self._events is not None:
-            for name, value in metrics.items():
-                if name != "step":
-                    self._events.add_scalar(name, value, metrics["step"])
         values = metrics | {"images_per_second": rate(metrics.get("images_per_second", 0.0))}
         shown = [text.format(values[name]) for name, text in SHOWN.items() if name in metrics]
         if bad := metrics.get("bad_files"):
@@ -99,11 +97,11 @@ class RunLog:
             if kind not in self._said:
                 self._said.add(kind)
                 log.log(logging.INFO if kind == NORMAL else logging.WARNING, "%s", sentence)
+        if metrics["step"] == self._bar.total:
+            self.close()  # the bar does not stand below what comes after the last step
 
     def close(self) -> None:
         self._open.close()
-        if self._events is not None:
-            self._events.close()
 
 
 def duration(seconds: float) -> str:
@@ -118,15 +116,15 @@ def rate(value: float) -> str:
     return f"{value:.0f}" if value >= 10 else f"{value:.2g}"
 
 
-def _events(folder: Path, start_step: int):
-    """A writer of TensorBoard events, or None where it cannot be imported."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except Exception as error:  # of any kind: versions of its dependencies that do not fit end in any
-        log.warning("TensorBoard files are left out, its import fails: %s: %s", type(error).__name__, error)
-        return None
-    # Events of the resume step itself were written before the run stopped.
-    return SummaryWriter(str(folder), purge_step=start_step + 1 if start_step else None)
+def known(metrics: dict[str, float | int | None]) -> dict[str, float | int]:
+    """Metrics without those that are None or NaN."""
+    return {k: v for k, v in metrics.items() if v is not None and not (isinstance(v, float) and math.isnan(v))}
+
+
+def in_notebook() -> bool:
+    """Whether the program is a cell of a notebook."""
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    return "IPKernelApp" in getattr(shell, "config", ())
 
 
 @contextlib.contextmanager
