@@ -21,7 +21,8 @@ from ijepa_fast.downstream.command import evaluate
 from ijepa_fast.downstream.embed import nearest
 from ijepa_fast.downstream.encoders import digest, load_any, untrained
 from ijepa_fast.downstream.results import table
-from ijepa_fast.downstream.tasks import Options, named_tasks
+from ijepa_fast.downstream.subject import Options, Subject
+from ijepa_fast.downstream.tasks import named_tasks
 from ijepa_fast.evaluate import linear_probe
 from ijepa_fast.interop.huggingface import to_huggingface
 from ijepa_fast.jepa_model import JEPAModel
@@ -77,45 +78,54 @@ def test_tasks_beat_chance_and_the_untrained_encoder_once(scenes, weights, tmp_p
     assert set(evaluate(other, "knn", str(scenes), options=QUICK, out=tmp_path, device="cpu")["tasks"]) == {"knn"}
 
 
-def extracted(folder, source, function=None, encoder=None):
-    encoder = encoder or trained_encoder()
-    function = function or (lambda images: encoder(images).mean(1))
-    return store.extract(folder, source, function, encoder, image_size=SIDE, resize_ratio=1.0, key={"of": 1})
+@torch.no_grad()
+def averages(images):
+    return trained_encoder()(images).mean(1)
+
+
+def extracted(folder, source, function=averages):
+    options = {"image_size": SIDE, "resize_ratio": 1.0, "key": {"of": 1}}
+    return store.extract(folder, source, function, torch.device("cpu"), **options)
 
 
 def test_features_are_those_of_the_encoder_to_the_bit(scenes, tmp_path):
-    source, encoder = ImageFolder(scenes / "train"), trained_encoder()
+    source = ImageFolder(scenes / "train")
     features = extracted(tmp_path, source)
     images = torch.stack([torch.from_numpy(np.array(source.open(i))).permute(2, 0, 1) for i in range(len(source))])
-    with torch.no_grad():
-        expected = torch.cat([encoder(some).mean(1) for some in images.split(store.BATCH)])
+    expected = torch.cat([averages(some) for some in images.split(store.BATCH)])
     assert torch.equal(features.values, expected)
     assert features.labels.tolist() == source.labels.tolist() and features.indices.tolist() == list(range(240))
 
 
-def test_features_continue_after_a_stop_and_leave_out_bad_files(scenes, tmp_path):
+def test_features_continue_after_a_stop_and_leave_out_bad_files(tmp_path, monkeypatch):
     root = tmp_path / "images"
-    for number in range(200):
+    for number in range(194):
         (root / "ab"[number % 2]).mkdir(parents=True, exist_ok=True)
         Image.fromarray(scene(number)[0]).save(root / "ab"[number % 2] / f"{number:03d}.png")
-    (root / "b" / "099.png").write_bytes(b"no image")
-    encoder, seen = trained_encoder(), []
-
-    def stopping(images):
-        if len(seen) == 2:
-            raise KeyboardInterrupt
-        seen.append(len(images))
-        return encoder(images).mean(1)
-
+    for bad in ("099", "191", "193"):  # the last two are all that is left after the second stop
+        (root / "b" / f"{bad}.png").write_bytes(b"no image")
     source = ImageFolder(root)
-    with pytest.raises(KeyboardInterrupt):
-        extracted(tmp_path / "stopped", source, stopping)
-    seen.append("the third call goes through")
-    features = extracted(tmp_path / "stopped", source, stopping)
-    assert [count for count in seen if isinstance(count, int)] == [64, 64, 63, 8]
+    stops, seen, opened = [192, 130], [], source.open
+
+    def stopping(index):
+        if stops and index == stops[-1]:
+            stops.pop()
+            raise KeyboardInterrupt
+        return opened(index)
+
+    def noting(images):
+        seen.append(len(images))
+        return averages(images)
+
+    monkeypatch.setattr(source, "open", stopping)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            extracted(tmp_path / "stopped", source, noting)
+    features = extracted(tmp_path / "stopped", source, noting)
+    assert seen == [64, 64, 63]
     whole = extracted(tmp_path / "whole", source)
     assert torch.equal(features.values, whole.values) and torch.equal(features.indices, whole.indices)
-    assert len(features.indices) == 199 and 149 not in features.indices
+    assert len(features.indices) == 191 and 146 not in features.indices
     assert "099.png" in (tmp_path / "stopped" / "bad.txt").read_text()
 
 
@@ -179,14 +189,10 @@ def test_linear_probe_and_lowshot_agree_with_scikit_learn(scenes, weights, tmp_p
 
     options = replace(QUICK, shots="3", draws=1)
     report = evaluate(load_any(weights), "lowshot", str(scenes), options=options, out=tmp_path, device="cpu")
-    sources, encoder = open_classes(str(scenes), None, options), trained_encoder()
-    ratio = load_any(weights).resize_ratio
-    fit, tested = (
-        store.extract(
-            tmp_path / name, source, lambda x: encoder(x).mean(1), encoder, image_size=SIDE, resize_ratio=ratio, key={}
-        )
-        for name, source in zip(("a", "b"), sources, strict=True)
-    )
+    loaded = load_any(weights)
+    sources = open_classes(str(scenes), None, options, {})
+    subject = Subject(loaded.encoder, "w", sources, tmp_path / "own", options, loaded.resize_ratio)
+    fit, tested = subject.features("train"), subject.features("test")
     rows = drawn(fit.labels, "3", 0, 0)
     model = classifier().fit(fit.values[rows].numpy(), fit.labels[rows].numpy())
     expected = model.score(tested.values.numpy(), tested.labels.numpy())

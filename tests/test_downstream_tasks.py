@@ -16,15 +16,15 @@ from test_downstream import beats
 from ijepa_fast import cli
 from ijepa_fast.downstream import dense_data, heads, store
 from ijepa_fast.downstream.command import evaluate
-from ijepa_fast.downstream.dense import confusion, depth_sums, scores
+from ijepa_fast.downstream.dense import confusion, depth_scores, patch_votes, scores
 from ijepa_fast.downstream.dense_data import DenseLoader, Pairs, open_depth, open_masks
 from ijepa_fast.downstream.encoders import Loaded, digest, load_any, untrained
 from ijepa_fast.downstream.finetune import Classifier, Finetuning, finetune, layer_groups
 from ijepa_fast.downstream.heads import Lars
 from ijepa_fast.downstream.pyramid import SimpleFeaturePyramid
 from ijepa_fast.downstream.results import table
-from ijepa_fast.downstream.robustness import STRENGTHS, corrupted
-from ijepa_fast.downstream.tasks import Options
+from ijepa_fast.downstream.robustness import CORRUPTIONS, corrupted
+from ijepa_fast.downstream.subject import Options, Subject
 from ijepa_fast.weights.encoder_file import save_encoder
 
 QUICK = Options(workers=0, epochs=5)
@@ -72,7 +72,28 @@ def test_heads_on_crops_beat_the_untrained_encoder_and_continue_after_a_stop(cla
 def test_the_linear_protocol_beats_the_untrained_encoder(classes, loaded, tmp_path):
     report = judged(loaded, "linear_protocol", classes, tmp_path, replace(QUICK, epochs=20))
     assert beats(report["tasks"]["linear_protocol"], "accuracy"), table(report)
-    assert len(report["tasks"]["linear_protocol"]["trained"]["validation"]) == 6  # three rates, two decays, one block
+    assert (
+        len(report["tasks"]["linear_protocol"]["trained"]["validation"]) == 12
+    )  # batch norm or not, three rates, two decays
+
+
+def test_heads_see_a_large_batch_in_parts(classes, loaded, tmp_path, monkeypatch):
+    """A step of the linear protocol has up to 16,384 images: neither they nor their patch features fit in memory."""
+    seen, reports = [], []
+    pooled = Subject.pooled
+
+    def watched(self, images, blocks=None):
+        seen.append(len(images))
+        return pooled(self, images, blocks)
+
+    monkeypatch.setattr(Subject, "pooled", watched)
+    for at_once in (16, 4):
+        monkeypatch.setattr(heads, "BATCH", at_once)
+        options = replace(QUICK, epochs=1, limit=80)
+        report = judged(loaded, "linear_protocol", classes, tmp_path / str(at_once), options, compare=False)
+        reports.append(report["tasks"]["linear_protocol"]["trained"])
+    assert max(seen) == 16 and max(seen[len(seen) // 2 :]) == 4 and reports[0]["batch"] == reports[1]["batch"] == 16
+    assert reports[1]["validation"] == pytest.approx(reports[0]["validation"], abs=0.13)  # one of eight images
 
 
 def test_lars_scales_steps_of_matrices_to_their_weights():
@@ -91,11 +112,11 @@ def test_robustness_starts_from_the_linear_probe_and_falls_with_strength(classes
     linear, robust = (report["tasks"][name]["trained"] for name in ("linear", "robustness"))
     assert robust["figures"]["clean"] == pytest.approx(linear["figures"]["accuracy"])
     assert robust["figures"]["mean corrupted"] < robust["figures"]["clean"]
-    assert set(robust["by strength"]) == set(STRENGTHS)
+    assert set(robust["by strength"]) == set(CORRUPTIONS)
     assert robust["by strength"]["gaussian noise"][4] < robust["by strength"]["gaussian noise"][0]
 
 
-@pytest.mark.parametrize("name", STRENGTHS)
+@pytest.mark.parametrize("name", CORRUPTIONS)
 def test_corruptions_change_images_more_with_each_strength(name):
     image = torch.from_numpy(scene(3, 64, 48)[0]).permute(2, 0, 1)
     changed = [corrupted(image, name, level, index=5) for level in range(5)]
@@ -128,15 +149,19 @@ def test_scores_are_those_of_a_hand_count():
     assert told["mIoU"] == pytest.approx((1 / 3 + 2 / 3 + 0) / 3)
     assert told["pixel accuracy"] == pytest.approx(3 / 5)
     assert told["IoU"] == [0.3333, 0.6667, 0.0, None]
-    sums = depth_sums(torch.tensor([1.0, 2.0, 4.0, 9.0]), torch.tensor([1.2, 3.0, 4.0, 0.0]))
-    torch.testing.assert_close(sums, torch.tensor([2, 0.04 + 1, 3], dtype=torch.float64), atol=1e-6, rtol=1e-5)
+    found = depth_scores(torch.tensor([1.0, 2.0, 4.0, 9.0]), torch.tensor([1.2, 3.0, 4.0, 0.0]))
+    assert found.tolist() == pytest.approx([2 / 3, (1.04 / 3) ** 0.5])
+    assert depth_scores(torch.ones(2), torch.zeros(2)).isnan().all()
+    # Patches of 2 and of 1 columns: pixels count in one patch each, ignored ones in none.
+    votes = patch_votes(torch.tensor([[0, 0, 1], [1, -1, 2]]), (1, 2), 3)
+    assert votes.tolist() == [[2, 1, 0], [0, 1, 1]]
 
 
 def test_crops_and_their_masks_show_the_same_place(tmp_path):
     coordinate_image(60, 40).save(tmp_path / "a.png")
     columns = np.tile(np.arange(60, dtype=np.uint8), (40, 1))
     Image.fromarray(columns).save(tmp_path / "m.png")
-    pairs = Pairs([tmp_path / "a.png"] * 8, [tmp_path / "m.png"] * 8, "masks")
+    pairs = Pairs([tmp_path / "a.png"] * 8, [tmp_path / "m.png"] * 8, "masks", ids=tuple(range(60)))
     loader, flipped = DenseLoader(pairs, 40, 4, 0), set()
     for sample in loader.crops(8, 0, 2):
         for image, target in zip(sample.images, sample.targets, strict=True):
@@ -164,12 +189,24 @@ def test_pascal_voc_palettes_and_npy_depth_are_read(tmp_path):
             (tmp_path / "d" / split / name).mkdir(parents=True)
         Image.fromarray(image).save(tmp_path / "d" / split / "images" / "x.png")
         np.save(tmp_path / "d" / split / "depth" / "x.npy", np.where(depth > 5, np.nan, depth))
-    data = open_masks(str(tmp_path), None, QUICK)
-    assert data.ids == (0, 1) and np.array_equal(data.test.target(0), scene(4)[1])
-    metres = open_depth(str(tmp_path / "d"), None, QUICK).train.target(0)
+    data = open_masks(str(tmp_path), None, QUICK, {})
+    assert data.test.ids == (0, 1) and np.array_equal(data.test.target(0), scene(4)[1])
+    # Another class may not count: other targets, so another fingerprint, under which heads are kept.
+    (tmp_path / "ImageSets" / "Segmentation" / "train.txt").write_text("0 4\n")
+    Image.fromarray(np.where(scene(4)[1] == 0, 7, scene(4)[1]), "L").save(tmp_path / "SegmentationClass" / "4.png")
+    one, two = (open_masks(str(tmp_path), None, replace(QUICK, ignore=value), {}).train for value in (0, 7))
+    assert one.ids == (1, 7) and two.ids == (0, 1) and one.fingerprint != two.fingerprint
+    assert np.array_equal(one.target(0), np.where(scene(0)[1] == 0, -1, 0)) and two.target(1).unique().tolist() == [
+        -1,
+        1,
+    ]
+    metres = open_depth(str(tmp_path / "d"), None, QUICK, {}).train.target(0)
     assert metres.max() == 1.0 and metres.min() == 0.0
-    scaled = open_depth(str(tmp_path / "d"), None, replace(QUICK, depth_scale=2.0)).train.target(0)
+    scaled = open_depth(str(tmp_path / "d"), None, replace(QUICK, depth_scale=2.0), {}).train.target(0)
     assert scaled.max() == 2.0
+    assert (
+        len(dense_data._checked(str(write_dense(tmp_path / "ade", 7, 7)), "masks", replace(QUICK, limit=5), {})[0]) == 5
+    )
 
 
 def test_bad_masks_are_an_error_before_features_are_taken(loaded, tmp_path, monkeypatch):
@@ -189,6 +226,7 @@ def test_bad_masks_are_an_error_before_features_are_taken(loaded, tmp_path, monk
     refused(lambda r: save(r, "training/00001.png", one[:30]), "is 32 x 30 px, its image 32 x 32")
     refused(lambda r: save(r, "validation/05001.png", 9 * one), r"class ids that no training mask has: \[9\]")
     refused(lambda r: [save(r, f"training/0000{i}.png", one) for i in range(4)], "one class only", ignore=0)
+    refused(lambda r: [save(r, f"validation/0500{i}.png", 255 * one) for i in range(2)], "no test mask .* counts")
     refused(lambda r: (r / "annotations/training/00002.png").unlink(), "00002.png has no ")
     refused(lambda r: save(r, "training/00000.png", np.stack([one] * 3, -1)), "no colours")
     refused(lambda r: [p.unlink() for p in (r / "images/validation").iterdir()], "has no test images")
@@ -266,8 +304,13 @@ def test_the_pyramid_has_five_scales_for_any_image(loaded):
         (2, 8, 48, 64), (2, 8, 24, 32), (2, 8, 12, 16), (2, 8, 6, 8), (2, 8, 3, 4)
     ]  # fmt: skip
     assert list(maps) == ["0", "1", "2", "3", "pool"]
-    with pytest.raises(ValueError, match="even patch size"):
-        SimpleFeaturePyramid(type(encoder)(30, 3, embed_dim=32, depth=1, num_heads=2))
+    # torchvision takes every stride for a power of two.
+    odd = SimpleFeaturePyramid(type(encoder)(28, 14, embed_dim=32, depth=1, num_heads=2), 8)
+    assert odd.strides == [4, 8, 16, 32, 64]
+    shapes = [tuple(value.shape[2:]) for value in odd(torch.randn(1, 3, 64, 128)).values()]
+    assert shapes == [(64 // stride, 128 // stride) for stride in odd.strides]
+    with pytest.raises(ValueError, match="at least 3 px, got 2"):
+        SimpleFeaturePyramid(type(encoder)(32, 2, embed_dim=32, depth=1, num_heads=2))
 
 
 def test_a_part_is_a_source_of_its_own():

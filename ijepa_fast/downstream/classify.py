@@ -12,7 +12,7 @@ from torch import Tensor
 from ijepa_fast.data import Source
 from ijepa_fast.data.datasets import Sources, open_sources
 from ijepa_fast.downstream.store import at_most
-from ijepa_fast.downstream.tasks import Options, Subject, on
+from ijepa_fast.downstream.subject import Options, Subject, on
 from ijepa_fast.evaluate import best_linear_probe, knn_accuracy
 from ijepa_fast.philox import Stream, random_words
 
@@ -23,7 +23,7 @@ REGULARISATION = 0.1
 """C of scikit-learn's LogisticRegression, on standardised features. Too few images are left to choose it by."""
 
 
-def open_classes(data: str, evaluation_data: str | None, options: Options, images: dict | None = None) -> Sources:
+def open_classes(data: str, evaluation_data: str | None, options: Options, images: dict) -> Sources:
     """Labelled training and test images.
 
     Args:
@@ -34,8 +34,8 @@ def open_classes(data: str, evaluation_data: str | None, options: Options, image
             classes, or a test image is of a class that no training image has.
     """
     for shot in options.shots.split(","):
-        _shot(shot)
-    train, test = open_sources(data, evaluation_data, **(images or {}))
+        _shot(shot.strip())
+    train, test = open_sources(data, evaluation_data, **images)
     if train.labels is None:
         raise ValueError(f"the images of {data} have no classes: a folder for each of at least two classes is needed")
     if test is None:
@@ -88,7 +88,7 @@ def lowshot(subject: Subject) -> dict:
     train, test = subject.features("train"), subject.features("test")
     fit, tested, answers = subject.last(train.values), subject.last(test.values).numpy(), test.labels.numpy()
     means, deviations, images = {}, {}, {}
-    for shot in subject.options.shots.split(","):
+    for shot in map(str.strip, subject.options.shots.split(",")):
         found = []
         for draw in range(subject.options.draws):
             rows = drawn(train.labels, shot, subject.options.seed, draw)
@@ -138,9 +138,9 @@ def drawn(labels: Tensor, shot: str, seed: int, draw: int) -> Tensor:
 
 def _shot(shot: str) -> tuple[float, int]:
     """(share, number of images), of which one is 0."""
-    share = shot.strip().endswith("%")
+    share = shot.endswith("%")
     try:
-        value = float(shot.strip().removesuffix("%")) / 100 if share else int(shot)
+        value = float(shot.removesuffix("%")) / 100 if share else int(shot)
         if not 0 < value <= (1 if share else math.inf):
             raise ValueError
     except ValueError:

@@ -15,7 +15,8 @@ from ijepa_fast.downstream.encoders import Loaded, digest, load_any, untrained
 from ijepa_fast.downstream.finetune import Finetuning, finetune
 from ijepa_fast.downstream.results import chart, table
 from ijepa_fast.downstream.store import at_most
-from ijepa_fast.downstream.tasks import TASKS, Options, Subject, named_tasks, open_data
+from ijepa_fast.downstream.subject import Options, Subject
+from ijepa_fast.downstream.tasks import OPENED_BY, TASKS, named_tasks
 from ijepa_fast.ranks import pick_device
 from ijepa_fast.run.environment import describe
 from ijepa_fast.run.files import write_json, write_text
@@ -70,7 +71,7 @@ def evaluate(
         raise ValueError(
             f"test images with {kind} lie beside the training images; --test {evaluation_data} is not read"
         )
-    images = open_data(kind, data, evaluation_data, options, pixels)
+    images = OPENED_BY[kind](data, evaluation_data, options, pixels)
     out = loaded.results if out is None else Path(out)
     out.mkdir(parents=True, exist_ok=True)
     where, weights = pick_device(device, 0), digest(loaded.encoder)
@@ -120,56 +121,38 @@ def evaluate_command(argv: list[str]) -> int:
     parser.add_argument("--out", type=Path | None, default=None, help="Folder to write to; RUN/evaluation by default.")
     parser.add_argument("--compare", type=bool, default=False, help="Judge an untrained encoder of this shape, too.")
     parser.add_class_arguments(Options)
-    parsed = parse(parser, argv)
-    options = Options(**{f.name: parsed[f.name] for f in fields(Options)})
-    report = evaluate(
-        load_any(parsed.weights, parsed.encoder),
-        parsed.tasks,
-        parsed.data,
-        parsed.test,
-        options,
-        out=parsed.out,
-        device=parsed.device,
-        compare=parsed.compare,
-    )
-    print(table(report))
+    given = parse(parser, argv)
+    loaded, options = load_any(given.weights, given.encoder), _settings(Options, given)
+    at = {"out": given.out, "device": given.device, "compare": given.compare}
+    print(table(evaluate(loaded, given.tasks, given.data, given.test, options, **at)))
     return 0
-
-
-def _parser(name: str, description: str):
-    parser = make_parser(name, description)
-    parser.add_argument("weights", type=Path, help="Run, checkpoint, or weights of export, transformers, timm, Meta.")
-    parser.add_argument("--data", type=str | None, default=None, help="Images; those of the run by default.")
-    parser.add_argument("--encoder", choices=("target", "context"), default="target", help="Where the file has both.")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="Where to compute.")
-    return parser
 
 
 def features_command(argv: list[str]) -> int:
     """``ijepa-fast features``."""
-    parser = _parser("features", "Write the features of images, their paths and classes to a file.")
+    parser = _parser("features", "Write the features of images, their paths and classes to a file.", _FEATURES)
     parser.add_argument("--out", type=Path, required=True, help="File to write, .npz or .parquet (needs pyarrow).")
     parser.add_argument("--patches", type=bool, default=False, help="Features of all patches instead of their average.")
-    parsed, subject = _subject(parser, argv)
-    check_out(parsed.out)
-    write_features(parsed.out, subject(parsed.out.parent), parsed.patches)
-    print(parsed.out)
+    given = parse(parser, argv)
+    check_out(given.out)
+    write_features(given.out, _subject(given), given.patches)
+    print(given.out)
     return 0
 
 
 def neighbours_command(argv: list[str]) -> int:
     """``ijepa-fast neighbours``."""
-    parser = _parser("neighbours", "Draw the images whose features are most like those of given ones.")
+    parser = _parser("neighbours", "Draw the images whose features are most like those of given ones.", _FEATURES)
     parser.add_argument("--image", action="append", required=True, help="Given image; repeat for more.")
     parser.add_argument("--k", type=int, default=8, help="Number of neighbours.")
     parser.add_argument("--out", type=Path, default=Path("neighbours.png"), help="PNG file to write.")
-    parsed, subject = _subject(parser, argv)
-    found = neighbours(subject(None), list(map(Path, parsed.image)), parsed.out, parsed.k)
-    for image, row in zip(parsed.image, found, strict=True):
+    given = parse(parser, argv)
+    found = neighbours(_subject(given), list(map(Path, given.image)), given.out, given.k)
+    for image, row in zip(given.image, found, strict=True):
         print(image)
         for path, similarity in row:
             print(f"  {similarity:.3f} {path}")
-    print(parsed.out)
+    print(given.out)
     return 0
 
 
@@ -179,36 +162,45 @@ def finetune_command(argv: list[str]) -> int:
     parser.add_argument("--test", type=str | None, default=None, help="Test images, where not beside the others.")
     parser.add_argument("--out", type=Path, required=True, help="Folder to write to, and to continue from.")
     parser.add_class_arguments(Finetuning)
-    parsed = parse(parser, argv)
-    recipe = Finetuning(**{f.name: parsed[f.name] for f in fields(Finetuning)})
-    loaded = load_any(parsed.weights, parsed.encoder)
-    data, test = parsed.data, parsed.test
+    given = parse(parser, argv)
+    loaded = load_any(given.weights, given.encoder)
+    data, test = given.data, given.test
     if data is None:
         data, test = loaded.data, test or loaded.evaluation_data
-    report = finetune(loaded, data, test, recipe, parsed.out, parsed.device)
-    print(
-        f"accuracy {report['accuracy']:.1%} (chance {report['chance']:.1%}); encoder and figures are in {parsed.out}/"
-    )
+    report = finetune(loaded, data, test, _settings(Finetuning, given), given.out, given.device)
+    accuracy = f"accuracy {report['accuracy']:.1%} (chance {report['chance']:.1%})"
+    print(f"{accuracy}; encoder and figures are in {given.out}/")
     return 0
 
 
-def _subject(parser, argv: list[str]):
-    """(Namespace, function that gives the ``Subject`` of unlabelled images with a folder for its features)."""
-    names = ("image_size", "layers", "limit", "precision", "workers")
-    parser.add_class_arguments(Options, skip={f.name for f in fields(Options)} - set(names))
-    parsed = parse(parser, argv)
+_FEATURES = {"image_size", "layers", "limit", "precision", "workers"}
+"""Settings of ``Options`` that decide the features of images without labels."""
 
-    def subject(folder: Path | None) -> Subject:
-        loaded = load_any(parsed.weights, parsed.encoder)
-        options = Options(**{name: parsed[name] for name in names})
-        options.check(loaded.encoder)
-        data = parsed.data or loaded.data
-        source = at_most(open_images(data, **loaded.images(own=data == loaded.data)), options.limit)
-        encoder = loaded.encoder.to(pick_device(parsed.device, 0))
-        folder = loaded.results / "work" if folder is None else folder
-        return Subject(encoder, digest(encoder), source, folder, options, loaded.resize_ratio)
 
-    return parsed, subject
+def _parser(name: str, description: str, options: set[str] = frozenset()):
+    parser = make_parser(name, description)
+    parser.add_argument("weights", type=Path, help="Run, checkpoint, or weights of export, transformers, timm, Meta.")
+    parser.add_argument("--data", type=str | None, default=None, help="Images; those of the run by default.")
+    parser.add_argument("--encoder", choices=("target", "context"), default="target", help="Where the file has both.")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="Where to compute.")
+    if options:
+        parser.add_class_arguments(Options, skip={f.name for f in fields(Options)} - options)
+    return parser
+
+
+def _settings(kind: type, given):
+    """The dataclass with what was given on the command line."""
+    return kind(**{f.name: given[f.name] for f in fields(kind) if f.name in given})
+
+
+def _subject(given) -> Subject:
+    """The encoder and unlabelled images."""
+    loaded, options = load_any(given.weights, given.encoder), _settings(Options, given)
+    options.check(loaded.encoder)
+    data = given.data or loaded.data
+    source = at_most(open_images(data, **loaded.images(own=data == loaded.data)), options.limit)
+    encoder = loaded.encoder.to(pick_device(given.device, 0))
+    return Subject(encoder, digest(encoder), source, loaded.results / "work", options, loaded.resize_ratio)
 
 
 COMMANDS = {

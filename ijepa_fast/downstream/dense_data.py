@@ -6,51 +6,63 @@ Legend: B images, h x w pixels of an image, H x W of the input that is made of i
 from __future__ import annotations
 
 import hashlib
-import logging
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
+from ijepa_fast.data.datasets import Sources
 from ijepa_fast.data.decode import flatten, image_extensions, open_image
 from ijepa_fast.data.folder import find_split
-from ijepa_fast.data.workers import worker_count
-from ijepa_fast.downstream.tasks import Kind, Options
+from ijepa_fast.data.workers import batches, loading_options, worker_count
+from ijepa_fast.downstream.store import spread
+from ijepa_fast.downstream.subject import Options
 from ijepa_fast.philox import Stream, below, random_words
-
-log = logging.getLogger(__name__)
 
 IMAGE_FOLDERS = ("images", "image", "rgb", "JPEGImages")
 TARGET_FOLDERS = {
     "masks": ("annotations", "masks", "labels", "SegmentationClass"),
     "depth": ("depth", "depths", "annotations"),
 }
-NO_DEPTH = 0.0
+NO_DEPTH, IGNORED = 0.0, -1
+_TIMEOUT = 600.0
+"""Seconds that a batch may take."""
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """Images and their masks or depth maps, by the order of the images' paths."""
+    """Images and their masks or depth maps, by the order of the images' paths.
+
+    Attributes:
+        depth_scale: metres for each unit of a depth map; by default 0.001 in PNG and 1 in npy files.
+        ids: class ids that count, rising.
+    """
 
     images: Sequence[Path]
     targets: Sequence[Path]
-    kind: Kind
+    kind: Literal["masks", "depth"]
     depth_scale: float | None = None
+    ids: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return len(self.images)
 
     @property
     def fingerprint(self) -> str:
-        """Hash of all file names and sizes."""
-        told = "".join(f"{p}{p.stat().st_size}" for p in (*self.images, *self.targets))
+        """Hash of all file names and sizes, and of what is made of the targets."""
+        told = f"{self.depth_scale}{self.ids}" + "".join(
+            f"{p}{p.stat().st_size}" for p in (*self.images, *self.targets)
+        )
         return f"{self.kind}:{len(self)}:{hashlib.sha256(told.encode('utf-8', 'surrogateescape')).hexdigest()[:16]}"
+
+    def part(self, rows: Sequence[int]) -> Pairs:
+        return replace(self, images=[self.images[row] for row in rows], targets=[self.targets[row] for row in rows])
 
     def image(self, index: int) -> Image.Image:
         """The image as it is stored: masks are not turned by the orientation tag either."""
@@ -58,11 +70,11 @@ class Pairs:
             image.load()
             return flatten(image).convert("RGB")
 
-    def target(self, index: int) -> np.ndarray:
-        """Class ids int64 [h, w], or metres float32 [h, w] with 0 where nothing was measured.
+    def stored(self, index: int) -> np.ndarray:
+        """The numbers [h, w] of a mask or of a depth map.
 
         Raises:
-            ValueError: the file holds no such thing.
+            ValueError: the file holds colours, or a mask no integers.
         """
         path = self.targets[index]
         if path.suffix == ".npy":
@@ -72,80 +84,88 @@ class Pairs:
                 values = np.asarray(image)
         if values.ndim != 2:
             raise ValueError(f"{path} has {values.ndim} dimensions: one number for each pixel is needed, no colours")
+        if self.kind == "masks" and values.dtype.kind not in "iub":
+            raise ValueError(f"{path} holds {values.dtype}, no class ids")
+        return values
+
+    def target(self, index: int) -> Tensor:
+        """[h, w]: int64 places of the classes among ``ids``, -1 for what does not count; or fp32 metres, 0 where
+        nothing was measured."""
+        values = self.stored(index)
         if self.kind == "masks":
-            if not np.issubdtype(values.dtype, np.integer) and values.dtype != bool:
-                raise ValueError(f"{path} holds {values.dtype}, no class ids")
-            return values.astype(np.int64)
-        scale = self.depth_scale or (1.0 if path.suffix == ".npy" else 0.001)
-        metres = values.astype(np.float32) * scale
-        return np.where(np.isfinite(metres) & (metres > 0), metres, NO_DEPTH).astype(np.float32)
+            place = np.searchsorted(self.ids, values).clip(max=len(self.ids) - 1)
+            return torch.from_numpy(np.where(np.take(self.ids, place) == values, place, IGNORED))
+        scale = self.depth_scale or (1.0 if self.targets[index].suffix == ".npy" else 0.001)
+        metres = values.astype(np.float32) * np.float32(scale)
+        return torch.from_numpy(np.where(np.isfinite(metres) & (metres > 0), metres, NO_DEPTH).astype(np.float32))
 
 
-class DenseData(NamedTuple):
-    """Training and test images, and the class ids that count (empty for depth)."""
-
-    train: Pairs
-    test: Pairs
-    ids: tuple[int, ...]
-
-
-def open_masks(data: str, evaluation_data: str | None, options: Options) -> DenseData:
+def open_masks(data: str, evaluation_data: str | None, options: Options, images: dict) -> Sources:
     """Images with class ids: ADE20K's folders, Pascal VOC's, or images/ and masks/ within or above train/ and val/.
 
     Raises:
         ValueError: a mask is missing, of another size or not of class ids; there is one class only; or a test mask has
             a class that no training mask has.
     """
-    train, test = _checked(data, "masks", options)
-    seen = [_ids(pairs, options.ignore) for pairs in (train, test)]
-    if len(seen[0]) < 2:
+    splits = _checked(data, "masks", options, images)
+    train, test = (
+        set().union(*(np.unique(p.stored(i)).tolist() for i in range(len(p)))) - {options.ignore} for p in splits
+    )
+    if len(train) < 2:
         raise ValueError(
-            f"the training masks of {data} hold one class only ({sorted(seen[0])}, ignoring {options.ignore})"
+            f"the training masks of {data} hold one class only ({sorted(train)}, ignoring {options.ignore})"
         )
-    if unseen := sorted(seen[1] - seen[0])[:5]:
+    if unseen := sorted(test - train)[:5]:
         raise ValueError(
             f"test masks of {data} hold class ids that no training mask has: {unseen}; --ignore names the one that "
             f"does not count (now {options.ignore})"
         )
-    return DenseData(train, test, tuple(sorted(seen[0])))
+    if not test:
+        raise ValueError(f"no test mask of {data} has a pixel that counts (ignoring {options.ignore})")
+    return Sources(*(replace(pairs, ids=tuple(sorted(train))) for pairs in splits))
 
 
-def open_depth(data: str, evaluation_data: str | None, options: Options) -> DenseData:
+def open_depth(data: str, evaluation_data: str | None, options: Options, images: dict) -> Sources:
     """Images with metres: images/ and depth/ within or above train/ and val/; 16-bit PNG or npy.
 
     Raises:
         ValueError: a depth map is missing, of another size or not of numbers.
     """
-    train, test = _checked(data, "depth", options)
-    for pairs in (train, test):
+    splits = _checked(data, "depth", options, images)
+    for pairs in splits:
         if not any((pairs.target(index) > 0).any() for index in range(len(pairs))):
             raise ValueError(f"no depth map of {data} has a value above 0")
-    return DenseData(train, test, ())
+    return Sources(*splits)
 
 
-def _checked(data: str, kind: Kind, options: Options) -> list[Pairs]:
+def _checked(data: str, kind: str, options: Options, images: dict) -> list[Pairs]:
+    if images.get("channels", 3) != 3 or "value_range" in images:
+        raise ValueError(f"tasks with {kind} are for encoders of 8-bit RGB images, this one takes {images}")
     splits = []
-    for images, targets in _layout(Path(data), kind):
-        names = sorted(path for path in images if path.suffix.lower() in image_extensions())
-        step = max(1, -(-len(names) // options.limit)) if options.limit else 1
-        pairs = Pairs(names[::step], [_beside(path, targets) for path in names[::step]], kind, options.depth_scale)
-        for index, (image, target) in enumerate(zip(pairs.images, pairs.targets, strict=True)):
-            with open_image(image) as opened:
-                size = opened.size
-            # npy files say their size in their first bytes, PNG does too.
-            shape = np.load(target, mmap_mode="r").shape if target.suffix == ".npy" else Image.open(target).size[::-1]
-            if tuple(shape[:2]) != size[::-1]:
-                raise ValueError(f"{target} is {shape[1]} x {shape[0]} px, its image {size[0]} x {size[1]}")
-            if index == 0:
-                pairs.target(index)
-        splits.append(pairs)
-    for split, pairs in zip(("training", "test"), splits, strict=True):
-        if not len(pairs):
+    for split, (files, targets) in zip(("training", "test"), _layout(Path(data), kind), strict=True):
+        names = sorted(path for path in files if path.suffix.lower() in image_extensions())
+        if not names:
             raise ValueError(f"{data} has no {split} images")
+        names = [names[row] for row in spread(len(names), options.limit)]
+        pairs = Pairs(names, [_beside(path, targets) for path in names], kind, options.depth_scale)
+        for paths in zip(pairs.images, pairs.targets, strict=True):
+            (width, height), size = map(_size, paths)
+            if size != (width, height):
+                raise ValueError(f"{paths[1]} is {size[0]} x {size[1]} px, its image {width} x {height}")
+        pairs.stored(0)
+        splits.append(pairs)
     return splits
 
 
-def _layout(root: Path, kind: Kind) -> list[tuple[Sequence[Path], Path]]:
+def _size(path: Path) -> tuple[int, int]:
+    """Width and height, which files say in their first bytes."""
+    if path.suffix == ".npy":
+        return np.load(path, mmap_mode="r").shape[1::-1]
+    with open_image(path) as image:
+        return image.size
+
+
+def _layout(root: Path, kind: str) -> list[tuple[Sequence[Path], Path]]:
     """Image files and the folder of their targets, of the training and of the test split."""
     names = TARGET_FOLDERS[kind]
     lists = root / "ImageSets" / "Segmentation"
@@ -179,13 +199,6 @@ def _beside(image: Path, folder: Path) -> Path:
     raise ValueError(f"{image} has no {folder / image.stem}.png (or .npy)")
 
 
-def _ids(pairs: Pairs, ignore: int) -> set[int]:
-    found: set[int] = set()
-    for index in range(len(pairs)):
-        found.update(np.unique(pairs.target(index)).tolist())
-    return found - {ignore}
-
-
 class DenseSample(NamedTuple):
     images: Tensor  # uint8 [B, 3, H, W]
     targets: list[Tensor]  # [H, W] of a training crop, [h, w] as stored of a test image
@@ -200,28 +213,30 @@ class DenseLoader(Dataset):
 
     def crops(self, batch: int, done: int, total: int) -> Iterator[DenseSample]:
         """Batches of the steps from ``done`` to ``total``; every epoch is another order, its rest is left out."""
-        per_epoch = len(self.pairs) // batch
-        requests = []
-        for step in range(done, total):
-            epoch, first = step // per_epoch, step % per_epoch * batch
-            order = random_words(self.seed, Stream.DENSE, epoch, torch.arange(len(self.pairs)), 0)[0].argsort()
-            requests.append([(epoch, index) for index in order[first : first + batch].tolist()])
-        return self._load(requests)
+
+        def requests() -> Iterator[list]:
+            order, per_epoch = None, len(self.pairs) // batch
+            for epoch, place in (divmod(step, per_epoch) for step in range(done, total)):
+                if order is None or place == 0:
+                    order = random_words(self.seed, Stream.DENSE, epoch, torch.arange(len(self.pairs)), 0)[0].argsort()
+                yield [(epoch, index) for index in order[place * batch : (place + 1) * batch].tolist()]
+
+        return self._load(requests())
 
     def whole(self) -> Iterator[DenseSample]:
         """Every image by itself, in order."""
         return self._load([[(None, index)] for index in range(len(self.pairs))])
 
-    def _load(self, requests: list) -> Iterator[DenseSample]:
-        options = {"batch_size": None, "collate_fn": _as_is, "num_workers": self.workers}
-        return iter(DataLoader(self, sampler=requests, generator=torch.Generator(), **options))
+    def _load(self, requests: Iterable[list]) -> Iterator[DenseSample]:
+        options = loading_options(self.workers, prefetch=2, pin_memory=False)
+        return batches(self, options | {"sampler": requests}, _TIMEOUT)
 
     def __getitem__(self, request: list) -> DenseSample:
         images, targets = zip(*(self._one(epoch, index) for epoch, index in request), strict=True)
         return DenseSample(torch.stack(images), list(targets))
 
     def _one(self, epoch: int | None, index: int) -> tuple[Tensor, Tensor]:
-        image, target = self.pairs.image(index), torch.from_numpy(self.pairs.target(index))
+        image, target = self.pairs.image(index), self.pairs.target(index)
         scale = self.size / min(image.size)
         width, height = (max(self.size, round(side * scale / self.patch) * self.patch) for side in image.size)
         pixels = torch.from_numpy(np.array(image.resize((width, height), Image.Resampling.BICUBIC))).permute(2, 0, 1)
@@ -236,7 +251,3 @@ class DenseLoader(Dataset):
         if words[2] & 1:
             pixels, target = pixels.flip(-1), target.flip(-1)
         return pixels.contiguous(), target
-
-
-def _as_is(batch):
-    return batch

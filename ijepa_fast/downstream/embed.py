@@ -18,7 +18,7 @@ from ijepa_fast.data.datasets import open_sources
 from ijepa_fast.data.decode import open_image, opened
 from ijepa_fast.data.remote import RemoteShards
 from ijepa_fast.downstream.store import Features
-from ijepa_fast.downstream.tasks import Subject
+from ijepa_fast.downstream.subject import Subject
 from ijepa_fast.plots import plot_neighbours
 from ijepa_fast.run.files import write_whole
 
@@ -56,7 +56,7 @@ def write_features(out: Path, subject: Subject, patches: bool = False) -> Featur
     work = out.with_name(out.name + ".work")
     if work.is_file():
         raise ValueError(f"{work} is in the way: the features taken so far are kept in a folder of that name")
-    features = subject.extracted(work, subject.data, subject.tokens if patches else subject.pooled, patches=patches)
+    features = subject.extracted(subject.data, work, patches)
     source = subject.data
     paths = [_printed(source.describe(int(index))) for index in features.indices]
     labels = [source.classes[label] if source.classes and label >= 0 else "" for label in features.labels]
@@ -89,15 +89,10 @@ def _write_parquet(file: Path, values: np.ndarray, paths: list[str], labels: lis
 
 def nearest(features: Tensor, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Rows int64 [Q, k] and cosine similarities [Q, k], most similar first; reads the features once, part by part."""
-    best = torch.empty(len(queries), 0), torch.empty(len(queries), 0, dtype=torch.int64)
     unit = F.normalize(queries.float(), dim=1)
-    for start in range(0, len(features), _ROWS_AT_ONCE):
-        similarity = unit @ F.normalize(features[start : start + _ROWS_AT_ONCE], dim=1).T
-        rows = torch.arange(start, start + similarity.shape[1]).expand_as(similarity)
-        similarity, rows = torch.cat([best[0], similarity], 1), torch.cat([best[1], rows], 1)
-        place = similarity.argsort(dim=1, descending=True, stable=True)[:, :k]
-        best = similarity.gather(1, place), rows.gather(1, place)
-    return best[1], best[0]
+    similarity_Qn = torch.cat([unit @ F.normalize(part, dim=1).T for part in features.split(_ROWS_AT_ONCE)], dim=1)
+    similarity_Qk, rows_Qk = similarity_Qn.topk(min(k, len(features)), dim=1)
+    return rows_Qk, similarity_Qk
 
 
 def neighbours(subject: Subject, images: Sequence[Path], out: Path, k: int) -> list[list[tuple[str, float]]]:
@@ -114,9 +109,8 @@ def neighbours(subject: Subject, images: Sequence[Path], out: Path, k: int) -> l
         raise ValueError(f"k must be at least 1, got {k}")
     queries = torch.stack([_crop(path, subject) for path in images])
     values = subject.pooled(queries.to(subject.device)).cpu()
-    folder = subject.work({"images": subject.data.fingerprint})
-    features = subject.extracted(folder, subject.data, subject.pooled)
-    rows_Qk, similarity_Qk = nearest(features.values, values, min(k, len(features.values)))
+    features = subject.extracted(subject.data)
+    rows_Qk, similarity_Qk = nearest(features.values, values, k)
     found = features.indices[rows_Qk]
     crops = [_crop(index, subject) for index in found.flatten().tolist()]
     plot_neighbours(queries, torch.stack(crops).unflatten(0, found.shape), similarity_Qk, out)

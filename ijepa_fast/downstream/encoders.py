@@ -47,7 +47,8 @@ class Loaded:
 
     def images(self, own: bool) -> dict:
         """Further arguments of ``open_sources``, for the images of its run (``own``) or others."""
-        return {"channels": self.encoder.in_chans} | self.pixels | ({"labels": self.labels} if own else {})
+        stated = {"channels": self.encoder.in_chans} | self.pixels | ({"labels": self.labels} if own else {})
+        return {name: value for name, value in stated.items() if value is not None}
 
 
 def load_any(path: Path | str, which: str = "target") -> Loaded:

@@ -19,7 +19,7 @@ from ijepa_fast.downstream.classify import chance, drawn, open_classes
 from ijepa_fast.downstream.encoders import Loaded, digest, training_size
 from ijepa_fast.downstream.heads import CROP_SCALE, FLIP, cosine, train
 from ijepa_fast.downstream.store import BATCH, Part
-from ijepa_fast.downstream.tasks import Options, keyed
+from ijepa_fast.downstream.subject import Options, keyed
 from ijepa_fast.evaluate.features import pool_features
 from ijepa_fast.model.vit import VisionTransformer
 from ijepa_fast.optim import FusedAdamW
@@ -107,7 +107,7 @@ def finetune(
     rows = drawn(torch.from_numpy(sources.train.labels), recipe.shots, recipe.seed, 0).numpy()
     train_images = Part(sources.train, rows)
     size = recipe.image_size or training_size(loaded.encoder)
-    key = asdict(recipe) | {"weights": digest(loaded.encoder), "images": train_images.fingerprint}
+    key = asdict(recipe) | {"workers": None, "weights": digest(loaded.encoder), "images": train_images.fingerprint}
     with ranks(device) as me:
         batch = min(recipe.batch_size, len(train_images)) // me.world_size * me.world_size
         if not batch:

@@ -6,8 +6,9 @@ Legend: B images of a batch, N patches, D width, C classes.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from functools import partial
+from itertools import islice, product
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ijepa_fast.data import Batch, EvalLoader, Source, TrainLoader
+from ijepa_fast.data import EvalLoader, Source, TrainLoader
 from ijepa_fast.downstream.classify import accuracies
 from ijepa_fast.downstream.store import BATCH, Part
-from ijepa_fast.downstream.tasks import Subject
-from ijepa_fast.evaluate.features import pool_features
+from ijepa_fast.downstream.subject import Subject
 from ijepa_fast.evaluate.probe import stratified_split
 from ijepa_fast.run.files import write_whole
 
@@ -37,23 +37,24 @@ PAPER_RATES = tuple(rate * PAPER_BATCH / 256 for rate in (0.05, 0.01, 0.001))
 that must be kept, not the batch: smaller sets have smaller batches and the same rates."""
 PAPER_DECAYS = (0.0005, 0.0)
 
-ATTENTIVE_RATES = (3e-4, 1e-3, 3e-3)
-ATTENTIVE_EPOCHS, ATTENTIVE_BATCH, ATTENTIVE_DECAY = 20, 256, 0.01
+ATTENTIVE_RATES, ATTENTIVE_DECAY = (3e-4, 1e-3, 3e-3), 0.001
+ATTENTIVE_EPOCHS, ATTENTIVE_BATCH = 20, 1024
+"""V-JEPA's for images (facebookresearch/jepa, configs/evals/vith16_in1k.yaml), whose one rate is 1e-3."""
 
 
 class LinearHead(nn.Module):
-    """Average pool of the last ``layers`` blocks, batch norm without weights, one linear layer."""
+    """One linear layer on the last ``inputs`` of pooled features [B, .], behind a batch norm without weights or not."""
 
-    def __init__(self, width: int, classes: int, layers: int):
+    def __init__(self, inputs: int, classes: int, norm: bool):
         super().__init__()
-        self.layers = layers
-        self.norm = nn.BatchNorm1d(layers * width, affine=False)
-        self.linear = nn.Linear(layers * width, classes)
+        self.inputs = inputs
+        self.norm = nn.BatchNorm1d(inputs, affine=False) if norm else nn.Identity()
+        self.linear = nn.Linear(inputs, classes)
         nn.init.normal_(self.linear.weight, std=0.01)
         nn.init.zeros_(self.linear.bias)
 
-    def forward(self, outputs: Sequence[Tensor]) -> Tensor:
-        return self.linear(self.norm(pool_features(outputs[-self.layers :])))
+    def forward(self, pooled: Tensor) -> Tensor:
+        return self.linear(self.norm(pooled[:, -self.inputs :]))
 
 
 class AttentiveHead(nn.Module):
@@ -68,8 +69,8 @@ class AttentiveHead(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
         self.linear = nn.Linear(width, classes)
 
-    def forward(self, outputs: Sequence[Tensor]) -> Tensor:
-        tokens = self.norm1(outputs[-1].float())
+    def forward(self, tokens: Tensor) -> Tensor:
+        tokens = self.norm1(tokens.float())
         query = self.query.expand(len(tokens), -1, -1)
         x = query + self.attention(query, tokens, tokens, need_weights=False)[0]
         return self.linear((x + self.mlp(self.norm2(x)))[:, 0])
@@ -98,24 +99,24 @@ class Lars(torch.optim.Optimizer):
 def linear_protocol(subject: Subject) -> dict:
     """The linear evaluation of the I-JEPA paper (arXiv 2301.08243, appendix A), best of several heads.
 
-    LARS, 50 epochs, learning rate divided by 10 after each 15 of them, of the last block or of the last four. The paper
-    does not name a normalisation; features are batch-normalised here, as in VISSL's protocol that it follows.
+    LARS, 50 epochs, learning rate divided by 10 after each 15 of them; of the last block or of the last four, with and
+    without a batch norm. VISSL has the heads, the schedule and LARS without biases in
+    configs/config/benchmark/linear_image_classification/imagenet1k/models/vit_h16_no_cls.yaml.
     """
-    epochs = subject.options.epochs or 50
-    images = len(subject.data.train)
-    batch = max(16, min(PAPER_BATCH, images // PAPER_STEPS))
-    width, classes = subject.encoder.embed_dim, _classes(subject)
+    blocks = min(4, len(subject.encoder.blocks))
     heads, groups = {}, []
-    for layers in (1, 4) if len(subject.encoder.blocks) >= 4 else (1,):
-        for rate in PAPER_RATES:
-            for decay in PAPER_DECAYS:
-                heads[f"last {layers}, rate {rate:g}, decay {decay:g}"] = head = LinearHead(width, classes, layers)
-                groups.append({"params": list(head.parameters()), "lr": rate, "weight_decay": decay})
+    for layers in sorted({1, blocks}):
+        for norm, rate, decay in product((True, False), PAPER_RATES, PAPER_DECAYS):
+            head = LinearHead(layers * subject.encoder.embed_dim, _classes(subject), norm)
+            heads[f"last {layers}, {'batch norm' if norm else 'plain'}, rate {rate:g}, decay {decay:g}"] = head
+            groups.append({"params": list(head.parameters()), "lr": rate, "weight_decay": decay})
+    batch = min(PAPER_BATCH, len(subject.data.train) // PAPER_STEPS)
 
     def factor(progress: float) -> float:
         return 0.1 ** int(progress * 50 / 15)
 
-    return fit(subject, "linear_protocol", heads, partial(Lars, groups, lr=0.0), factor, epochs, batch)
+    features = partial(subject.pooled, blocks=blocks)
+    return fit(subject, "linear_protocol", heads, Lars(groups, lr=0.0), features, factor, 50, batch)
 
 
 def attentive(subject: Subject) -> dict:
@@ -123,17 +124,17 @@ def attentive(subject: Subject) -> dict:
     width, classes = subject.encoder.embed_dim, _classes(subject)
     heads = {f"rate {rate:g}": AttentiveHead(width, classes, subject.encoder.num_heads) for rate in ATTENTIVE_RATES}
     groups = [{"params": list(h.parameters()), "lr": r} for h, r in zip(heads.values(), ATTENTIVE_RATES, strict=True)]
-    epochs = subject.options.epochs or ATTENTIVE_EPOCHS
-    batch = max(16, min(ATTENTIVE_BATCH, len(subject.data.train) // 20))
-    optimizer = partial(torch.optim.AdamW, groups, weight_decay=ATTENTIVE_DECAY)
-    return fit(subject, "attentive", heads, optimizer, cosine, epochs, batch)
+    optimizer = torch.optim.AdamW(groups, weight_decay=ATTENTIVE_DECAY)
+    batch = min(ATTENTIVE_BATCH, len(subject.data.train) // 20)
+    return fit(subject, "attentive", heads, optimizer, subject.tokens, cosine, ATTENTIVE_EPOCHS, batch)
 
 
 def fit(
     subject: Subject,
     name: str,
     heads: dict[str, nn.Module],
-    optimizer: Callable[[], torch.optim.Optimizer],
+    optimizer: torch.optim.Optimizer,
+    features: Callable[[Tensor], Tensor],
     factor: Callable[[float], float],
     epochs: int,
     batch: int,
@@ -141,18 +142,21 @@ def fit(
     """Train classifiers side by side on the same crops, choose one by held-out images, and test that one.
 
     Args:
-        heads: modules on lists of [B, N, D], the outputs of the last blocks, by name.
-        optimizer: makes the optimizer, once the heads are on the device.
-        factor, epochs: as in ``train``.
-        batch: images of a step.
+        heads: modules on what ``features`` makes of images, by name.
+        features: of the frozen encoder; it sees ``BATCH`` images at once, however many a step has.
+        factor: as in ``train``.
+        epochs: unless ``Options.epochs`` says otherwise.
+        batch: images of a step, but 16 at least, and whole multiples of ``BATCH`` above it.
     """
-    device, seed = subject.device, subject.options.seed
+    device, seed, epochs = subject.device, subject.options.seed, subject.options.epochs or epochs
     part, held_out = _split(subject.data.train, seed)
-    batch = min(batch, len(part))
+    batch = min(max(16, batch), len(part))
+    at_once = min(batch, BATCH)
+    loaded = batch // at_once
     loader = TrainLoader(
         part,
         image_size=subject.image_size,
-        global_batch=batch,
+        global_batch=at_once,
         seed=seed,
         workers=subject.options.workers,
         scale=CROP_SCALE,
@@ -160,25 +164,30 @@ def fit(
     )
     models = nn.ModuleList(heads.values()).to(device)
 
-    def batches(done: int, total: int) -> Iterable[Batch]:
-        loader.start_at(done, total - done)
-        return loader
+    def batches(done: int, total: int) -> Iterable[tuple[Tensor, Tensor]]:
+        loader.start_at(done * loaded, (total - done) * loaded)
+        images = iter(loader)
+        for _ in range(done, total):
+            taken = [
+                (features(some.images.to(device, non_blocking=True)), some.labels) for some in islice(images, loaded)
+            ]
+            yield torch.cat([x for x, _ in taken]), torch.cat([labels for _, labels in taken]).to(device)
 
-    def loss(images: Batch) -> Tensor:
-        outputs = subject.outputs(images.images.to(device, non_blocking=True))
-        labels = images.labels.to(device, non_blocking=True)
-        return sum(F.cross_entropy(head(outputs), labels) for head in models)
+    def loss(features_and_labels: tuple[Tensor, Tensor]) -> Tensor:
+        x, labels = features_and_labels
+        return sum(F.cross_entropy(head(x), labels) for head in models)
 
-    key = {"task": name, "images": part.fingerprint, "batch": batch, "epochs": epochs, "seed": seed, **subject.key()}
-    kept = subject.work(key).with_suffix(".pt")
-    train(kept, models, optimizer(), factor, epochs, loader.steps_per_epoch, batches, loss, name)
-    chosen = score(subject, models, held_out)
+    key = {"task": name, "heads": list(heads), "images": part.fingerprint, "batch": loaded * at_once, "epochs": epochs}
+    kept = subject.work(key | {"seed": seed, **subject.key()}).with_suffix(".pt")
+    train(kept, models, optimizer, factor, epochs, loader.steps_per_epoch // loaded, batches, loss, name)
+    chosen = score(subject, models, features, held_out)
     best = int(np.argmax(chosen))
-    return accuracies(subject, {"accuracy": score(subject, models, subject.data.test)[best]}) | {
+    (accuracy,) = score(subject, models[best : best + 1], features, subject.data.test)
+    return accuracies(subject, {"accuracy": accuracy}) | {
         "head": list(heads)[best],
         "validation": dict(zip(heads, chosen, strict=True)),
         "epochs": epochs,
-        "batch": batch,
+        "batch": loaded * at_once,
     }
 
 
@@ -247,18 +256,17 @@ def cosine(progress: float) -> float:
 
 
 @torch.no_grad()
-def score(subject: Subject, models: nn.ModuleList, source: Source) -> list[float]:
+def score(
+    subject: Subject, heads: Iterable[nn.Module], features: Callable[[Tensor], Tensor], source: Source
+) -> list[float]:
     """Accuracy of every head on the central crops of the labelled images."""
-    correct, count = torch.zeros(len(models), dtype=torch.float64), 0
-    for images in EvalLoader(
-        source, subject.image_size, BATCH, subject.options.workers, resize_ratio=subject.resize_ratio
-    ):
-        outputs = subject.outputs(images.images.to(subject.device, non_blocking=True))
-        rows = images.labels >= 0
-        for place, head in enumerate(models):
-            correct[place] += (head(outputs).argmax(1).cpu() == images.labels)[rows].sum()
-        count += int(rows.sum())
-    return (correct / count).tolist()
+    part = Part(source, np.flatnonzero(source.labels >= 0))
+    correct, count = 0, 0
+    for some in EvalLoader(part, subject.image_size, BATCH, subject.options.workers, resize_ratio=subject.resize_ratio):
+        x = features(some.images.to(subject.device, non_blocking=True))
+        correct += torch.stack([(head(x).argmax(1).cpu() == some.labels).sum() for head in heads])
+        count += len(some.labels)
+    return (correct.double() / count).tolist()
 
 
 def _split(source: Source, seed: int) -> tuple[Part, Part]:

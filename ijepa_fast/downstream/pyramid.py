@@ -6,6 +6,7 @@ at all resolutions; ViTDet's windows, which save time at 1,024 px, are left out.
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 
 import torch.nn.functional as F
@@ -24,6 +25,9 @@ class ChannelNorm(nn.LayerNorm):
 class SimpleFeaturePyramid(nn.Module):
     """Maps "0" to "3" at 4, 2, 1 and 1/2 times the patch grid, and "pool" at 1/4.
 
+    torchvision reads the stride of a map off its size and takes it for a power of two. So that this is true, images
+    are resized by 14/16 before they are cut into patches of 14 px, and for other sizes alike.
+
     Args:
         encoder: trained along, or frozen by ``encoder.requires_grad_(False)``.
         out_channels: of all maps.
@@ -39,10 +43,11 @@ class SimpleFeaturePyramid(nn.Module):
     def __init__(self, encoder: VisionTransformer, out_channels: int = 256):
         super().__init__()
         width, patch = encoder.embed_dim, encoder.patch_size
-        if patch % 2 or patch < 4:
-            raise ValueError(f"a feature pyramid needs an even patch size of at least 4 px, got {patch}")
+        if patch < 3:
+            raise ValueError(f"a feature pyramid needs patches of at least 3 px, got {patch}")
         self.encoder, self.out_channels = encoder, out_channels
-        self.strides = [max(1, patch // 4), patch // 2, patch, 2 * patch, 4 * patch]
+        stride = 2 ** round(math.log2(patch))
+        self.strides = [stride // 4, stride // 2, stride, 2 * stride, 4 * stride]
         half, quarter = width // 2, width // 4
 
         def up(before: int, after: int) -> nn.ConvTranspose2d:
@@ -66,23 +71,23 @@ class SimpleFeaturePyramid(nn.Module):
         )
 
     def forward(self, images: Tensor) -> OrderedDict[str, Tensor]:
-        """Normalised images [B, C, h, w], whose sides are multiples of twice the patch size -> maps by name."""
-        grid = self.encoder.grid_of(*images.shape[2:])
+        """Normalised images [B, C, h, w], whose sides are multiples of the largest stride -> maps by name."""
+        grid = [side // self.strides[2] for side in images.shape[2:]]
+        if self.strides[2] != self.encoder.patch_size:
+            sides = [self.encoder.patch_size * cells for cells in grid]
+            images = F.interpolate(images, sides, mode="bilinear", antialias=True)
         x = self.encoder(images).unflatten(1, grid).permute(0, 3, 1, 2)
         maps = OrderedDict((str(place), scale(x)) for place, scale in enumerate(self.scales))
         maps["pool"] = F.max_pool2d(maps["3"], 1, 2)
         return maps
 
 
-def mask_rcnn(
-    encoder: VisionTransformer, classes: int, size: int, longest: int | None = None, out_channels: int = 256, **options
-) -> nn.Module:
+def mask_rcnn(encoder: VisionTransformer, classes: int, size: int, out_channels: int = 256, **options) -> nn.Module:
     """torchvision's ``MaskRCNN`` on the pyramid of an encoder.
 
     Args:
         classes: with the background, which is class 0.
-        size: images are resized until their shorter side has so many pixels, or the longer one ``longest``.
-        longest: 4/3 of ``size`` by default.
+        size: images are resized until their shorter side has so many pixels, or the longer one 4/3 as many.
         out_channels: of the pyramid and of the mask head.
         options: of ``MaskRCNN``.
     """
@@ -96,11 +101,11 @@ def mask_rcnn(
         backbone,
         classes,
         min_size=size,
-        max_size=longest or size * 4 // 3,
+        max_size=size * 4 // 3,
         image_mean=encoder.patch_embed.mean,
         image_std=encoder.patch_embed.std,
         rpn_anchor_generator=anchors,
-        size_divisible=4 * encoder.patch_size,
+        size_divisible=backbone.strides[-1],
         **options,
     )
     # torchvision's mask head has 256 channels whatever the pyramid has.

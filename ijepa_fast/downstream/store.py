@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from ijepa_fast.data import EvalLoader, Source
 from ijepa_fast.data.bands import Pixels, pixels_of
-from ijepa_fast.evaluate.features import evaluation_mode
+from ijepa_fast.data.loader import BadFilesError
 from ijepa_fast.run.files import write_json, write_text
 
 log = logging.getLogger(__name__)
@@ -68,16 +68,19 @@ class Part:
 
 def at_most(source: Source, count: int | None) -> Source:
     """The source itself, or ``count`` of its images, spread evenly: folders list one class after the other."""
-    if count is None or count >= len(source):
-        return source
-    return Part(source, np.linspace(0, len(source) - 1, count).round())
+    return source if count is None or count >= len(source) else Part(source, spread(len(source), count))
+
+
+def spread(count: int, most: int | None) -> np.ndarray:
+    """int64 numbers below ``count``: all, or ``most`` of them at even distances."""
+    return np.arange(count) if most is None or most >= count else np.linspace(0, count - 1, most).round().astype(int)
 
 
 def extract(
     folder: Path,
     source: Source,
     function: Callable[[Tensor], Tensor],
-    encoder: torch.nn.Module,
+    device: torch.device,
     *,
     image_size: int | tuple[int, int],
     resize_ratio: float,
@@ -89,8 +92,8 @@ def extract(
 
     Args:
         folder: for the features of this source and these settings alone.
-        function: images [B, C, h, w] as loaders give them on the encoder's device -> fp32 [B, ...].
-        encoder: in evaluation mode while this runs.
+        function: images [B, C, h, w] as loaders give them, on the device -> [B, ...], without gradients.
+        device: where the function computes.
         image_size, resize_ratio: of the crops.
         key: whatever else decides the features: weights, layers, precision.
         title: for the progress bar.
@@ -103,7 +106,7 @@ def extract(
         key["pixels"] = pixels
     key = json.loads(json.dumps(key))
     folder.mkdir(parents=True, exist_ok=True)
-    note, device = folder / "progress.json", next(encoder.parameters()).device
+    note = folder / "progress.json"
     state = json.loads(note.read_text()) if note.is_file() else {}
     if state.get("key") != key:
         note.unlink(missing_ok=True)  # its files are overwritten from here on
@@ -121,7 +124,7 @@ def extract(
         noted = time.monotonic()
         bar = tqdm(total=count, initial=state["done"], desc=title, unit="img", disable=None)
         try:
-            with torch.no_grad(), evaluation_mode(encoder), bar:
+            with bar:
                 for batch in loader:
                     rows = function(batch.images.to(device, non_blocking=True)).float().cpu().numpy()
                     if values is None:
@@ -137,6 +140,10 @@ def extract(
                     if time.monotonic() - noted > _SECONDS_BETWEEN_NOTES:
                         _note(note, state, values, indices)
                         noted = time.monotonic()
+            state["done"] = count
+        except BadFilesError:  # of the images that were left
+            if not state["rows"]:
+                raise
             state["done"] = count
         finally:
             state["bad"] |= loader.bad
