@@ -219,6 +219,7 @@ def test_bad_input_is_an_error_before_features_are_taken(scenes, weights, tmp_pa
         (["--data", str(tmp_path / "new/train"), "--test", str(tmp_path / "new/val")], "outside the classes"),
         (["--data", str(scenes), "--limit", "3"], few),
         (["--data", str(scenes), "--limit", "0"], "limit must be at least 1, got 0"),
+        (["--data", str(scenes), "--depth_scale", "0"], "depth_scale must be positive, got 0"),
         (["--data", str(scenes), "--tasks", "knn,liner"], "no task 'liner'; did you mean linear?"),
         (["--data", str(scenes), "--tasks", ","], "no task is named"),
         (["--data", str(scenes), "--layers", "last4"], "layers last4 needs an encoder of 4 blocks, this one has 2"),

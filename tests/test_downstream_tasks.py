@@ -261,6 +261,7 @@ def test_finetuning_learns_continues_and_gives_an_encoder(classes, loaded, tmp_p
     again = json.loads((tmp_path / "stopped" / "finetune.json").read_text())
     assert again["losses"] == report["losses"] and again["accuracy"] == report["accuracy"] and len(saved) == 6
     assert cli.main([*command, str(tmp_path / "x"), "--warmup_epochs", "9"]) == 1
+    assert cli.main([*command, str(tmp_path / "x"), "--label_smoothing", "1"]) == 1
 
 
 def test_finetuning_trains_encoders_that_come_frozen(classes, loaded, tmp_path):

@@ -105,12 +105,14 @@ def _earlier(path: Path, weights: str) -> dict:
     """What an earlier call wrote about the same weights, else nothing."""
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
-        return report if report["digest"] == weights else {}
+        if report["digest"] == weights:
+            return report
+        log.warning("%s is of other weights and is replaced", path)
     except FileNotFoundError:
-        return {}
+        pass
     except (ValueError, KeyError, TypeError):
         log.warning("%s is not what evaluate writes and is replaced", path)
-        return {}
+    return {}
 
 
 def evaluate_command(argv: list[str]) -> int:
@@ -135,6 +137,8 @@ def features_command(argv: list[str]) -> int:
     parser.add_argument("--patches", type=bool, default=False, help="Features of all patches instead of their average.")
     given = parse(parser, argv)
     check_out(given.out)
+    if given.patches and given.layers == "last4":
+        raise ValueError("--patches true takes the last block alone, --layers last4 averages of four")
     write_features(given.out, _subject(given), given.patches)
     print(given.out)
     return 0

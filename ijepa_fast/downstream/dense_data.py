@@ -148,20 +148,21 @@ def _checked(data: str, kind: str, options: Options, images: dict) -> list[Pairs
             raise ValueError(f"{data} has no {split} images")
         names = [names[row] for row in spread(len(names), options.limit)]
         pairs = Pairs(names, [_beside(path, targets) for path in names], kind, options.depth_scale)
-        for paths in zip(pairs.images, pairs.targets, strict=True):
-            (width, height), size = map(_size, paths)
-            if size != (width, height):
-                raise ValueError(f"{paths[1]} is {size[0]} x {size[1]} px, its image {width} x {height}")
+        for image, target in zip(pairs.images, pairs.targets, strict=True):
+            with open_image(image) as opened:
+                wanted = opened.size
+            if (size := _size(target)) != wanted:
+                raise ValueError(f"{target} is {size[0]} x {size[1]} px, its image {wanted[0]} x {wanted[1]}")
         pairs.stored(0)
         splits.append(pairs)
     return splits
 
 
 def _size(path: Path) -> tuple[int, int]:
-    """Width and height, which files say in their first bytes."""
+    """Width and height of a mask or depth map, which files say in their first bytes."""
     if path.suffix == ".npy":
         return np.load(path, mmap_mode="r").shape[1::-1]
-    with open_image(path) as image:
+    with Image.open(path) as image:
         return image.size
 
 

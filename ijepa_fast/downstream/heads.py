@@ -33,8 +33,9 @@ VALIDATION_SHARE = 0.1
 PAPER_BATCH, PAPER_STEPS = 16_384, 78
 """Batch of the linear protocol, and how many of them ImageNet-1k gives in an epoch."""
 PAPER_RATES = tuple(rate * PAPER_BATCH / 256 for rate in (0.05, 0.01, 0.001))
-"""Learning rates of the linear protocol. LARS makes steps in proportion to the weights, so it is the number of steps
-that must be kept, not the batch: smaller sets have smaller batches and the same rates."""
+"""Learning rates of the linear protocol, the paper's (its table 8, as stable-pretraining's benchmarks quote it). LARS
+makes steps in proportion to the weights, so it is the number of steps that must be kept, not the batch: smaller sets
+have smaller batches and the same rates."""
 PAPER_DECAYS = (0.0005, 0.0)
 
 ATTENTIVE_RATES, ATTENTIVE_DECAY = (3e-4, 1e-3, 3e-3), 0.001

@@ -55,6 +55,8 @@ class Options:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+        if self.depth_scale is not None and not self.depth_scale > 0:
+            raise ValueError(f"depth_scale must be positive, got {self.depth_scale}")
 
     def check(self, encoder: VisionTransformer) -> None:
         """ValueError for settings that the encoder cannot have."""
