@@ -9,6 +9,7 @@ does, or the same with train and val. All of the network is trained, with AdamW 
 
 import argparse
 import math
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from ijepa_fast import FusedAdamW
 from ijepa_fast.downstream.encoders import load_any
 from ijepa_fast.downstream.pyramid import mask_rcnn
 from ijepa_fast.optim.groups import decays, layer_of
+from ijepa_fast.run.files import write_whole
 
 
 class CocoSplit(torch.utils.data.Dataset):
@@ -158,7 +160,7 @@ def main() -> None:
         print(f"epoch {epoch + 1} of {arguments.epochs}: loss {losses / len(batches):.3f}", flush=True)
         if arguments.out:
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "epochs": epoch + 1}
-            torch.save(state, arguments.out)
+            write_whole(arguments.out, partial(torch.save, state))
     for name, value in average_precision(model, test, device).items():
         print(f"{name}: {value:.3f}")
 

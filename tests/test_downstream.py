@@ -201,15 +201,11 @@ def test_linear_probe_and_lowshot_agree_with_scikit_learn(scenes, weights, tmp_p
 
 def test_bad_input_is_an_error_before_features_are_taken(scenes, weights, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(store, "EvalLoader", None)
-    picture = Image.fromarray(scene(0)[0])
-    for name in ("one/train/a", "one/val/a", "flat", "empty/train/a", "empty/train/b", "empty/val/a", "new/train/a"):
+    folders = ["one/train/a", "one/val/a", "flat", "empty/train/a", "empty/train/b"]
+    for name in [*folders, "new/train/a", "new/train/b", "new/val/c"]:
         (tmp_path / name).mkdir(parents=True)
-    for name in ("new/train/b", "new/val/c"):
-        (tmp_path / name).mkdir(parents=True)
-    for name in ("one/train/a", "one/val/a", "flat", "empty/train/a", "empty/train/b"):
-        picture.save(tmp_path / name / "1.png")
-    for name in ("new/train/a", "new/train/b", "new/val/c"):
-        picture.save(tmp_path / name / "1.png")
+        Image.fromarray(scene(0)[0]).save(tmp_path / name / "1.png")
+    (tmp_path / "empty/val/a").mkdir(parents=True)
     few = f"3 training images are fewer than the {CLASSES} classes"
     for arguments, message in (
         (["--data", str(tmp_path / "one")], "no classes"),
@@ -251,6 +247,8 @@ def test_features_command_writes_what_it_names(scenes, weights, tmp_path, capsys
     assert "9.png" in (tmp_path / "f.npz.bad.txt").read_text() and not (tmp_path / "f.npz.work").exists()
     assert cli.main(["features", str(weights), *common, "--out", str(tmp_path / "f.csv")]) == 1
     assert "written as .npz or .parquet" in capsys.readouterr().err
+    assert cli.main(["features", "none", "--out", str(out), "--patches", "true", "--layers", "last4"]) == 1
+    assert "--layers last4 averages of four" in capsys.readouterr().err
 
 
 @needs_pyarrow
