@@ -78,9 +78,10 @@ def test_tasks_beat_chance_and_the_untrained_encoder_once(scenes, weights, tmp_p
     assert set(evaluate(other, "knn", str(scenes), options=QUICK, out=tmp_path, device="cpu")["tasks"]) == {"knn"}
 
 
-@torch.no_grad()
 def averages(images):
-    return trained_encoder()(images).mean(1)
+    encoder = trained_encoder()
+    with torch.no_grad():
+        return encoder(images).mean(1)
 
 
 def extracted(folder, source, function=averages):
