@@ -15,7 +15,7 @@ from pathlib import Path
 
 COMMANDS = (
     "pretrain --config demo --output run --train.steps 20 --train.save_every 20 --train.log_every 10"
-    " --evaluation.images 200 --loader.workers 0",
+    " --evaluation.images [200,200] --loader.workers 0",
     "probe run",
     "export run --to safetensors --out encoder.safetensors",
     "report run",
