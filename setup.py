@@ -114,7 +114,7 @@ EXTRAS = {
         "tensorboard>=2.16",
         "tqdm>=4.66",
     ],
-    "shards": ["webdataset>=1.0"],
+    "shards": ["webdataset>=1.0", "aiohttp>=3.9"],
     "images": ["tifffile>=2024.8.10", "imagecodecs", "pillow-heif"],
     "huggingface": ["transformers>=4.56", "safetensors>=0.4.3"],
     "lightning": ["lightning>=2.4"],

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from ijepa_fast.data.bands import Pixels
 from ijepa_fast.data.folder import ImageFiles, ImageFolder, find_split
+from ijepa_fast.data.indexed import SUFFIX, IndexedShards
 from ijepa_fast.data.lists import ImageList, has_test_images, label_from, names_list
 from ijepa_fast.data.loader import TrainLoader
 from ijepa_fast.data.remote import RemoteLoader, RemoteShards
@@ -31,8 +32,8 @@ def open_sources(data: str | None, evaluation_data: str | None = None, labels: s
 
     Args:
         data: "rendered" for the embedded set; a folder (of one with train/ and val/ or test/, these); a list of files
-            (.txt, .csv); or tar shards (a path that ends in .tar, braces and "*" included, or URLs, of which classes
-            and test images are not used).
+            (.txt, .csv); tar shards (a path that ends in .tar, braces and "*" included, or URLs, of which classes and
+            test images are not used); or an index of shards beside it (a path or URL that ends in .index.npz).
         evaluation_data: folder, list or shards of labelled test images, instead of the ones found beside the training
             images.
         labels: table of paths and classes for images in folders and lists.
@@ -104,13 +105,15 @@ def train_loader(source: Source, *, epoch_images: int | None, **settings) -> Tra
 
 
 def _are_shards(data: str) -> bool:
-    return names_shards(data) and not Path(data).is_dir()
+    return names_shards(data) and not Path(data).is_dir() and not data.endswith(SUFFIX)
 
 
 def _open_training(data: str, pixels: dict) -> tuple[Source, str | None]:
     """Training images, and where test images lie beside them."""
     if names_list(data):
         return ImageList(data, **pixels), data if has_test_images(data) else None
+    if data.endswith(SUFFIX):
+        return IndexedShards(data, **pixels), None
     if not _are_shards(data):
         split = find_split(data)
         return ImageFolder(split.train, **pixels), split.evaluation and str(split.evaluation)
@@ -122,6 +125,8 @@ def _open_labelled(data: str, classes: list[str] | None, pixels: dict) -> Source
     """Test images; without ``classes`` they are yet to be labelled."""
     if names_list(data):
         return ImageList(data, training=not has_test_images(data), classes=classes, **pixels)
+    if data.endswith(SUFFIX):
+        return IndexedShards(data, classes=classes, **pixels)
     if not _are_shards(data):
         return ImageFolder(data, class_folders=classes is not None, classes=classes, **pixels)
     shards = expand_shards(data)

@@ -113,6 +113,10 @@ class TarShards:
         folder = Path(cache) if cache is not None else _default_cache()
         self.shards = [str(shard) for shard in shards]
         indexes = [_index_of(shard, folder) for shard in self.shards]
+        self._take(indexes, classes)
+
+    def _take(self, indexes: Sequence[Index], classes: Sequence[str] | None) -> None:
+        """Hold the images of the shards, of which there is one index each."""
         self.damaged = {s: "; ".join(i.damage) for s, i in zip(self.shards, indexes, strict=True) if i.damage}
         self._counts = np.array([len(index.offsets) for index in indexes])
         if not self._counts.sum():
@@ -166,12 +170,15 @@ class TarShards:
 
     def open(self, index: int) -> Image.Image | ArrayBands:
         """The image, not decoded yet. EOFError where the shard has become shorter."""
-        with open(self._shard_of(index), "rb") as file:
-            file.seek(self._offsets[index])
-            content = file.read(self._sizes[index])
+        content = self._read(self._shard_of(index), int(self._offsets[index]), int(self._sizes[index]))
         if len(content) < self._sizes[index]:
             raise EOFError(f"the shard ends within {self.describe(index)}")
         return open_image(io.BytesIO(content), self.pixels)
+
+    def _read(self, shard: str, offset: int, size: int) -> bytes:
+        with open(shard, "rb") as file:
+            file.seek(offset)
+            return file.read(size)
 
     def describe(self, index: int) -> str:
         return f"{self._shard_of(index)}: {os.fsdecode(self._names[index])}"
@@ -192,13 +199,13 @@ class TarShards:
         return self.shards[int(np.searchsorted(self._ends, index, side="right"))]
 
 
-class _Index(NamedTuple):
+class Index(NamedTuple):
     """Where the images of one shard lie."""
 
     names: list[bytes]
     offsets: np.ndarray  # int64 [n]
     sizes: np.ndarray  # int64 [n]
-    labels: np.ndarray  # int64 [n]
+    labels: list[bytes]
     damage: list[str]
 
 
@@ -210,10 +217,10 @@ def _default_cache() -> Path | None:
     return Path(base, "ijepa_fast", "shards")
 
 
-def _index_of(shard: str, cache: Path | None) -> _Index:
+def _index_of(shard: str, cache: Path | None) -> Index:
     """The index from the cache, or else from the shard itself."""
     if cache is None:
-        return _build_index(shard)
+        return build_index(shard)
     status = os.stat(shard)
     identity = f"{_INDEX_FORMAT} {os.path.realpath(shard)} {status.st_size} {status.st_mtime_ns}"
     path = cache / f"{hashlib.sha256(os.fsencode(identity)).hexdigest()[:40]}.npz"
@@ -221,16 +228,16 @@ def _index_of(shard: str, cache: Path | None) -> _Index:
         with np.load(path) as saved:
             texts = ("names", "labels", "damage")
             names, labels, damage = (saved[key].tobytes().split(b"\0")[:-1] for key in texts)
-            return _Index(names, saved["offsets"], saved["sizes"], labels, [reason.decode() for reason in damage])
+            return Index(names, saved["offsets"], saved["sizes"], labels, [reason.decode() for reason in damage])
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         pass  # not there, or broken: made anew
     log.info("indexing %s", shard)
-    index = _build_index(shard)
+    index = build_index(shard)
     _save_index(index, path)
     return index
 
 
-def _build_index(shard: str) -> _Index:
+def build_index(shard: str) -> Index:
     samples, damage = [], []
     with open(shard, "rb") as file:
         for found in read_samples(file, contents=False):
@@ -247,10 +254,10 @@ def _build_index(shard: str) -> _Index:
 
     names = [os.fsencode(sample.name) for sample in samples]
     labels = [os.fsencode(sample.label) for sample in samples]
-    return _Index(names, column("offset"), column("size"), labels, damage)
+    return Index(names, column("offset"), column("size"), labels, damage)
 
 
-def _save_index(index: _Index, path: Path) -> None:
+def _save_index(index: Index, path: Path) -> None:
     """Write the index whole or not at all, for other ranks may read it meanwhile; a cache is no must."""
 
     def joined(strings: list[bytes]) -> np.ndarray:
