@@ -19,7 +19,7 @@ EXIT_INTERRUPTED = 128 + 2
 
 EXTRAS = {
     "train": "jsonargparse docstring_parser typeshed_client yaml matplotlib PIL safetensors tensorboard tqdm",
-    "shards": "webdataset",
+    "shards": "webdataset aiohttp",
     "huggingface": "transformers",
     "lightning": "lightning",
     "onnx": "onnx onnxscript",
@@ -48,6 +48,7 @@ commands:
              run an unmodified checkout of the official code with the parts of this package
   report     gather a run into one HTML page
   bench      how fast training and every op is on this machine
+  plan       what a recipe needs on many GPUs: memory, bytes on the wire, balance
   fastest    which options of the training step are fastest on this machine
   doctor     what is installed, and what is missing why
 
@@ -58,6 +59,7 @@ ELSEWHERE = {
     **dict.fromkeys(("evaluate", "features", "neighbours", "finetune"), "downstream.command"),
     **dict.fromkeys(("export", "import", "accelerate-official"), "interop.command"),
     **dict.fromkeys(("bench", "fastest"), "bench.command"),
+    "plan": "bench.plan",
 }
 """Commands of the wings -> module that has them in its ``COMMANDS``; imported only by who calls them."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,6 +13,10 @@ import torch
 import torch.distributed as dist
 
 _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+class RankLost(RuntimeError):
+    """A rank of the run ended, or does not answer."""
 
 
 @dataclass(frozen=True)
@@ -34,14 +39,14 @@ class Ranks:
 
     def barrier(self) -> None:
         if self.world_size > 1:
-            dist.barrier(group=_HOST_GROUP.get("group"))
+            dist.barrier(group=_GROUPS.get("hosts"))
 
     def any(self, flag: bool) -> bool:
         """Whether any rank's flag is set; every rank must ask. Runs between hosts and does not wait for the GPU."""
         if self.world_size == 1:
             return flag
         value = torch.tensor([int(flag)])
-        dist.all_reduce(value, op=dist.ReduceOp.MAX, group=_HOST_GROUP.get("group"))
+        dist.all_reduce(value, op=dist.ReduceOp.MAX, group=_GROUPS.get("hosts"))
         return bool(value)
 
     def union(self, mapping: dict) -> dict:
@@ -49,19 +54,50 @@ class Ranks:
         if self.world_size == 1:
             return mapping
         parts: list[dict] = [{}] * self.world_size
-        dist.all_gather_object(parts, mapping, group=_HOST_GROUP.get("group"))
+        dist.all_gather_object(parts, mapping, group=_GROUPS.get("hosts"))
         return {key: value for part in parts for key, value in part.items()}
+
+    def group_for_saves(self) -> dist.ProcessGroup | None:
+        """A group of all ranks between hosts, for a thread that saves while others go on; every rank must ask. None for
+        a process alone."""
+        return dist.new_group(backend="gloo") if self.world_size > 1 else None
+
+    @contextmanager
+    def naming_the_lost(self) -> Iterator[None]:
+        """Say which ranks do not answer where waiting for one of them has failed.
+
+        Raises:
+            RankLost: a rank ended, or did not answer for ``train.timeout``.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            if self.world_size == 1 or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+                raise
+            raise RankLost(f"{_lost()}; this rank, {self.rank}, ends: {error}") from error
 
     def from_main(self, value):
         """Rank 0's value (anything picklable, sent between our own processes) on every rank."""
         if self.world_size == 1:
             return value
         box = [value]
-        dist.broadcast_object_list(box, src=0, group=_HOST_GROUP.get("group"))
+        dist.broadcast_object_list(box, src=0, group=_GROUPS.get("hosts"))
         return box[0]
 
 
-_HOST_GROUP: dict[str, dist.ProcessGroup | None] = {}
+_GROUPS: dict[str, dist.ProcessGroup | None] = {}
+"""Groups of all ranks on gloo: of "hosts", beside the one of GPUs, and to "ask" who is still there."""
+
+
+def _lost() -> str:
+    """Which ranks do not answer, asked on a connection that nothing else uses; the first rank gets to know it."""
+    try:
+        dist.monitored_barrier(_GROUPS["ask"], timeout=timedelta(seconds=20), wait_all_ranks=True)
+    except RuntimeError as error:
+        if named := re.search(r"Ranks? ([\d, ]+) failed to pass", str(error)):
+            return f"rank {named[1].strip(', ')} does not answer"
+        return "a rank does not answer: the one that the first rank names, or that itself"
+    return "a rank was late (train.timeout)"
 
 
 def pick_device(name: str, local_rank: int) -> torch.device:
@@ -107,12 +143,13 @@ def ranks(device: str = "auto", timeout: timedelta = timedelta(minutes=20)) -> I
         timeout=timeout,
         device_id=chosen if on_gpu else None,
     )
-    _HOST_GROUP["group"] = dist.new_group(backend="gloo", timeout=timeout) if on_gpu else None
+    _GROUPS["hosts"] = dist.new_group(backend="gloo", timeout=timeout) if on_gpu else None
+    _GROUPS["ask"] = dist.new_group(backend="gloo", timeout=timeout)
     try:
         yield Ranks(rank, world_size, chosen)
     finally:
         dist.destroy_process_group()
-        _HOST_GROUP.clear()
+        _GROUPS.clear()
 
 
 def _set_device(device: torch.device) -> torch.device:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -24,6 +25,7 @@ from ijepa_fast.evaluate.encoder import evaluate, evaluated_on
 from ijepa_fast.evaluate.health import mean_cosine
 from ijepa_fast.masks.sampler import MaskSampler
 from ijepa_fast.model.jepa import IJEPA
+from ijepa_fast.model.vit import VisionTransformer
 from ijepa_fast.optim import FusedAdamW
 from ijepa_fast.optim.schedules import Schedules
 from ijepa_fast.plots.run import draw_run
@@ -38,6 +40,7 @@ from ijepa_fast.run.build import (
     make_optimizer,
     make_scaler,
     make_step,
+    mesh_of,
     prepare,
     tell_what_starts,
     use_deterministic,
@@ -50,10 +53,12 @@ from ijepa_fast.run.lengthening import length_before, refuse_shortening, tell_of
 from ijepa_fast.run.log import ESTIMATED_BY, RunLog, heard, known
 from ijepa_fast.run.loggers import loggers
 from ijepa_fast.run.meter import Meter
+from ijepa_fast.run.saving import Saver
 from ijepa_fast.run.signals import StopFlag
+from ijepa_fast.step.sharding import is_sharded
 from ijepa_fast.step.train_step import StepResult, TrainStep
 from ijepa_fast.weights.any_format import start_from
-from ijepa_fast.weights.runs import about_run, check_training, load_run, restore_training, training_tensors
+from ijepa_fast.weights.runs import about_run, check_training, load_run, restore, training_tensors, whole_encoder
 
 log = logging.getLogger(__name__)
 
@@ -103,12 +108,13 @@ def pretrain(
         Stopped: by a signal (or Ctrl-C), after saving.
         KeyboardInterrupt: by a second Ctrl-C, or by one before the first step or after the last.
         NotFinite: the loss was not finite; the checkpoints on disk are from before.
+        RankLost: another rank ended, or did not answer for ``train.timeout`` minutes.
     """
     refuse_in_workers()
     Callbacks(callbacks)  # checked before anything is done
     with heard(), ExitStack() as open_:
         config = configure(config, settings)
-        me = open_.enter_context(ranks(config.train.device))
+        me = open_.enter_context(ranks(config.train.device, timedelta(minutes=config.train.timeout)))
         # Hosts may differ: the first rank's choice is everybody's.
         run = setup(me.from_main(_with_precision(config, me) if me.is_main else None), me)
         if me.is_main:
@@ -122,9 +128,11 @@ def pretrain(
             run.callbacks = Callbacks([run_log, *others])
             open_.callback(run.callbacks.call, "close")
             run.callbacks.call("on_start", run)
-        train(run)
-        summary = finish(run) if me.is_main else {}
-        me.barrier()
+        with me.naming_the_lost():
+            train(run)
+            encoder = whole_encoder(run.model, run.config)
+            summary = finish(run, encoder) if me.is_main else {}
+            me.barrier()
         return summary
 
 
@@ -142,6 +150,7 @@ class Run:
         saved: ``done`` at the newest checkpoint, -1 without one.
         loss: of the last log interval.
         best: which checkpoint is the best one.
+        saver: writes checkpoints.
         seconds: of earlier starts.
     """
 
@@ -159,6 +168,7 @@ class Run:
     knn: OnlineKNN | None
     meter: Meter
     best: Best
+    saver: Saver
     step: TrainStep | None = None
     callbacks: Callbacks = field(default_factory=Callbacks)
     records: list[dict] = field(default_factory=list)
@@ -234,7 +244,8 @@ def setup(config: RunConfig, me: Ranks) -> Run:
     )
     total_steps = config.train.total_steps(loader.steps_per_epoch)
     schedules = config.optim.schedules(total_steps, loader.steps_per_epoch)
-    prepare(model, config, config.train.batch_size // me.world_size // config.train.accumulate, me.device)
+    share = config.train.batch_size // me.world_size // config.train.accumulate
+    prepare(model, config, share, me.device, mesh_of(config, me))
     # Features of one log interval: those of older weights would lend a collapsed network their rank.
     pushed = config.train.batch_size // me.world_size * math.ceil(config.train.log_every / MONITOR_EVERY)
     knn, width = None, config.model.embed_dim
@@ -255,6 +266,13 @@ def setup(config: RunConfig, me: Ranks) -> Run:
         knn=knn,
         meter=Meter(me, config.train.batch_size),
         best=Best("rank" if knn is None else "knn"),
+        saver=Saver(
+            folder / "checkpoints",
+            config.train.keep,
+            me,
+            shards=is_sharded(model) or config.train.async_save,
+            background=config.train.async_save,
+        ),
     )
 
 
@@ -275,17 +293,18 @@ def begin(run: Run, to_yaml: Callable[[RunConfig], str]) -> None:
         tell_what_starts(config, run.model, me, run.total_steps)
         if state is None:
             hint_at_options(config, me.device)
-        if config.evaluation.figures and not (folder / "before.json").exists():
-            start = "untrained" if config.init is None else "initial"
-            log.info("evaluating the %s encoder %s, before the first step", start, evaluated_on(run.sources, config))
-            write_json(folder / "before.json", evaluate(run.model.target_encoder, run.sources, config, baselines=True))
-    # Every rank reads the file that the first one has chosen.
-    step = me.from_main(None if state is None else state.step)
+    # Every rank reads the checkpoint that the first one has chosen.
+    judged = config.evaluation.figures and not (folder / "before.json").exists()
+    step, judged = me.from_main((None if state is None else state.step, judged))
+    if judged and (encoder := whole_encoder(run.model, run.config)) is not None and me.is_main:
+        start = "untrained" if config.init is None else "initial"
+        log.info("evaluating the %s encoder %s, before the first step", start, evaluated_on(run.sources, config))
+        write_json(folder / "before.json", evaluate(encoder, run.sources, config, baselines=True))
     if step is not None:
-        _continue(run, state or checkpoints.load(checkpoints.path_of(folder / "checkpoints", step)))
+        _continue(run, state, checkpoints.path_of(folder / "checkpoints", step))
     run.loader.start_at(run.done, run.total_steps - run.done)
     wrapped = None
-    if me.world_size > 1:
+    if me.world_size > 1 and not is_sharded(run.model):
         devices = [me.device] if me.device.type == "cuda" else None
         wrapped = DistributedDataParallel(run.model, device_ids=devices, broadcast_buffers=False)
     sampler = MaskSampler(config.masks, run.model.context_encoder.grid)
@@ -294,8 +313,8 @@ def begin(run: Run, to_yaml: Callable[[RunConfig], str]) -> None:
     )  # fmt: skip
 
 
-def _continue(run: Run, state: Checkpoint) -> None:
-    restore_training(state, run.model, run.optimizer, run.scaler)
+def _continue(run: Run, state: Checkpoint | None, path: Path) -> None:
+    state = restore(path, run.model, run.optimizer, run.scaler, state)
     run.done = run.saved = state.step
     run.bad_files, run.seconds = state.extra["bad_files"], state.extra.get("seconds", 0.0)
     run.best.scores, run.best.so_far = state.extra.get("scores", []), state.extra.get("best")
@@ -353,6 +372,8 @@ def train(run: Run) -> None:
                 save(run)
             if end:
                 break
+        run.saver.wait()
+        _tell_of_saves(run)
 
 
 def _next_batch(run: Run, batches: Iterator) -> tuple:
@@ -372,6 +393,8 @@ def _stop(run: Run, failure: Exception | None) -> None:
     failures = run.me.union({} if failure is None else {run.me.rank: str(failure)})
     if not failures or run.done > max(run.saved, 0):
         save(run)
+        run.saver.wait()
+        _tell_of_saves(run)
     if failure is not None:
         raise failure
     if failures:
@@ -390,7 +413,9 @@ def _write_metrics(run: Run) -> bool:
 
     Every rank must come here, because means are taken over all of them.
     """
-    _raise_if_bad(run.step)
+    _raise_if_bad(run)
+    run.saver.check()
+    _tell_of_saves(run)
     run.bad_files |= run.me.union(run.loader.bad)
     metrics = {"step": run.done, "epoch": run.done / run.loader.steps_per_epoch, **run.meter.read()}
     if not run.me.is_main:
@@ -412,10 +437,12 @@ def _write_metrics(run: Run) -> bool:
 
 def save(run: Run) -> None:
     """Write a checkpoint. Every rank must come here, because what the meter holds is a mean over all of them."""
-    _raise_if_bad(run.step)
+    _raise_if_bad(run)
     measured = run.meter.state()
     run.saved = run.done
     if not run.me.is_main:
+        if run.saver.shards:
+            run.saver.save(Checkpoint(run.done, training_tensors(run.model, run.optimizer), {}), best=False)
         return
     tensors = training_tensors(run.model, run.optimizer) | {"health.features": run.health.features()}
     if run.knn is not None:
@@ -429,14 +456,17 @@ def save(run: Run) -> None:
         "scores": run.best.scores,
         "best": run.best.so_far,
     }
-    path = checkpoints.save(
-        run.folder / "checkpoints", Checkpoint(run.done, tensors, extra), run.config.train.keep, best
-    )
-    run.callbacks.call("on_save", run, path)
+    run.saver.save(Checkpoint(run.done, tensors, extra), best)
+    _tell_of_saves(run)
 
 
-def finish(run: Run) -> dict:
-    """Evaluate and draw what was trained; the summary."""
+def _tell_of_saves(run: Run) -> None:
+    for path in run.saver.written():
+        run.callbacks.call("on_save", run, path)
+
+
+def finish(run: Run, encoder: VisionTransformer) -> dict:
+    """Evaluate and draw what was trained, by its whole target encoder; the summary."""
     config, path, before = run.config, run.folder / "summary.json", run.folder / "before.json"
     if path.exists() and (summary := json.loads(path.read_text())).get("steps") == run.done:
         return summary
@@ -445,11 +475,11 @@ def finish(run: Run) -> dict:
         log.info("evaluating the trained encoder %s", evaluated_on(run.sources, config))
         figures = json.loads(before.read_text())
         baselines = {name: figures.pop(name) for name in ("pixels", "colours") if name in figures}
-        after = evaluate(run.model.target_encoder, run.sources, config)
+        after = evaluate(encoder, run.sources, config)
         summary |= {"before": figures, "after": after, **baselines}
     summary["seconds"] = round(_seconds(run), 1)
     if config.evaluation.pictures:
-        draw_run(config, run.model.target_encoder, run.sources, run.folder)
+        draw_run(config, encoder, run.sources, run.folder)
     write_json(path, summary)
     run.callbacks.call("on_end", run, summary)
     return summary
@@ -459,9 +489,10 @@ def _seconds(run: Run) -> float:
     return run.seconds + time.monotonic() - run.started
 
 
-def _raise_if_bad(step: TrainStep) -> None:
-    first = int(step.first_bad_step)
+def _raise_if_bad(run: Run) -> None:
+    first = int(run.step.first_bad_step)
     if first >= 0:
+        run.saver.wait()
         raise NotFinite(
             f"the loss of step {first} is not finite; nothing was updated from there on and the last checkpoint is "
             "from before. Lower optim.lr, set optim.max_grad_norm, or use train.precision fp32"

@@ -8,6 +8,7 @@ Prints one line before each step, so that a test knows when to act. Settings are
 import json
 import os
 import sys
+import time
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 
@@ -45,14 +46,26 @@ def fail(rank, step):
         train.DevicePrefetcher = Failing
 
 
+def hang(rank, step):
+    """Let a rank fall asleep before a step."""
+    run = TrainStep.__call__
+
+    def sleeping(self, images, number, first_image=0, **settings):
+        if number == step and int(os.environ["RANK"]) == rank:
+            time.sleep(3600)
+        return run(self, images, number, first_image, **settings)
+
+    TrainStep.__call__ = sleeping
+
+
 def main():
     data, output, *settings = sys.argv[1:]
     torch.set_num_threads(1)
     config = tiny_run(data, output)
     for setting in settings:
         name, _, value = setting.partition("=")
-        if name == "fail":
-            fail(*json.loads(value))
+        if name in ("fail", "hang"):
+            {"fail": fail, "hang": hang}[name](*json.loads(value))
             continue
         config = changed(config, name, json.loads(value))
     run = TrainStep.__call__

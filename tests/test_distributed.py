@@ -33,7 +33,8 @@ def free_port() -> str:
         return str(probe.getsockname()[1])
 
 
-def launch(data, output, world_size, *settings):
+def launch(data, output, world_size, *settings, kill=None):
+    """Standard error and exit status of each rank; the rank ``kill`` is killed when the others have ended."""
     port = free_port()
     processes = []
     for rank in range(world_size):
@@ -48,7 +49,11 @@ def launch(data, output, world_size, *settings):
         processes.append(
             subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         )
-    return [(p.communicate(timeout=240)[1], p.returncode) for p in processes]
+    ends = {rank: p.communicate(timeout=600)[1] for rank, p in enumerate(processes) if rank != kill}
+    if kill is not None:
+        processes[kill].kill()
+        ends[kill] = processes[kill].communicate()[1]
+    return [(ends[rank], p.returncode) for rank, p in enumerate(processes)]
 
 
 def trained(data, output, world_size, *settings):

@@ -6,13 +6,16 @@ import re
 import runpy
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+import yaml
 from image_files import smooth_image
 from rendered_scenes import trained_encoder, write_boxes
 from safetensors.torch import load_file
 
+from ijepa_fast.command_line import run_config, run_parser
 from ijepa_fast.weights.encoder_file import save_encoder
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
@@ -130,3 +133,42 @@ def test_detection_learns_boxes_and_continues(run, tmp_path):
     assert float(re.search(r"box AP50: ([\d.]+)", printed)[1]) > 0.5
     again = run("detection.py", *flags)  # nothing is left to train
     assert "epoch" not in again and again in printed
+
+
+def test_kubernetes_job_trains_with_settings_that_exist():
+    service, job = yaml.safe_load_all((EXAMPLES / "kubernetes.yaml").read_text())
+    assert (service["kind"], job["kind"]) == ("Service", "Job")
+    (container,) = job["spec"]["template"]["spec"]["containers"]
+    arguments = container["args"]
+    config, _ = run_config(run_parser("pretrain", ""), arguments[arguments.index("pretrain") + 1 :])
+    assert config.train.parallel == "hsdp" and config.train.async_save
+    volumes = {volume["name"] for volume in job["spec"]["template"]["spec"]["volumes"]}
+    assert {mount["name"] for mount in container["volumeMounts"]} == volumes
+
+
+def test_submitit_job_hands_its_arguments_on_and_requeues(run, monkeypatch):
+    submitted, commands = [], []
+
+    class Executor:
+        def __init__(self, folder):
+            pass
+
+        def update_parameters(self, **parameters):
+            assert parameters["nodes"] == 2 and parameters["timeout_min"] == 90
+
+        def submit(self, job):
+            submitted.append(job)
+            return SimpleNamespace(job_id="7")
+
+    environment = SimpleNamespace(export=lambda set_cuda_visible_devices: None)
+    helpers = SimpleNamespace(TorchDistributedEnvironment=lambda: environment)
+    monkeypatch.setitem(sys.modules, "submitit", SimpleNamespace(AutoExecutor=Executor, helpers=helpers))
+    monkeypatch.setenv("SUBMITIT_PREEMPT_SIGNAL", "USR2")
+    assert "job 7" in run("submitit_run.py", "--nodes", 2, "--hours", 1.5, "--", "--config", "demo")
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setattr("os.system", commands.append)
+    expected = ["pretrain", "--config", "demo"]
+    monkeypatch.setattr("ijepa_fast.cli.main", lambda arguments: 75 if arguments == expected else 1)
+    submitted[0]()
+    assert commands == ["scontrol requeue 7"]

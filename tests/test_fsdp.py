@@ -1,4 +1,4 @@
-"""FSDP2 on two processes (gloo, CPU): the checks of fsdp_checks.py, each of which both ranks must pass."""
+"""FSDP2 on gloo: the optimizer on two processes, training and checkpoints on four; all ranks must pass each check."""
 
 import json
 import subprocess
@@ -7,37 +7,56 @@ from pathlib import Path
 
 import pytest
 
-from tests.fsdp_checks import CHECKS
+from tests import fsdp_checks, sharding_checks
 
 pytestmark = pytest.mark.slow
 
-WORKER = Path(__file__).parent / "fsdp_checks.py"
+FOLDER = Path(__file__).parent
 
 
-@pytest.fixture(scope="module")
-def outcomes(tmp_path_factory):
+def outcomes(checks, world_size, folder):
     """What each rank says of each check."""
-    folder = tmp_path_factory.mktemp("fsdp")
+    worker = str(FOLDER / checks)
     processes = [
         subprocess.Popen(
-            [sys.executable, str(WORKER), str(rank), "2", str(folder)],
+            [sys.executable, worker, str(rank), str(world_size), str(folder)],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
         )
-        for rank in range(2)
+        for rank in range(world_size)
     ]
     try:
-        errors = [process.communicate(timeout=300)[1] for process in processes]
+        errors = [process.communicate(timeout=600)[1] for process in processes]
     finally:
         for process in processes:
             process.kill()
-    assert all(process.returncode == 0 for process in processes), errors[0][-3000:]
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
+    said = [folder / f"{rank}.json" for rank in range(world_size)]
+    assert all(file.exists() for file in said), errors[0][-3000:]
+    return [json.loads(file.read_text()) for file in said]
 
 
-@pytest.mark.parametrize("check", CHECKS)
-def test_on_two_ranks(outcomes, check):
-    for rank, found in enumerate(outcomes):
-        failure = found.get(check, "not reached")
+@pytest.fixture(scope="module")
+def of_optimizer(tmp_path_factory):
+    return outcomes("fsdp_checks.py", 2, tmp_path_factory.mktemp("fsdp"))
+
+
+@pytest.fixture(scope="module")
+def of_training(tmp_path_factory):
+    return outcomes("sharding_checks.py", 4, tmp_path_factory.mktemp("sharding"))
+
+
+@pytest.mark.parametrize("check", fsdp_checks.CHECKS)
+def test_optimizer_on_two_ranks(of_optimizer, check):
+    assert_passed(of_optimizer, check)
+
+
+@pytest.mark.parametrize("check", sharding_checks.CHECKS)
+def test_training_on_four_ranks(of_training, check):
+    assert_passed(of_training, check)
+
+
+def assert_passed(found, check):
+    for rank, of_rank in enumerate(found):
+        failure = of_rank.get(check, "not reached")
         assert not failure, f"rank {rank}: {failure}"

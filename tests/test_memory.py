@@ -68,6 +68,8 @@ def test_checkpointing_keeps_block_inputs_and_needs_one_block(precision, wide_re
     masks = MaskSampler(MaskConfig(), (14, 14)).sample(IMAGES, seed=0, step=0)
     between = kept_bytes(model, masks, torch.zeros(IMAGES, 3, 56, 56, dtype=torch.uint8))
     assert between < estimated(precision, True, wide_residual) < estimated(precision, False, wide_residual)
+    selective = estimated(precision, "selective", wide_residual)
+    assert estimated(precision, True, wide_residual) < selective
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

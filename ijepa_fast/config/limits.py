@@ -19,6 +19,7 @@ LIMITS = {
     "loader.flip": _SHARE,
     "loader.max_bad_share": _SHARE,
     "loader.max_pixels": _POSITIVE,
+    "train.timeout": _POSITIVE,
     "optim.warmup_epochs": (lambda value: value >= 0, "at least 0"),
     "optim.max_grad_norm": _POSITIVE,
     "evaluation.images": _POSITIVE,

@@ -58,6 +58,12 @@ class TrainConfig:
         save_every: steps between checkpoints; one is always written at the end.
         keep: newest checkpoints that are kept.
         deterministic: refuse operations without a fixed summation order.
+        parallel: what each of several ranks holds: ddp (all of the networks), fsdp (a shard of every weight, gradient
+            and moment), or hsdp (the same within groups of ranks, each of which has everything). docs/scaling.md.
+        shards: ranks of a group of hsdp; by default those of a host.
+        reduce: what gradients in shards are summed over ranks in.
+        async_save: go on while a checkpoint is written, from copies in the host's memory.
+        timeout: minutes that ranks wait for each other before the run ends.
     """
 
     batch_size: int = common(2048)
@@ -70,8 +76,19 @@ class TrainConfig:
     save_every: int = 1000
     keep: int = 2
     deterministic: bool = False
+    parallel: Literal["ddp", "fsdp", "hsdp"] = common("ddp")
+    shards: int | None = None
+    reduce: Literal["fp32", "bf16"] = "fp32"
+    async_save: bool = False
+    timeout: float = 20.0
 
     def __post_init__(self) -> None:
+        if self.parallel not in ("ddp", "fsdp", "hsdp"):
+            raise ValueError(f"train.parallel must be ddp, fsdp or hsdp, got {self.parallel!r}")
+        if self.reduce not in ("fp32", "bf16"):
+            raise ValueError(f"train.reduce must be fp32 or bf16, got {self.reduce!r}")
+        if self.shards is not None and self.parallel != "hsdp":
+            raise ValueError(f"train.shards {self.shards} is for train.parallel hsdp, got {self.parallel}")
         for name in ("batch_size", "accumulate", "log_every", "save_every", "keep"):
             if getattr(self, name) < 1:
                 raise ValueError(f"train.{name} must be at least 1, got {getattr(self, name)}")
@@ -172,7 +189,8 @@ class RunConfig:
             if name not in LOGGERS:
                 raise ValueError(f"log must name some of {', '.join(LOGGERS)}, or none; got {name!r}")
         train = self.train
-        self.step.check(precision=train.precision, accumulate=train.accumulate, device=train.device)
+        sharded = train.parallel != "ddp"
+        self.step.check(precision=train.precision, accumulate=train.accumulate, device=train.device, sharded=sharded)
         self.objective.check_masks(self.masks.per_image)
         check_limits(flatten(self))
         if any(side % self.model.patch_size for side in self.model.size):
@@ -207,6 +225,11 @@ CHANGEABLE = {
     "train.save_every",
     "train.keep",
     "train.deterministic",
+    "train.parallel",
+    "train.shards",
+    "train.reduce",
+    "train.async_save",
+    "train.timeout",
     "evaluation",
     *(f"step.{f.name}" for f in fields(StepOptions) if f.metadata["resumes"]),
 }

@@ -10,7 +10,7 @@ from typing import Literal, get_args
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from ijepa_fast.attention.dispatch import check_backend, varlen_attention, varlen_self_attention
 from ijepa_fast.ops import accumulation_dtype
@@ -49,7 +49,7 @@ class Linear(nn.Linear):
 
 
 class LayerNorm(nn.LayerNorm):
-    """``nn.LayerNorm`` (eps 1e-6) whose weight may be fp32 beside low-precision activations."""
+    """``nn.LayerNorm`` (eps 1e-6) whose weight may be wider or narrower than the activations."""
 
     def __init__(self, dim: int):
         super().__init__(dim, eps=1e-6)
@@ -57,7 +57,10 @@ class LayerNorm(nn.LayerNorm):
     def forward(self, x: Tensor) -> Tensor:
         if x.dtype == self.weight.dtype:
             return super().forward(x)
-        return super().forward(x.to(self.weight.dtype)).to(x.dtype)
+        # Either may be the wider one: gathered shards are bf16, and so may sums be.
+        wide = torch.promote_types(x.dtype, self.weight.dtype)
+        weight, bias = self.weight.to(wide), self.bias.to(wide)
+        return F.layer_norm(x.to(wide), self.normalized_shape, weight, bias, self.eps).to(x.dtype)
 
 
 class Attention(nn.Module):
@@ -132,16 +135,22 @@ class Block(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
+def _keep_products():
+    """Contexts of a checkpointed block: its matrix products are kept, and what is cheap is computed again."""
+    return create_selective_checkpoint_contexts([torch.ops.aten.mm.default, torch.ops.aten.addmm.default])
+
+
 class BlockStack(nn.Module):
     """Base class of encoder and predictor: checks, initialisation and the run through their blocks.
 
     Attributes:
-        activation_checkpointing: keep only the input of each block for the backward pass and compute the rest again.
+        activation_checkpointing: keep only the input of each block for the backward pass and compute the rest again;
+            "selective" keeps the results of matrix products, too.
         wide_residual: keep the sums between blocks in fp32 beside low-precision weights; norms read them, products do
             not.
     """
 
-    activation_checkpointing: bool = False
+    activation_checkpointing: bool | Literal["selective"] = False
     wide_residual: bool = False
 
     def use_attention(self, backend: str) -> None:
@@ -184,7 +193,8 @@ class BlockStack(nn.Module):
             # Earlier blocks need every row, as keys and values of the next.
             wanted = queries if i == len(blocks) - 1 else None
             if self.activation_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, tokens, wanted, use_reentrant=False, preserve_rng_state=False)
+                kept = {"context_fn": _keep_products} if self.activation_checkpointing == "selective" else {}
+                x = checkpoint(block, x, tokens, wanted, use_reentrant=False, preserve_rng_state=False, **kept)
             else:
                 x = block(x, tokens, wanted)
         return x

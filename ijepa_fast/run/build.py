@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -17,7 +18,11 @@ from ijepa_fast.ranks import Ranks
 from ijepa_fast.run.auto import resolved
 from ijepa_fast.step.captured import CapturedStep
 from ijepa_fast.step.options import StepOptions, apply
-from ijepa_fast.step.train_step import TrainStep
+from ijepa_fast.step.sharding import shard_mesh
+from ijepa_fast.step.train_step import PRECISION_DTYPES, TrainStep
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 log = logging.getLogger(__name__)
 
@@ -26,7 +31,11 @@ def check_batches(config: RunConfig, me: Ranks) -> None:
     """Raise ValueError where a step of ``config`` cannot be divided among the ranks and micro-batches."""
     train, group = config.train, config.masks.group_size
     config.step.check(
-        precision=train.precision, accumulate=train.accumulate, device=me.device.type, ranks=me.world_size
+        precision=train.precision,
+        accumulate=train.accumulate,
+        device=me.device.type,
+        ranks=me.world_size,
+        sharded=train.parallel != "ddp",
     )
     share = me.world_size * train.accumulate
     if train.batch_size % share:
@@ -51,7 +60,25 @@ def use_deterministic(config: RunConfig) -> None:
         torch.use_deterministic_algorithms(True)
 
 
-def prepare(model: IJEPA, config: RunConfig, images: int, device: torch.device) -> None:
+def mesh_of(config: RunConfig, me: Ranks) -> DeviceMesh | None:
+    """The ranks that divide weights among them, as ``train.parallel`` wants it; None where each rank has all.
+
+    Raises:
+        ValueError: there are no ranks, or they do not fill groups of the size that is wanted.
+    """
+    parallel, shards = config.train.parallel, config.train.shards
+    if parallel == "ddp":
+        return None
+    if "WORLD_SIZE" not in os.environ:
+        raise ValueError(f"train.parallel {parallel} is for ranks: start with torchrun --nproc-per-node NUMBER")
+    if parallel == "fsdp":
+        shards = me.world_size
+    elif shards is None:
+        shards = int(os.environ.get("LOCAL_WORLD_SIZE", me.world_size))
+    return shard_mesh(me.world_size, shards, me.device.type)
+
+
+def prepare(model: IJEPA, config: RunConfig, images: int, device: torch.device, mesh: DeviceMesh | None = None) -> None:
     """Bring networks to ``device`` as ``config`` wants them (``step.options.apply``); ``images`` of a micro-batch."""
     apply(
         config.step,
@@ -61,6 +88,8 @@ def prepare(model: IJEPA, config: RunConfig, images: int, device: torch.device) 
         sizes=config.model,
         masks=config.masks,
         images=images,
+        mesh=mesh,
+        reduce_dtype=PRECISION_DTYPES[config.train.reduce],
     )
 
 

@@ -2,7 +2,7 @@
 
 A file appears under its name only when it is whole: it is written under a temporary name, flushed to the disk and
 renamed. Its header holds the SHA-256 of the file, which is checked before anything in it is used. Nothing is ever
-unpickled.
+unpickled. Runs whose ranks hold shards write folders instead (``sharded.py``); they are found and read here, too.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ijepa_fast.run import sharded
 from ijepa_fast.run.files import flush, write_tensors
 
 log = logging.getLogger(__name__)
@@ -33,7 +34,7 @@ MOST_STEPS = 10**9 - 1
 BEST = "best.safetensors"
 """Name of a run's best checkpoint, beside the newest ones."""
 _KEY = "ijepa_fast"
-_NAME = re.compile(r"step_(\d{9})\.safetensors")
+_NAME = re.compile(r"step_(\d{9})(\.safetensors)?")
 _CHECKSUM = re.compile(rb'"sha256":"([0-9a-f]{64})"')
 _BLANK = "0" * 64
 """Stands in the header while the file is hashed, and then gives way to the checksum."""
@@ -49,7 +50,7 @@ class CheckpointDamaged(CheckpointError):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Contents of one file.
+    """Contents of one checkpoint.
 
     Attributes:
         step: steps done; the next one to run.
@@ -63,7 +64,9 @@ class Checkpoint:
 
 
 def path_of(folder: Path, step: int) -> Path:
-    return folder / f"step_{step:09d}.safetensors"
+    """The file or the folder of shards of a checkpoint that is there."""
+    shards = folder / f"step_{step:09d}"
+    return shards if (shards / sharded.ABOUT).is_file() else shards.with_suffix(".safetensors")
 
 
 def save(folder: Path, checkpoint: Checkpoint, keep: int, best: bool = False) -> Path:
@@ -76,34 +79,60 @@ def save(folder: Path, checkpoint: Checkpoint, keep: int, best: bool = False) ->
         OSError: it cannot be written; the older ones are untouched.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    final = path_of(folder, checkpoint.step)
+    final = folder / f"step_{checkpoint.step:09d}.safetensors"
     header = json.dumps({"format": FORMAT, "step": checkpoint.step, "extra": checkpoint.extra})
     try:
         write_tensors(final, checkpoint.tensors, {_KEY: header, "sha256": _BLANK}, finish=_write_checksum)
     except OSError as error:
-        newest = max(list_steps(folder), default=None)
-        kept = "there is no older checkpoint" if newest is None else f"{path_of(folder, newest)} is untouched"
-        raise OSError(f"{error}; {kept}") from error
-    if best:
-        _keep_as_best(final)
-    for old in list_steps(folder)[:-keep]:
-        path_of(folder, old).unlink()
-    for leftover in folder.glob("step_*.partial"):
-        leftover.unlink()
+        raise with_newest(folder, error) from error
+    tidy(folder, final, keep, best)
     return final
 
 
-def _keep_as_best(file: Path) -> None:
-    """Another name for the same file, where there are hard links, else a copy."""
-    temporary, named = file.with_name(BEST + ".partial"), file.with_name(BEST)
-    temporary.unlink(missing_ok=True)
-    try:
-        os.link(file, temporary)
-    except OSError:
-        shutil.copyfile(file, temporary)
-        flush(temporary)
+def with_newest(folder: Path, error: OSError) -> OSError:
+    """An error of a save, and which checkpoint there is still."""
+    newest = max(list_steps(folder), default=None)
+    kept = "there is no older checkpoint" if newest is None else f"{path_of(folder, newest)} is untouched"
+    return OSError(f"{error}; {kept}")
+
+
+def tidy(folder: Path, saved: Path, keep: int, best: bool) -> None:
+    """After a save: keep it as the best one, too, if it is, and remove all but the newest ``keep``."""
+    if best:
+        _keep_as_best(saved)
+    for old in list_steps(folder)[:-keep]:
+        _remove(path_of(folder, old))
+    for leftover in [*folder.glob("step_*.partial"), *folder.glob("best*.partial")]:
+        _remove(leftover)
+
+
+def _remove(path: Path) -> None:
+    sharded.remove(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def _keep_as_best(saved: Path) -> None:
+    """Another name for the same files, where there are hard links, else a copy."""
+    named = saved.with_name(BEST if saved.is_file() else Path(BEST).stem)
+    temporary = named.with_name(named.name + ".partial")
+    _remove(temporary)
+    if saved.is_file():
+        _link(saved, temporary)
+    else:
+        temporary.mkdir()
+        for file in saved.iterdir():
+            _link(file, temporary / file.name)
+        if named.exists():
+            sharded.remove(named)
     os.replace(temporary, named)
-    flush(file.parent)
+    flush(saved.parent)
+
+
+def _link(file: Path, name: Path) -> None:
+    try:
+        os.link(file, name)
+    except OSError:
+        shutil.copyfile(file, name)
+        flush(name)
 
 
 def _hashed(path: Path) -> tuple[bytes | None, bytes, int]:
@@ -135,24 +164,30 @@ def list_steps(folder: Path) -> list[int]:
     """Steps of the checkpoints in a folder, ascending; empty if the folder is not there."""
     if not folder.is_dir():
         return []
-    return sorted(int(m[1]) for entry in folder.iterdir() if (m := _NAME.fullmatch(entry.name)))
+    found = {int(m[1]) for entry in folder.iterdir() if (m := _NAME.fullmatch(entry.name)) and _is_checkpoint(entry)}
+    return sorted(found)
+
+
+def _is_checkpoint(path: Path) -> bool:
+    return bool(path.suffix) or (path / sharded.ABOUT).is_file()
 
 
 def find(path: Path, which: str = "newest") -> Path:
-    """The checkpoint file that ``path`` means: itself, or the newest or best one in a run's or a checkpoint folder.
+    """The checkpoint that ``path`` means: itself, or the newest or best one in a run's or a checkpoint folder.
 
     RUN/checkpoints/best is understood as well, without the suffix of the file.
 
     Raises:
         CheckpointError: there is none.
     """
-    if path.is_file():
+    if path.is_file() or (path / sharded.ABOUT).is_file():
         return path
     if not path.exists() and (named := Path(f"{path}.safetensors")).is_file():  # never in place of a folder
         return named
     for folder in (path / "checkpoints", path):
-        if which == "best" and (folder / BEST).is_file():
-            return folder / BEST
+        best = [name for name in (folder / BEST, folder / Path(BEST).stem) if name.exists()]
+        if which == "best" and best:
+            return max(best, key=lambda name: name.stat().st_mtime)  # a run may have changed from files to shards
         if steps := list_steps(folder):
             if which == "best":
                 raise CheckpointError(f"{folder} holds no {BEST}: a run keeps one from its first regular save on")
@@ -160,8 +195,11 @@ def find(path: Path, which: str = "newest") -> Path:
     raise CheckpointError(f"no checkpoint at {path}" + ("" if path.exists() else ": it does not exist"))
 
 
-def load(path: Path, *, name_older: bool = True) -> Checkpoint:
-    """Read one checkpoint file.
+def load(path: Path, *, name_older: bool = True, values: bool = True) -> Checkpoint:
+    """Read one checkpoint.
+
+    Args:
+        values: whether the values of tensors in shards are wanted; those of a file are there in any case.
 
     Raises:
         CheckpointDamaged: the file is not what was written; with ``name_older`` the message names the newest one beside
@@ -169,13 +207,14 @@ def load(path: Path, *, name_older: bool = True) -> Checkpoint:
         CheckpointError: it is missing, may not be read, or was not written by this package.
     """
     try:
-        return _load(path)
+        return _load_shards(path, values) if path.is_dir() else _load(path)
     except FileNotFoundError:
         raise CheckpointError(f"no checkpoint at {path}") from None
     except PermissionError as error:
         raise CheckpointError(f"{path} may not be read: {error.strerror}") from None
     except (SafetensorError, OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        message = f"{path} is damaged or not a safetensors file: {error}"
+        kind = "a checkpoint in shards" if path.is_dir() else "a safetensors file"
+        message = f"{path} is damaged or not {kind}: {error}"
         if name_older and (older := _older_intact(path)) is not None:
             message += f"; {older.name} beside it is whole: remove or rename the damaged file to continue from that"
         raise CheckpointDamaged(message) from error
@@ -196,16 +235,29 @@ def _load(path: Path) -> Checkpoint:
             raise CheckpointError(f"{path} has format {about.get('format')!r}; this version reads {FORMAT!r}")
         if named is None and about["format"] == FORMAT:
             raise ValueError("it has no checksum")
-        step, extra = about.get("step"), about.get("extra")
-        if type(step) is not int or not 0 <= step <= MOST_STEPS:
-            raise ValueError(f"its step is no number of steps, but {step!r}")
-        if (match := _NAME.fullmatch(path.name)) and int(match[1]) != step:
-            raise ValueError(f"it says that it was written after step {step}")
-        if not isinstance(extra, dict):
-            raise ValueError(f"it holds no settings, but {str(extra)[:80]!r}")
+        step, extra = _step_and_extra(about, path)
         tensors = {name: file.get_tensor(name) for name in file.keys()}
     if named is None:
         log.info("%s is of an earlier version and has no checksum: whether it is damaged cannot be told", path)
+    return Checkpoint(step, tensors, extra)
+
+
+def _step_and_extra(about: dict, path: Path) -> tuple[int, dict]:
+    step, extra = about.get("step"), about.get("extra")
+    if type(step) is not int or not 0 <= step <= MOST_STEPS:
+        raise ValueError(f"its step is no number of steps, but {step!r}")
+    if (match := _NAME.fullmatch(path.name)) and int(match[1]) != step:
+        raise ValueError(f"it says that it was written after step {step}")
+    if not isinstance(extra, dict):
+        raise ValueError(f"it holds no settings, but {str(extra)[:80]!r}")
+    return step, extra
+
+
+def _load_shards(path: Path, values: bool) -> Checkpoint:
+    step, extra = _step_and_extra(sharded.about(path), path)
+    tensors = sharded.empty_tensors(path, "cpu" if values else "meta")
+    if values:
+        sharded.read_into(path, tensors)
     return Checkpoint(step, tensors, extra)
 
 
@@ -246,7 +298,7 @@ def _older_intact(path: Path) -> Path | None:
         older = path_of(path.parent, step)
         if step < int(match[1]):
             with contextlib.suppress(SafetensorError, OSError, ValueError, TypeError, KeyError, CheckpointError):
-                _load(older)
+                load(older, name_older=False, values=False)
                 return older
     return None
 

@@ -30,6 +30,7 @@ RUN_FILES = (
     "checkpoints/step_*.damaged",
     "checkpoints/best.safetensors",
     "checkpoints/best.safetensors.partial",
+    *(f"checkpoints/{name}/{file}" for name in ("step_*", "best*") for file in ("shard-*.safetensors", "about.json*")),
     "tensorboard/events.out.tfevents.*",
     "metrics.csv",
     LOGGED_RUNS,
@@ -121,7 +122,8 @@ def remove_run(folder: Path) -> int:
     found = [path for pattern in RUN_FILES for path in sorted(folder.glob(pattern)) if not path.is_dir()]
     for path in found:
         path.unlink()
-    for inside in {folder / Path(pattern).parent for pattern in RUN_FILES} - {folder}:
+    folders = {path.parent for path in found} | {folder / "checkpoints", folder / "tensorboard"}
+    for inside in sorted(folders - {folder}, reverse=True):  # those inside of others first
         if inside.is_dir() and not inside.is_symlink() and not any(inside.iterdir()):
             inside.rmdir()
     return len(found)
@@ -224,7 +226,7 @@ def claim(
     for step in reversed(steps):
         path = checkpoints.path_of(folder / "checkpoints", step)
         try:
-            state = checkpoints.load(path, name_older=False)
+            state = checkpoints.load(path, name_older=False, values=False)
             checkpoints.check_run(state, path)
             _refuse_other_runs(state, config, data)
             check(state, path)

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import torch
 
@@ -27,7 +27,11 @@ from ijepa_fast.model.vit import cast_weights
 from ijepa_fast.ragged import Ragged
 from ijepa_fast.side_stream import SideStream
 from ijepa_fast.step.memory import needs_checkpointing
+from ijepa_fast.step.sharding import shard
 from ijepa_fast.step.train_step import PRECISION_DTYPES
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 log = logging.getLogger(__name__)
 
@@ -93,8 +97,8 @@ class StepOptions:
             a GPU where a C compiler is there, else plain. Fused blocks on a GPU need bf16 or fp16, and with fp8_targets
             the target encoder keeps plain ones.
         attention: variable-length attention backend, see `ijepa-fast doctor`.
-        activation_checkpointing: recompute blocks in the backward pass to save memory: true, false, or auto (only
-            where the GPU would be too small without).
+        activation_checkpointing: recompute blocks in the backward pass to save memory: true, selective (all but their
+            matrix products, which are kept), false, or auto (true where the GPU would be too small without).
         capture: replay steps as CUDA graphs, one for each bucket of token counts. For one GPU, without accumulation, in
             fp32 or bf16; pays where the host cannot launch kernels fast enough: small models and batches. Takes memory
             for activations twice.
@@ -116,7 +120,7 @@ class StepOptions:
         tries=lambda machine: ("auto", *(name for name in machine.attention if name != machine.auto)),
         suffixes={"triton": "triton"},
     )
-    activation_checkpointing: bool | Literal["auto"] = _option("auto")
+    activation_checkpointing: bool | Literal["auto", "selective"] = _option("auto")
     capture: bool = _option(
         False,
         tries=lambda machine: (False, True) if machine.gpu and machine.gpus == 1 else (),
@@ -139,9 +143,10 @@ class StepOptions:
             raise ValueError(f"step.attention must be auto or one of {', '.join(BACKENDS)}, got {self.attention!r}")
         if self.fp8_targets not in (True, False):
             raise ValueError(f"step.fp8_targets must be true or false, got {self.fp8_targets!r}")
-        if self.activation_checkpointing not in (True, False, "auto"):
+        if self.activation_checkpointing not in (True, False, "auto", "selective"):
             raise ValueError(
-                f"step.activation_checkpointing must be true, false or auto, got {self.activation_checkpointing!r}"
+                "step.activation_checkpointing must be true, false, selective or auto, "
+                f"got {self.activation_checkpointing!r}"
             )
 
     @property
@@ -152,13 +157,22 @@ class StepOptions:
     def compiled(self) -> bool:
         return "compile" in self.blocks
 
-    def check(self, *, precision: str, accumulate: int, device: str, ranks: int = 1) -> None:
+    def check(self, *, precision: str, accumulate: int, device: str, ranks: int = 1, sharded: bool = False) -> None:
         """Raise ValueError where an option excludes what else is known of a run.
 
         Args:
             precision, device: "auto" while they are not known.
             ranks: number of processes.
+            sharded: whether they divide the weights among them.
         """
+        if sharded:
+            # Each of these holds on to weights past the end of a block, where those that were gathered are freed.
+            held = {"capture": self.capture, f"blocks {self.blocks}": self.fused, "fp8_targets": self.fp8_targets}
+            held |= {"overlap_target": self.overlap_target}
+            for name in (name for name, on in held.items() if on):
+                raise ValueError(f"step.{name} needs whole weights on every rank: train.parallel ddp")
+            if precision == "fp16":
+                raise ValueError("train.parallel fsdp and hsdp need train.precision bf16 or fp32, got fp16")
         if self.fp8_targets and precision not in ("auto", "bf16"):
             raise ValueError(f"step.fp8_targets needs train.precision bf16, got {precision}")
         if self.fused and device == "cuda" and precision == "fp32":
@@ -168,6 +182,9 @@ class StepOptions:
                 "step.capture needs one GPU, train.accumulate 1 and train.precision fp32 or bf16, "
                 f"got device {device}, {ranks} ranks, accumulate {accumulate}, precision {precision}"
             )
+        if self.activation_checkpointing == "selective" and self.compiled:
+            # The choice of what is kept is made op by op, and a compiled block is one.
+            raise ValueError(f"step.activation_checkpointing selective needs step.blocks plain, got {self.blocks}")
         if self.overlap_target and device == "cpu":
             raise ValueError(f"step.overlap_target needs a GPU, got device {device}")
 
@@ -181,6 +198,8 @@ def apply(
     sizes: ModelConfig | None = None,
     masks: MaskConfig | None = None,
     images: int = 0,
+    mesh: DeviceMesh | None = None,
+    reduce_dtype: torch.dtype | None = None,
 ) -> None:
     """Bring networks to ``device``, in place, with weights and blocks as a step with ``options`` has them.
 
@@ -188,6 +207,7 @@ def apply(
         precision: a name in ``PRECISION_DTYPES``.
         sizes, masks: of the run, for the estimate of its memory where activation_checkpointing is auto.
         images: number of images of a micro-batch on this device, for the same, and for torch.compile.
+        mesh, reduce_dtype: of ``sharding.shard``, for networks in shards.
 
     Raises:
         ValueError: the model or the device cannot do what an option asks for.
@@ -195,8 +215,11 @@ def apply(
     networks = (model.context_encoder, model.target_encoder, model.predictor)
     if options.fp8_targets:
         model.use_fp8_targets(device)
-    model.to(device)
-    cast_weights(model, PRECISION_DTYPES[precision])
+    if mesh is None:
+        model.to(device)
+        cast_weights(model, PRECISION_DTYPES[precision])
+    else:
+        shard(model, mesh, PRECISION_DTYPES[precision], reduce_dtype)
     checkpointing = options.activation_checkpointing
     if checkpointing == "auto":
         size = PRECISION_DTYPES[precision].itemsize
@@ -204,13 +227,16 @@ def apply(
     for network in networks:
         network.use_attention(options.attention)
         network.wide_residual = options.wide_residual
-        network.activation_checkpointing = checkpointing and network is not model.target_encoder
-    blocks = blocks_on(options.blocks, device)
+        network.activation_checkpointing = network is not model.target_encoder and checkpointing
+    blocks = "plain" if checkpointing == "selective" else blocks_on(options.blocks, device)
     if "fused" in blocks:
         # FP8 products are not among the fused kernels: a target encoder that multiplies so keeps its plain blocks.
         model.fuse_blocks(targets=not options.fp8_targets)
-    if "compile" in blocks:
+    if "compile" in blocks and mesh is None:
         _compile(model, device, images, must=options.compiled)
+    elif "compile" in blocks:  # to try blocks out, all ranks would have to come here
+        for network in networks:
+            network.compile_blocks()
     if options.overlap_target:
         model.target_stream = SideStream(device)
 

@@ -68,6 +68,8 @@ def read_any(source: Path | str) -> Networks:
         if not source.is_dir():
             raise FileNotFoundError(f"there is no file or folder {source}") from None
         return _of_encoder("an encoder of transformers", read_folder(source))
+    if file.is_dir():  # a checkpoint in shards
+        return _of_run(file)
     with open(file, "rb") as opened:
         start = opened.read(9)
     if start[8:9] == b"{":  # a safetensors file: the header's length in 8 bytes, then JSON

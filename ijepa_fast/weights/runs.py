@@ -10,9 +10,14 @@ from torch import Tensor
 
 from ijepa_fast.config import RunConfig, as_dict, flatten, from_dict
 from ijepa_fast.model.jepa import IJEPA
+from ijepa_fast.model.vit import VisionTransformer, cast_weights
 from ijepa_fast.optim import FusedAdamW, parameter_groups
+from ijepa_fast.optim.step_tensors import local
 from ijepa_fast.run import checkpoint as checkpoints
+from ijepa_fast.run import sharded
 from ijepa_fast.run.checkpoint import Checkpoint, CheckpointDamaged, CheckpointError
+from ijepa_fast.step.sharding import is_sharded
+from ijepa_fast.step.train_step import PRECISION_DTYPES
 from ijepa_fast.weights.reading import WeightsError, load_weights
 
 ENCODERS = {"target": "target_encoder", "context": "context_encoder"}
@@ -81,6 +86,25 @@ def about_run(config: RunConfig, data: str | None, scaler: torch.amp.GradScaler 
     }
 
 
+def whole_encoder(model: IJEPA, config: RunConfig) -> VisionTransformer | None:
+    """The target encoder with all its weights, on the first of the ranks that share them; all must come here."""
+    if not is_sharded(model):
+        return model.target_encoder
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    weights = get_model_state_dict(model.target_encoder, options=options)
+    if not weights:
+        return None
+    with torch.device("meta"):
+        encoder = config.model.build(config.objective).target_encoder
+    encoder.load_state_dict(weights, assign=True)
+    cast_weights(encoder, PRECISION_DTYPES[config.train.precision])
+    encoder.use_attention(config.step.attention)
+    encoder.wide_residual = config.step.wide_residual
+    return encoder.to(next(model.parameters()).device)
+
+
 def check_training(
     state: Checkpoint,
     path: Path,
@@ -110,6 +134,11 @@ def restore_training(
 ) -> None:
     """Continue from a checkpoint that ``check_training`` has let pass."""
     state = _in_precision_of(optimizer, state, model, scaler)
+    if is_sharded(model):
+        with torch.no_grad():
+            for name, tensor in training_tensors(model, optimizer).items():
+                local(tensor).copy_(_share(state.tensors[name], tensor))
+        return  # without a scaler, which fp16 alone has
     names = {parameter: name for name, parameter in model.named_parameters()}
     model.load_state_dict(checkpoints.select(state.tensors, "model"))
     checkpoints.load_optimizer_tensors(optimizer, names, state.tensors)
@@ -118,18 +147,70 @@ def restore_training(
         scaler.load_state_dict(state.extra["scaler"])
 
 
+def restore(
+    path: Path, model: IJEPA, optimizer: FusedAdamW, scaler: torch.amp.GradScaler | None, state: Checkpoint | None
+) -> Checkpoint:
+    """Continue from a checkpoint that ``check_training`` has let pass, as ranks hold it now.
+
+    Of shards, each rank reads its own share alone, unless the run that wrote them did not divide its weights, or this
+    one does not.
+
+    Args:
+        state: the checkpoint, if it is read already.
+
+    Returns:
+        The checkpoint; of its tensors, at least those that are not of training.
+    """
+    state = state or checkpoints.load(path, values=False)
+    if not path.is_dir():
+        restore_training(state, model, optimizer, scaler)
+        return state
+    if in_shards(state.extra) != is_sharded(model) or "imported" in state.extra:
+        state = checkpoints.load(path)
+        restore_training(state, model, optimizer, scaler)
+        return state
+    tensors = training_tensors(model, optimizer)
+    others = {name: torch.empty_like(t, device="cpu") for name, t in state.tensors.items() if name not in tensors}
+    with torch.no_grad():
+        sharded.read_into(path, tensors | others)
+    if scaler is not None:
+        scaler.load_state_dict(state.extra["scaler"])
+    return Checkpoint(state.step, others, state.extra)
+
+
+def in_shards(extra: Mapping) -> bool:
+    """Whether the run that wrote a checkpoint kept its weights in shards, which are in full precision."""
+    return extra["settings"].get("train.parallel", "ddp") != "ddp"
+
+
+def _share(value: Tensor, tensor: Tensor) -> Tensor:
+    """What this rank holds of a whole value that is divided like ``tensor``."""
+    if not hasattr(tensor, "to_local"):
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    value = value.to(tensor.device)
+    return distribute_tensor(value, tensor.device_mesh, tensor.placements, src_data_rank=None).to_local()
+
+
 def _in_precision_of(
     optimizer: FusedAdamW, state: Checkpoint, model: IJEPA, scaler: torch.amp.GradScaler | None
 ) -> Checkpoint:
-    """An imported checkpoint, which is fp32, as a run of this precision has it; any other as it is."""
-    if "imported" not in state.extra:
+    """A checkpoint whose weights are fp32 alone, or have masters, as this run has them; any other as it is.
+
+    Imported weights and those of shards are fp32, and shards have no masters because they are such.
+    """
+    if "imported" not in state.extra and in_shards(state.extra) == is_sharded(model):
         return state
     tensors = dict(state.tensors)
+    for part in NETWORKS:
+        tensors |= {f"model.{part}.{name}": value for name, value in full_precision(state.tensors, part).items()}
+    whole = dict(tensors)
     for name, wanted in training_tensors(model, optimizer).items():
         of, _, kind = name.removeprefix("optimizer.").rpartition(".")
         if kind in ("master", "ema") and name not in tensors:
             of = of if kind == "master" else of.replace("context_encoder", "target_encoder", 1)
-            tensors[name] = state.tensors[f"model.{of}"]
+            tensors[name] = whole[f"model.{of}"]
         if name in tensors and wanted.is_floating_point():
             tensors[name] = tensors[name].to(wanted.dtype)
     fresh = None if scaler is None else scaler.state_dict()

@@ -1,0 +1,158 @@
+"""Checkpoints in shards: a folder with one safetensors file for each rank that wrote, and about.json beside them.
+
+torch.distributed.checkpoint writes and reads them. The header of each file says where its shards lie in the whole
+tensors, so any number of ranks can read them, each its own share. Nothing is ever pickled.
+
+The folder gets its name when all files in it are whole and on the disk; until then it is called NAME.partial.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ijepa_fast.run.files import flush, write_json
+
+FORMAT = "ijepa_fast-sharded-1"
+ABOUT = "about.json"
+
+
+def _writer(folder: Path, about: dict, finished: Callable[[], object]):
+    """Writes into FOLDER.partial. The first rank, when all have written, adds about.json and gives it its name."""
+    from torch.distributed.checkpoint import HuggingFaceStorageWriter
+
+    temporary = folder.with_name(folder.name + ".partial")
+
+    class Writer(HuggingFaceStorageWriter):
+        def finish(self, metadata, results) -> None:
+            names = sorted({result.storage_data.relative_path for of_rank in results for result in of_rank})
+            if missing := [name for name in names if not (temporary / name).exists()]:
+                raise OSError(
+                    f"{missing[0]} was written, but the first rank does not see it; all hosts must share the folder"
+                )
+            for entry in temporary.iterdir():
+                if entry.name not in names:  # of a save by more ranks that was cut off
+                    entry.unlink()
+            sizes = {name: (temporary / name).stat().st_size for name in names}
+            write_json(temporary / ABOUT, {"format": FORMAT, "files": sizes, **about})
+            flush(temporary)
+            if folder.exists():  # of the same step of the same run
+                shutil.rmtree(temporary)
+            else:
+                os.replace(temporary, folder)
+                flush(folder.parent)
+            finished()
+
+    return Writer(str(temporary), save_distributed=True)
+
+
+def save(
+    folder: Path,
+    tensors: Mapping[str, Tensor],
+    about: dict,
+    *,
+    group: dist.ProcessGroup | None = None,
+    background: bool = False,
+    finished: Callable[[], object] = lambda: None,
+) -> Future | None:
+    """Write tensors as a checkpoint. Every rank must come here.
+
+    Args:
+        folder: of the checkpoint.
+        tensors: shards (DTensors) or whole tensors, which one of the ranks that have them writes.
+        about: JSON beside them; that of the first rank counts.
+        group: ranks, on a backend of the CPU. A save in the background needs it for itself.
+        background: copy the tensors to the CPU, and return while they are being written.
+        finished: called by the first rank when the folder has its name.
+
+    Returns:
+        With ``background``, what ``wait`` takes.
+
+    Raises:
+        OSError: they cannot be written; nothing has the name of the folder then.
+        ValueError: this torch cannot write shards.
+    """
+    try:
+        import torch.distributed.checkpoint as dcp
+
+        writer = _writer(folder, about, finished)
+    except (ImportError, TypeError) as error:
+        needed = "train.parallel fsdp and hsdp and train.async_save need torch 2.10 or later"
+        raise ValueError(f"{needed}, and this is {torch.__version__}: {error}") from error
+    alone = not (dist.is_available() and dist.is_initialized())
+    tensors = {name: value.detach() for name, value in tensors.items()}
+    if background:
+        return dcp.async_save(tensors, storage_writer=writer, process_group=group, no_dist=alone)
+    try:
+        with _without_warning():
+            dcp.save(tensors, storage_writer=writer, process_group=group, no_dist=alone)
+    except (dcp.CheckpointException, OSError) as error:
+        raise failed(folder, error) from error
+    return None
+
+
+def failed(folder: Path, error: BaseException) -> OSError:
+    """Why a checkpoint could not be written, on which ranks."""
+    shutil.rmtree(folder.with_name(folder.name + ".partial"), ignore_errors=True)
+    failures = getattr(error, "failures", None) or {0: (error, None)}
+    text = "; ".join(f"rank {rank}: {cause}" for rank, (cause, _) in sorted(failures.items()))
+    return OSError(f"{folder} cannot be written: {text}")
+
+
+def about(folder: Path) -> dict:
+    """The JSON of a checkpoint whose files are all there and as long as they were written.
+
+    Raises:
+        ValueError, OSError: they are not.
+    """
+    found = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
+    if not isinstance(found, dict) or found.get("format") != FORMAT or not isinstance(found.get("files"), dict):
+        raise ValueError(f"its {ABOUT} is none of a checkpoint of format {FORMAT}")
+    for name, size in found["files"].items():
+        path = folder / name
+        there = path.stat().st_size if path.is_file() else None
+        if there != size:
+            raise ValueError(f"{name} is missing" if there is None else f"{name} has {there} bytes of {size}")
+    return found
+
+
+def empty_tensors(folder: Path, device: str = "meta") -> dict[str, Tensor]:
+    """A tensor for each one of a checkpoint, of its whole shape and its dtype, without its values."""
+    from torch.distributed.checkpoint import HuggingFaceStorageReader
+
+    found = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
+    return {name: torch.empty(of.size, dtype=of.properties.dtype, device=device) for name, of in found.items()}
+
+
+def read_into(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Fill tensors from a checkpoint: of DTensors, the shards of this rank, and nothing else is read."""
+    from torch.distributed.checkpoint import HuggingFaceStorageReader, load
+
+    with _without_warning():
+        load(dict(tensors), storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
+
+
+@contextlib.contextmanager
+def _without_warning() -> Iterator[None]:
+    """Leave out the warning that there are no other ranks, which is meant so."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+        yield
+
+
+def remove(folder: Path) -> None:
+    """Remove a checkpoint, so that half of it never has its name."""
+    aside = folder.with_name(folder.name + ".old.partial")
+    shutil.rmtree(aside, ignore_errors=True)
+    os.replace(folder, aside)
+    shutil.rmtree(aside)

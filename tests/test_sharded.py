@@ -1,0 +1,189 @@
+"""Checkpoints in shards, in one process: what they look like, who reads them, and what is said of damaged ones."""
+
+import json
+from concurrent.futures import Future
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import Shard, distribute_tensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from ijepa_fast.ranks import Ranks
+from ijepa_fast.run import checkpoint as checkpoints
+from ijepa_fast.run import sharded
+from ijepa_fast.run.checkpoint import Checkpoint, CheckpointDamaged
+from ijepa_fast.run.saving import Saver
+from ijepa_fast.step.sharding import shard_mesh
+from ijepa_fast.train import pretrain
+from ijepa_fast.weights.any_format import read_any
+from ijepa_fast.weights.runs import load_run
+from tests.image_files import write_folder
+from tests.tiny import tiny_run
+
+TENSORS = {"a": torch.arange(35.0).view(7, 5), "b": torch.arange(3.0).bfloat16(), "step": torch.tensor(4.0)}
+ALONE = Ranks(0, 1, torch.device("cpu"))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return tmp_path / "checkpoints"
+
+
+def saver(folder, keep=2, background=False):
+    return Saver(folder, keep, ALONE, shards=True, background=background)
+
+
+def write(folder, step, **settings):
+    saver(folder, **settings).save(Checkpoint(step, TENSORS, {"note": "x"}), best=False)
+    return folder / f"step_{step:09d}"
+
+
+def test_found_and_read_like_a_file(folder):
+    path = write(folder, 7)
+    assert checkpoints.list_steps(folder) == [7] and checkpoints.find(folder) == checkpoints.find(path) == path
+    state = checkpoints.load(path)
+    assert state.step == 7 and state.extra == {"note": "x"} and state.tensors.keys() == TENSORS.keys()
+    assert all(torch.equal(state.tensors[name], value) for name, value in TENSORS.items())
+    assert checkpoints.load(path, values=False).tensors["a"].is_meta
+    assert not list(folder.glob("*.partial"))
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 8])
+def test_any_number_of_ranks_reads_its_own_share(folder, ranks):
+    path = write(folder, 1)
+    for rank in range(ranks):
+        dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=ranks)
+        try:
+            mesh = shard_mesh(ranks, ranks, "cpu")
+            names = ("a", "b")
+            into = {
+                name: distribute_tensor(torch.full_like(TENSORS[name], -1), mesh, [Shard(0)], src_data_rank=None)
+                for name in names
+            }
+            sharded.read_into(path, into)
+            for name in names:
+                chunks = TENSORS[name].chunk(ranks)
+                share = chunks[rank] if rank < len(chunks) else TENSORS[name][:0]
+                assert torch.equal(into[name].to_local(), share)
+        finally:
+            dist.destroy_process_group()
+
+
+def test_old_ones_go_and_the_best_stays(folder):
+    for step in (1, 2, 3):
+        saver(folder).save(Checkpoint(step, TENSORS, {}), best=step == 1)
+    assert checkpoints.list_steps(folder) == [2, 3]
+    assert checkpoints.load(checkpoints.find(folder, "best")).step == 1
+    saver(folder).save(Checkpoint(4, TENSORS, {}), best=True)
+    assert checkpoints.load(checkpoints.find(folder.parent, "best")).step == 4
+    assert {path.name for path in folder.iterdir()} == {"step_000000003", "step_000000004", "best"}
+
+
+@pytest.mark.parametrize("damage", ["cut", "missing", "about"])
+def test_a_damaged_one_is_told_and_names_an_older_one(folder, damage):
+    write(folder, 1)
+    path = write(folder, 2)
+    file = next(path.glob("shard-*"))
+    if damage == "cut":
+        file.write_bytes(file.read_bytes()[:-1])
+    elif damage == "missing":
+        file.unlink()
+    else:
+        (path / sharded.ABOUT).write_text(json.dumps({"format": "another"}))
+    with pytest.raises(CheckpointDamaged, match=r"(?s)not a checkpoint in shards.*step_000000001 beside it is whole"):
+        checkpoints.load(path)
+
+
+def test_a_save_that_was_cut_off_is_none_and_goes_with_the_next(folder):
+    (folder / "step_000000009.partial").mkdir(parents=True)
+    (folder / "step_000000009.partial" / "shard-00003-model-00001-of-00001.safetensors").write_bytes(b"x")
+    (folder / "step_000000008").mkdir()  # without about.json
+    assert checkpoints.list_steps(folder) == []
+    path = write(folder, 9)
+    assert checkpoints.list_steps(folder) == [9] and len(list(path.glob("shard-*"))) == 1
+    assert not list(folder.glob("*.partial"))
+
+
+def test_a_full_disk_leaves_the_last_one(folder, monkeypatch):
+    write(folder, 1)
+    for background in (False, True):
+        monkeypatch.setattr(sharded, "write_json", no_room)
+        with pytest.raises(OSError, match=r"step_000000002 cannot be written: rank 0: .*No space.*000001 is untouched"):
+            slow = saver(folder, background=background)
+            slow.save(Checkpoint(2, TENSORS, {}), best=False)
+            slow.wait()
+        assert checkpoints.list_steps(folder) == [1] and not list(folder.glob("*.partial"))
+        assert checkpoints.load(checkpoints.find(folder)).step == 1
+
+
+def no_room(*_):
+    raise OSError(28, "No space left on device")
+
+
+def test_a_failed_save_in_the_background_ends_the_run_at_the_next_log(folder):
+    slow, failed = saver(folder, background=True), Future()
+    slow._writing = (folder / "step_000000001", failed)
+    slow.check()  # under way
+    failed.set_exception(OSError("the server is gone"))
+    with pytest.raises(OSError, match=r"rank 0: the server is gone; there is no older checkpoint"):
+        slow.check()
+
+
+def test_one_save_at_a_time(folder):
+    slow = saver(folder, background=True)
+    for step in (1, 2, 3):
+        before = slow._writing
+        slow.save(Checkpoint(step, TENSORS, {}), best=False)
+        assert before is None or before[1].done()
+    slow.wait()
+    assert checkpoints.list_steps(folder) == [2, 3]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_run_that_saves_in_the_background_is_the_same_run(tmp_path, precision):
+    """Also when it goes on from shards to files, and for whoever reads its weights."""
+    write_folder(tmp_path / "images" / "train", 20)
+    config = tiny_run(tmp_path / "images", tmp_path / "file", precision=precision)
+    pretrain(config)
+    for output, first, then in (("slow", True, True), ("both", True, False)):
+        run = replace(config, output=str(tmp_path / output))
+        pretrain(replace(run, train=replace(run.train, async_save=first, steps=5)))
+        assert (tmp_path / output / "checkpoints" / "step_000000005").is_dir()
+        pretrain(replace(run, train=replace(run.train, async_save=then)))
+        assert checkpoints.find(tmp_path / output).is_dir() == then
+    expected = load_run(tmp_path / "both")[0].state_dict()
+    found = load_run(tmp_path / "slow")[0].state_dict()
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    weights = read_any(tmp_path / "slow")
+    assert all(torch.equal(weights.target[name], expected[f"target_encoder.{name}"]) for name in weights.target)
+
+
+def test_what_cannot_be_is_refused(tmp_path):
+    run = tiny_run(tmp_path, tmp_path / "out")
+
+    def changed(**train):
+        return replace(run, train=replace(run.train, **train))
+
+    for settings, message in (
+        ({"parallel": "zero"}, "train.parallel must be ddp, fsdp or hsdp"),
+        ({"shards": 2}, "train.shards 2 is for train.parallel hsdp, got ddp"),
+        ({"reduce": "fp8"}, "train.reduce must be fp32 or bf16"),
+        ({"timeout": 0}, "train.timeout must be positive"),
+        ({"parallel": "fsdp", "precision": "fp16"}, "need train.precision bf16 or fp32, got fp16"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            changed(**settings)
+    for options, message in (
+        ({"blocks": "fused"}, "step.blocks fused needs whole weights"),
+        ({"capture": True, "device": "auto"}, "step.capture needs whole weights"),
+        ({"fp8_targets": True, "precision": "bf16"}, "step.fp8_targets needs whole weights"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            tiny_run(tmp_path, tmp_path / "out", parallel="fsdp", **options)
+    with pytest.raises(ValueError, match=r"train.shards 3 does not divide the 4 ranks"):
+        shard_mesh(4, 3, "cpu")
+    write_folder(tmp_path / "train", 8)
+    with pytest.raises(ValueError, match="train.parallel fsdp is for ranks: start with torchrun"):
+        pretrain(changed(parallel="fsdp"))
