@@ -8,12 +8,11 @@ The folder gets its name when all files in it are whole and on the disk; until t
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from pathlib import Path
 
@@ -87,15 +86,17 @@ def save(
 
         writer = _writer(folder, about, finished)
     except (ImportError, TypeError) as error:
-        needed = "train.parallel fsdp and hsdp and train.async_save need torch 2.10 or later"
-        raise ValueError(f"{needed}, and this is {torch.__version__}: {error}") from error
+        raise ValueError(
+            "train.parallel fsdp and hsdp and train.async_save need torch 2.10 or later, "
+            f"and this is {torch.__version__}: {error}"
+        ) from error
+    _leave_out_warning()
     alone = not (dist.is_available() and dist.is_initialized())
     tensors = {name: value.detach() for name, value in tensors.items()}
     if background:
         return dcp.async_save(tensors, storage_writer=writer, process_group=group, no_dist=alone)
     try:
-        with _without_warning():
-            dcp.save(tensors, storage_writer=writer, process_group=group, no_dist=alone)
+        dcp.save(tensors, storage_writer=writer, process_group=group, no_dist=alone)
     except (dcp.CheckpointException, OSError) as error:
         raise failed(folder, error) from error
     return None
@@ -138,16 +139,13 @@ def read_into(folder: Path, tensors: Mapping[str, Tensor]) -> None:
     """Fill tensors from a checkpoint: of DTensors, the shards of this rank, and nothing else is read."""
     from torch.distributed.checkpoint import HuggingFaceStorageReader, load
 
-    with _without_warning():
-        load(dict(tensors), storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
+    _leave_out_warning()
+    load(dict(tensors), storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
 
 
-@contextlib.contextmanager
-def _without_warning() -> Iterator[None]:
-    """Leave out the warning that there are no other ranks, which is meant so."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
-        yield
+def _leave_out_warning() -> None:
+    """Let torch not warn that there are no other ranks, which is meant so."""
+    warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
 
 
 def remove(folder: Path) -> None:
