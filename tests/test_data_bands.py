@@ -196,6 +196,12 @@ def test_of_large_tiffs_only_tiles_under_the_crop_are_read(tmp_path, monkeypatch
             ValueError, match=r"a crop of 512x512 pixels is more than loader.max_pixels \(10000\) allows"
         ):
             stored(image, pixels).resample((0, 0, 512, 512), (50, 50), True)
+    with open_image(tmp_path / "tiles.tif", pixels) as image:
+        middle = eval_crop(image, 80, pixels=pixels, resize_ratio=1.0)
+    side = (0.8 * 10_000) ** 0.5
+    box = (256 - side / 2, 256 - side / 2, 256 + side / 2, 256 + side / 2)
+    expected = Image.fromarray(array).resize((80, 80), Image.Resampling.BICUBIC, box=box)
+    assert np.abs(middle.permute(1, 2, 0).numpy().astype(int) - np.array(expected)).max() <= 1
 
 
 def test_the_reduced_images_of_a_pyramid_are_used(tmp_path):

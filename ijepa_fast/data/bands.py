@@ -21,6 +21,8 @@ NPY_MAGIC = b"\x93NUMPY"
 SCANNER_EXTENSIONS = frozenset({".svs", ".ndpi", ".scn", ".bif"})
 """Slides of microscopes: TIFF files by another name, which only tifffile reads."""
 LARGEST_8, LARGEST_16 = 255, 65535
+MOST_OF_LIMIT = 0.8
+"""Share of the largest number of pixels that an evaluation crop takes; the filter needs some around it."""
 
 
 class Pixels(NamedTuple):
@@ -245,15 +247,9 @@ class StoredBands:
         With `reduced_decode` they come from the smallest level on which the box still has `size` pixels.
         """
         bands, pixels = self._bands, self._pixels
-        full_height, full_width = bands.levels[0]
-        level, scale = 0, (1.0, 1.0)
-        for number, (height, width) in enumerate(bands.levels if reduced_decode else []):
-            by = width / full_width, height / full_height
-            if (box[2] - box[0]) * by[0] >= size[0] and (box[3] - box[1]) * by[1] >= size[1]:
-                level, scale = number, by
+        level, (left, top, right, bottom) = self._level(box, size, reduced_decode)
         height, width = bands.levels[level]
-        left, right = box[0] * scale[0], min(box[2] * scale[0], width)
-        top, bottom = box[1] * scale[1], min(box[3] * scale[1], height)
+        right, bottom = min(right, width), min(bottom, height)
         # The filter reaches two pixels of the result beyond the box.
         spans = (right - left, size[0]), (bottom - top, size[1])
         beyond = [math.ceil(2 * max(1.0, span / side)) + 1 for span, side in spans]
@@ -261,14 +257,41 @@ class StoredBands:
         rows = slice(max(0, math.floor(top) - beyond[1]), min(height, math.ceil(bottom) + beyond[1]))
         wide, tall = columns.stop - columns.start, rows.stop - rows.start
         if wide * tall > pixels.limit:
-            raise ValueError(f"a crop of {wide}x{tall} pixels is more than loader.max_pixels ({pixels.limit}) allows")
+            raise ValueError(
+                f"a crop of {wide}x{tall} pixels is more than loader.max_pixels ({pixels.limit}) allows: make "
+                "loader.crop_scale smaller, or raise it"
+            )
         values = bands.read(level, rows, columns)
         inside = (left - columns.start, top - rows.start, right - columns.start, bottom - rows.start)
-        if pixels.value_range is not None or values.dtype != np.uint8:
-            values = _finite(values.astype(np.float32))
-        out = np.stack([_resized(values[..., i], inside, size) for i in range(values.shape[-1])], axis=-1)
+        eight = pixels.value_range is None and values.dtype == np.uint8
+        parts = [values[..., band] for band in range(values.shape[-1])]
+        parts = [_resized(part if eight else _finite(part.astype(np.float32)), inside, size) for part in parts]
+        out = np.stack(parts, axis=-1)
         out = out if out.dtype == np.uint8 else self._scaled(out)
         return out.repeat(3, axis=-1) if out.shape[-1] == 1 and pixels.channels == 3 else out
+
+    def fitting(self, box, size: tuple[int, int]) -> tuple[float, float, float, float]:
+        """The box, or as much of its middle as may be decoded."""
+        for _ in range(len(self._bands.levels) + 1):  # a smaller box may need a larger level
+            _, (left, top, right, bottom) = self._level(box, size, True)
+            share = MOST_OF_LIMIT * self._pixels.limit / ((right - left) * (bottom - top))
+            if share >= 1:
+                break
+            cut = (1 - math.sqrt(share)) / 2
+            wide, tall = (box[2] - box[0]) * cut, (box[3] - box[1]) * cut
+            box = (box[0] + wide, box[1] + tall, box[2] - wide, box[3] - tall)
+        return box
+
+    def _level(self, box, size: tuple[int, int], reduced_decode: bool) -> tuple[int, tuple[float, float, float, float]]:
+        """The smallest level on which the box still has `size` pixels, and the box on it."""
+        levels = self._bands.levels
+        chosen, found = 0, tuple(box)
+        for number, (height, width) in enumerate(levels if reduced_decode else []):
+            across, down = width / levels[0][1], height / levels[0][0]
+            there = (box[0] * across, box[1] * down, box[2] * across, box[3] * down)
+            if there[2] - there[0] >= size[0] and there[3] - there[1] >= size[1]:
+                chosen, found = number, there
+        return chosen, found
 
     def _scaled(self, values: np.ndarray) -> np.ndarray:
         stated = self._pixels.value_range

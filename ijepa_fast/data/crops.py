@@ -121,7 +121,8 @@ def eval_crop(
     """The centre of the upright image: [C, H, W].
 
     The same as resizing the image until it just covers `resize_ratio` times `size`, then cutting `size` from the
-    centre, in one resampling. `resize_ratio` 1 keeps all of a square image.
+    centre, in one resampling. `resize_ratio` 1 keeps all of a square image. Of an image that is read in part, and too
+    large otherwise, as much of the middle as may be decoded.
     """
     height, width = as_height_width(size)
     whole = stored(image, pixels)
@@ -130,6 +131,7 @@ def eval_crop(
     box_width, box_height = width / enlargement, height / enlargement
     left, top = max(0.0, (full_width - box_width) / 2), max(0.0, (full_height - box_height) / 2)
     box = (left, top, min(left + box_width, full_width), min(top + box_height, full_height))
+    box = whole.fitting(box, (width, height))
     return _to_tensor(np.array(whole.resample(box, (width, height), reduced_decode)))
 
 

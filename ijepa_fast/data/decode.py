@@ -105,7 +105,10 @@ def open_image(file, pixels: Pixels = Pixels()) -> Image.Image | ArrayBands:  # 
         # Tiles of a large TIFF are read one by one, and the limit then is that of a crop.
         if isinstance(image, TiffImageFile) and (bands := open_bands(file, TIFF_MAGIC[0], pixels.channels)) is not None:
             return bands
-        raise ValueError(f"{image.width}x{image.height} pixels are more than loader.max_pixels ({pixels.limit}) allows")
+        hint = "; with tifffile only the part of a crop is read" if isinstance(image, TiffImageFile) else ""
+        raise ValueError(
+            f"{image.width}x{image.height} pixels are more than loader.max_pixels ({pixels.limit}) allows{hint}"
+        )
     if isinstance(image, TiffImageFile):
         _keep_bands_apart(image)
     return image
@@ -226,6 +229,10 @@ class StoredImage:
         """Width and height of the upright image."""
         width, height = self._image.size
         return (height, width) if self._sideways else (width, height)
+
+    def fitting(self, box, size: tuple[int, int]) -> tuple[float, float, float, float]:
+        """The box: images that are decoded whole were not opened if they were too large."""
+        return box
 
     def resample(self, box, size: tuple[int, int], reduced_decode: bool) -> Image.Image:
         """The RGB (or grey) image of `size` (width, height) that shows `box`: antialiased bicubic.

@@ -147,7 +147,7 @@ class ImageFolder(ImageFiles):
         if wanted is None:
             folders = [_folder_at(path, depth) for path in paths]
             if None not in folders and len(set(folders)) > 1:
-                self.label(folders, None)
+                self.label(folders, sorted(set(folders)))
             return
         known = {name.casefold() for name in wanted}
         for level in range(depth + 1):

@@ -139,7 +139,7 @@ class JEPAModel(IJEPA):
         """Loss of one batch. In training mode each call draws new masks; in eval mode they are always the same.
 
         Args:
-            images: [B, C, h, w]; uint8 is normalised here, float is taken as normalised.
+            images: [B, C, h, w]; uint8 and uint16 are normalised here, float is taken as normalised.
             masks: instead of those drawn here.
 
         Returns:
