@@ -38,6 +38,10 @@ log = logging.getLogger(__name__)
 Blocks = Literal["auto", "plain", "compile", "fused", "fused+compile"]
 
 
+UNKNOWN_IMAGES = 16
+"""Images that torch.compile is shown where nobody says how many a step has: some thousand rows."""
+
+
 class Machine(NamedTuple):
     """What a machine offers to the step of some networks.
 
@@ -292,7 +296,7 @@ def _try_out(model: IJEPA, device: torch.device, count: int) -> None:
     As many as a micro-batch has: the code is for any number of rows, but the compiler decides by the first that it sees
     into how many parts a sum over rows is split, and that of few rows would leave most of a GPU idle in later steps.
     """
-    encoder, count = model.context_encoder, max(count, 2)
+    encoder, count = model.context_encoder, max(count or UNKNOWN_IMAGES, 2)
     height, width = (side * encoder.patch_size for side in encoder.grid)
     images = torch.zeros(count, encoder.in_chans, height, width, dtype=torch.uint8, device=device)
     patches = encoder.grid[0] * encoder.grid[1]
