@@ -19,8 +19,8 @@ from PIL import Image
 
 from ijepa_fast import FusedAdamW
 from ijepa_fast.downstream.encoders import load_any
+from ijepa_fast.downstream.finetune import layer_groups
 from ijepa_fast.downstream.pyramid import mask_rcnn
-from ijepa_fast.optim.groups import decays, layer_of
 from ijepa_fast.run.files import write_whole
 
 
@@ -61,18 +61,6 @@ class CocoSplit(torch.utils.data.Dataset):
             pixels, target["masks"] = pixels.flip(-1), target["masks"].flip(-1)
             boxes[:, [0, 2]] = pixels.shape[-1] - boxes[:, [2, 0]]
         return pixels, target
-
-
-def groups(model, layer_decay: float) -> list[dict]:
-    """Parameter groups: pyramid and heads at the full rate, the encoder's layers at less and less."""
-    encoder, found = model.backbone.encoder, []
-    names = {parameter: name for name, parameter in encoder.named_parameters()}
-    for parameter in filter(lambda p: p.requires_grad, model.parameters()):
-        depth = len(encoder.blocks)
-        below = depth + 1 - layer_of(names[parameter], depth) if parameter in names else 0
-        decay = 0.1 if decays(parameter) else 0.0
-        found.append({"params": [parameter], "lr_scale": layer_decay**below, "weight_decay": decay})
-    return found
 
 
 def average_precision(model, split: CocoSplit, device: torch.device) -> dict[str, float]:
@@ -133,7 +121,7 @@ def main() -> None:
     model = mask_rcnn(
         encoder, classes, arguments.size, out_channels=arguments.channels, box_batch_size_per_image=arguments.rois
     ).to(device)
-    optimizer = FusedAdamW(groups(model, arguments.layer_decay), lr=arguments.lr, max_grad_norm=1.0)
+    optimizer = FusedAdamW(layer_groups(model, encoder, arguments.layer_decay, 0.1), lr=arguments.lr, max_grad_norm=1.0)
     batches = torch.utils.data.DataLoader(
         train, arguments.batch_size, shuffle=True, collate_fn=lambda rows: tuple(zip(*rows, strict=True)),
         num_workers=arguments.workers, drop_last=len(train) >= arguments.batch_size,

@@ -14,7 +14,7 @@ from rendered_scenes import CLASSES, SIDE, scene, trained_encoder, write_classes
 from test_downstream import beats
 
 from ijepa_fast import cli
-from ijepa_fast.downstream import dense_data, heads, store
+from ijepa_fast.downstream import dense_data, heads, store, subject
 from ijepa_fast.downstream.command import evaluate
 from ijepa_fast.downstream.dense import confusion, depth_scores, patch_votes, scores
 from ijepa_fast.downstream.dense_data import DenseLoader, Pairs, open_depth, open_masks
@@ -88,7 +88,8 @@ def test_heads_see_a_large_batch_in_parts(classes, loaded, tmp_path, monkeypatch
 
     monkeypatch.setattr(Subject, "pooled", watched)
     for at_once in (16, 4):
-        monkeypatch.setattr(heads, "BATCH", at_once)
+        for module in (heads, subject):
+            monkeypatch.setattr(module, "BATCH", at_once)
         options = replace(QUICK, epochs=1, limit=80)
         report = judged(loaded, "linear_protocol", classes, tmp_path / str(at_once), options, compare=False)
         reports.append(report["tasks"]["linear_protocol"]["trained"])
@@ -163,15 +164,15 @@ def test_crops_and_their_masks_show_the_same_place(tmp_path):
     Image.fromarray(columns).save(tmp_path / "m.png")
     pairs = Pairs([tmp_path / "a.png"] * 8, [tmp_path / "m.png"] * 8, "masks", ids=tuple(range(60)))
     loader, flipped = DenseLoader(pairs, 40, 4, 0), set()
-    for sample in loader.crops(8, 0, 2):
-        for image, target in zip(sample.images, sample.targets, strict=True):
+    for images, targets in loader.crops(8, 0, 2):
+        for image, target in zip(images, targets, strict=True):
             assert image.shape == (3, 40, 40) and torch.equal(image[0].long(), target)
             flipped.add(bool(target[0, 0] > target[0, 1]))
     assert flipped == {True, False}
-    (first, *_) = loader.whole()
-    assert first.images.shape == (1, 3, 40, 60) and first.targets[0].shape == (40, 60)
+    images, (target,) = next(loader.whole())
+    assert images.shape == (1, 3, 40, 60) and target.shape == (40, 60)
     # The shorter side becomes 32 px, the longer one the nearest multiple of the patch.
-    assert next(DenseLoader(pairs, 32, 4, 0).whole()).images.shape == (1, 3, 32, 48)
+    assert next(DenseLoader(pairs, 32, 4, 0).whole())[0].shape == (1, 3, 32, 48)
 
 
 def test_pascal_voc_palettes_and_npy_depth_are_read(tmp_path):
@@ -204,9 +205,15 @@ def test_pascal_voc_palettes_and_npy_depth_are_read(tmp_path):
     assert metres.max() == 1.0 and metres.min() == 0.0
     scaled = open_depth(str(tmp_path / "d"), None, replace(QUICK, depth_scale=2.0), {}).train.target(0)
     assert scaled.max() == 2.0
-    assert (
-        len(dense_data._checked(str(write_dense(tmp_path / "ade", 7, 7)), "masks", replace(QUICK, limit=5), {})[0]) == 5
-    )
+    ade = write_dense(tmp_path / "ade", 7, 7)
+    assert len(dense_data._checked(str(ade), "masks", replace(QUICK, limit=5), {})[0]) == 5
+    # Files of one name in several folders have masks of their own.
+    for kind in ("images", "annotations"):
+        (ade / kind / "training" / "deeper").mkdir()
+        (ade / kind / "training/00001.png").rename(ade / kind / "training/deeper/00002.png")
+    train = open_masks(str(ade), None, QUICK, {}).train
+    row = train.images.index(ade / "images/training/deeper/00002.png")
+    assert np.array_equal(train.stored(row), scene(1)[1])
 
 
 def test_bad_masks_are_an_error_before_features_are_taken(loaded, tmp_path, monkeypatch):
@@ -288,7 +295,7 @@ def test_finetuning_on_two_ranks_is_that_on_one(classes, loaded, tmp_path):
 
 def test_learning_rates_fall_from_the_head_to_the_embedding(loaded):
     model = Classifier(loaded.encoder, CLASSES)
-    groups = layer_groups(model, 0.5, 0.1)
+    groups = layer_groups(model, loaded.encoder, 0.5, 0.1)
     scale = {parameter: group["lr_scale"] for group in groups for parameter in group["params"]}
     assert len(scale) == len(list(model.parameters()))
     names = ("head.weight", "norm.bias", "encoder.norm.weight", "encoder.blocks.1.mlp.fc1.weight",

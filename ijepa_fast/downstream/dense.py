@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ijepa_fast.downstream.dense_data import IGNORED, DenseLoader, DenseSample, Pairs
+from ijepa_fast.downstream.dense_data import IGNORED, DenseLoader, Pairs, Sample
 from ijepa_fast.downstream.heads import cosine, train
 from ijepa_fast.downstream.store import spread
 from ijepa_fast.downstream.subject import Subject
@@ -114,9 +114,9 @@ def _fit(subject: Subject, task: str, outputs: int, loss: Callable[[Tensor, Tens
     head = DenseHead(width, outputs).to(subject.device)
     batch = min(BATCH, len(pairs))
 
-    def of(sample: DenseSample) -> Tensor:
-        targets = torch.stack(sample.targets).to(subject.device)
-        return loss(head(*_tokens(subject, sample.images), targets.shape[1:]), targets)
+    def of(sample: Sample) -> Tensor:
+        targets = torch.stack(sample[1]).to(subject.device)
+        return loss(head(*_tokens(subject, sample[0]), targets.shape[1:]), targets)
 
     optimizer = torch.optim.AdamW(head.parameters(), lr=RATE_TIMES_WIDTH / width, weight_decay=DECAY)
     key = {"task": task, "images": pairs.fingerprint, "epochs": epochs, "seed": subject.options.seed, **subject.key()}
@@ -163,8 +163,8 @@ def patch_votes(target: Tensor, grid: tuple[int, int], classes: int) -> Tensor:
 
 def _whole(subject: Subject, pairs: Pairs) -> Iterator[tuple[Tensor, tuple[int, int], Tensor]]:
     """(patch features [1, N, D], patch grid, target [H, W] on the CPU) of whole images, one after the other."""
-    for sample in _loader(subject, pairs).whole():
-        yield *_tokens(subject, sample.images), sample.targets[0]
+    for images, (target,) in _loader(subject, pairs).whole():
+        yield *_tokens(subject, images), target
 
 
 def _loader(subject: Subject, pairs: Pairs) -> DenseLoader:

@@ -9,7 +9,7 @@ import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 import torch
@@ -142,12 +142,12 @@ def _checked(data: str, kind: str, options: Options, images: dict) -> list[Pairs
     if images.get("channels", 3) != 3 or "value_range" in images:
         raise ValueError(f"tasks with {kind} are for encoders of 8-bit RGB images, this one takes {images}")
     splits = []
-    for split, (files, targets) in zip(("training", "test"), _layout(Path(data), kind), strict=True):
-        names = sorted(path for path in files if path.suffix.lower() in image_extensions())
-        if not names:
+    for split, files in zip(("training", "test"), _layout(Path(data), kind), strict=True):
+        found = sorted(image for image in files if image.suffix.lower() in image_extensions())
+        if not found:
             raise ValueError(f"{data} has no {split} images")
-        names = [names[row] for row in spread(len(names), options.limit)]
-        pairs = Pairs(names, [_beside(path, targets) for path in names], kind, options.depth_scale)
+        found = [found[row] for row in spread(len(found), options.limit)]
+        pairs = Pairs(found, [_beside(image, files[image]) for image in found], kind, options.depth_scale)
         for image, target in zip(pairs.images, pairs.targets, strict=True):
             with open_image(image) as opened:
                 wanted = opened.size
@@ -166,13 +166,13 @@ def _size(path: Path) -> tuple[int, int]:
         return image.size
 
 
-def _layout(root: Path, kind: str) -> list[tuple[Sequence[Path], Path]]:
-    """Image files and the folder of their targets, of the training and of the test split."""
+def _layout(root: Path, kind: str) -> list[dict[Path, Path]]:
+    """Image files and, without their suffix, the files of their targets, of the training and of the test split."""
     names = TARGET_FOLDERS[kind]
     lists = root / "ImageSets" / "Segmentation"
     if lists.is_dir():
         wanted = [(lists / f"{split}.txt").read_text().split() for split in ("train", "val")]
-        return [([root / "JPEGImages" / f"{n}.jpg" for n in part], root / "SegmentationClass") for part in wanted]
+        return [{root / "JPEGImages" / f"{n}.jpg": root / "SegmentationClass" / n for n in part} for part in wanted]
     images = _first(root, IMAGE_FOLDERS)
     if images:
         splits, targets = find_split(images), _first(root, names)
@@ -186,23 +186,25 @@ def _layout(root: Path, kind: str) -> list[tuple[Sequence[Path], Path]]:
             f"{root} has no images with {kind}: images/training and {names[0]}/training, with validation beside "
             f"training, are looked for (or train/images and train/{names[0]}, with val beside train)"
         )
-    return [([path for path in image.rglob("*") if path.is_file()], target) for image, target in folders]
+    return [
+        {path: target / path.relative_to(image).parent / path.stem for path in image.rglob("*") if path.is_file()}
+        for image, target in folders
+    ]
 
 
 def _first(root: Path, names: Sequence[str]) -> Path | None:
     return next((root / name for name in names if (root / name).is_dir()), None)
 
 
-def _beside(image: Path, folder: Path) -> Path:
+def _beside(image: Path, target: Path) -> Path:
     for suffix in (".png", ".npy"):
-        if (path := folder / f"{image.stem}{suffix}").is_file():
+        if (path := target.with_name(target.name + suffix)).is_file():
             return path
-    raise ValueError(f"{image} has no {folder / image.stem}.png (or .npy)")
+    raise ValueError(f"{image} has no {target}.png (or .npy)")
 
 
-class DenseSample(NamedTuple):
-    images: Tensor  # uint8 [B, 3, H, W]
-    targets: list[Tensor]  # [H, W] of a training crop, [h, w] as stored of a test image
+Sample = tuple[Tensor, list[Tensor]]
+"""Images uint8 [B, 3, H, W], and targets: [H, W] of training crops, [h, w] as stored of a test image."""
 
 
 class DenseLoader(Dataset):
@@ -212,7 +214,7 @@ class DenseLoader(Dataset):
         self.pairs, self.size, self.patch, self.seed = pairs, size, patch, seed
         self.workers = worker_count(workers, 1)
 
-    def crops(self, batch: int, done: int, total: int) -> Iterator[DenseSample]:
+    def crops(self, batch: int, done: int, total: int) -> Iterator[Sample]:
         """Batches of the steps from ``done`` to ``total``; every epoch is another order, its rest is left out."""
 
         def requests() -> Iterator[list]:
@@ -224,17 +226,17 @@ class DenseLoader(Dataset):
 
         return self._load(requests())
 
-    def whole(self) -> Iterator[DenseSample]:
+    def whole(self) -> Iterator[Sample]:
         """Every image by itself, in order."""
         return self._load([[(None, index)] for index in range(len(self.pairs))])
 
-    def _load(self, requests: Iterable[list]) -> Iterator[DenseSample]:
+    def _load(self, requests: Iterable[list]) -> Iterator[Sample]:
         options = loading_options(self.workers, prefetch=2, pin_memory=False)
         return batches(self, options | {"sampler": requests}, _TIMEOUT)
 
-    def __getitem__(self, request: list) -> DenseSample:
+    def __getitem__(self, request: list) -> Sample:
         images, targets = zip(*(self._one(epoch, index) for epoch, index in request), strict=True)
-        return DenseSample(torch.stack(images), list(targets))
+        return torch.stack(images), list(targets)
 
     def _one(self, epoch: int | None, index: int) -> tuple[Tensor, Tensor]:
         image, target = self.pairs.image(index), self.pairs.target(index)

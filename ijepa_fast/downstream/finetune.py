@@ -144,7 +144,7 @@ def finetune(
             return F.cross_entropy(logits(wrapped, some.images), labels, label_smoothing=recipe.label_smoothing)
 
         rate = recipe.lr * batch / 256
-        optimizer = FusedAdamW(layer_groups(model, recipe.layer_decay, recipe.weight_decay), lr=rate)
+        optimizer = FusedAdamW(layer_groups(model, encoder, recipe.layer_decay, recipe.weight_decay), lr=rate)
         warmup, per_epoch = recipe.warmup_epochs / recipe.epochs, loader.steps_per_epoch
         first = 1 / (recipe.epochs * per_epoch)
 
@@ -181,15 +181,17 @@ def finetune(
     return report
 
 
-def layer_groups(model: Classifier, layer_decay: float, weight_decay: float) -> list[dict]:
-    """Parameter groups whose learning rate falls by ``layer_decay`` from the head over the blocks to the embedding."""
-    depth = len(model.encoder.blocks)
+def layer_groups(model: nn.Module, encoder: VisionTransformer, layer_decay: float, weight_decay: float) -> list[dict]:
+    """Parameter groups whose learning rate falls by ``layer_decay`` from what is above an encoder to its embedding.
+
+    Frozen parameters have no part in them; the encoder's final norm goes with what is above it.
+    """
+    depth = len(encoder.blocks)
+    layers = {parameter: layer_of(name, depth) for name, parameter in encoder.named_parameters()}
     groups: dict[tuple, dict] = {}
-    for name, parameter in model.named_parameters():
-        # The embedding is layer 0, block i layer i + 1; the encoder's final norm goes with the head.
-        layer = layer_of(name.removeprefix("encoder."), depth) if name.startswith("encoder.") else depth + 1
-        scale = layer_decay ** (depth + 1 - layer)
+    for parameter in filter(lambda parameter: parameter.requires_grad, model.parameters()):
+        scale = layer_decay ** (depth + 1 - layers.get(parameter, depth + 1))
         decay = weight_decay if decays(parameter) else 0.0
-        group = groups.setdefault((layer, decay), {"params": [], "lr_scale": scale, "weight_decay": decay})
+        group = groups.setdefault((scale, decay), {"params": [], "lr_scale": scale, "weight_decay": decay})
         group["params"].append(parameter)
     return list(groups.values())

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ijepa_fast.data import EvalLoader, Source, TrainLoader
+from ijepa_fast.data import Source, TrainLoader
 from ijepa_fast.downstream.classify import accuracies
 from ijepa_fast.downstream.store import BATCH, Part
 from ijepa_fast.downstream.subject import Subject
@@ -261,9 +261,8 @@ def score(
     subject: Subject, heads: Iterable[nn.Module], features: Callable[[Tensor], Tensor], source: Source
 ) -> list[float]:
     """Accuracy of every head on the central crops of the labelled images."""
-    part = Part(source, np.flatnonzero(source.labels >= 0))
     correct, count = 0, 0
-    for some in EvalLoader(part, subject.image_size, BATCH, subject.options.workers, resize_ratio=subject.resize_ratio):
+    for some in subject.crops(source):
         x = features(some.images.to(subject.device, non_blocking=True))
         correct += torch.stack([(head(x).argmax(1).cpu() == some.labels).sum() for head in heads])
         count += len(some.labels)

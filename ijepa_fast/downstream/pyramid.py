@@ -101,12 +101,11 @@ def mask_rcnn(encoder: VisionTransformer, classes: int, size: int, out_channels:
         backbone,
         classes,
         min_size=size,
-        max_size=size * 4 // 3,
         image_mean=encoder.patch_embed.mean,
         image_std=encoder.patch_embed.std,
         rpn_anchor_generator=anchors,
         size_divisible=backbone.strides[-1],
-        **options,
+        **{"max_size": size * 4 // 3} | options,
     )
     # torchvision's mask head has 256 channels whatever the pyramid has.
     model.roi_heads.mask_head = MaskRCNNHeads(out_channels, (out_channels,) * 4, dilation=1)

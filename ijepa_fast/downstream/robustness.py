@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from itertools import repeat
 
 import numpy as np
 import torch
@@ -11,10 +13,9 @@ from PIL import Image, ImageFilter
 from torch import Tensor
 from tqdm import tqdm
 
-from ijepa_fast.data import EvalLoader
 from ijepa_fast.data.bands import Pixels, pixels_of
+from ijepa_fast.data.workers import worker_count
 from ijepa_fast.downstream.classify import accuracies
-from ijepa_fast.downstream.store import BATCH
 from ijepa_fast.downstream.subject import Subject, on
 from ijepa_fast.evaluate.probe import fit_linear_probe
 from ijepa_fast.philox import Stream
@@ -29,19 +30,16 @@ def robustness(subject: Subject) -> dict:
     probe = fit_linear_probe(subject.last(on(subject.device, train.values)), train.labels, seed=subject.options.seed)
     cases = [(None, 0), *((name, level) for name in CORRUPTIONS for level in range(5))]
     correct, count = dict.fromkeys(cases, 0), 0
-    loader = EvalLoader(
-        subject.data.test, subject.image_size, BATCH, subject.options.workers, resize_ratio=subject.resize_ratio
-    )
-    for batch in tqdm(loader, desc="robustness", unit="batch", disable=None):
-        labelled = batch.labels >= 0
-        count += int(labelled.sum())
-        for name, level in cases:
-            images = batch.images
-            if name is not None:
-                pairs = zip(images, batch.indices.tolist(), strict=True)
-                images = torch.stack([corrupted(image, name, level, index) for image, index in pairs])
-            features = subject.last(subject.pooled(images.to(subject.device)))
-            correct[name, level] += int((probe.predict(features).cpu() == batch.labels)[labelled].sum())
+    with ThreadPoolExecutor(worker_count("auto", 1)) as pool:  # numpy and Pillow let others work meanwhile
+        for batch in tqdm(subject.crops(subject.data.test), desc="robustness", unit="batch", disable=None):
+            count += len(batch.labels)
+            for name, level in cases:
+                images = batch.images
+                if name is not None:
+                    indices = batch.indices.tolist()
+                    images = torch.stack(list(pool.map(corrupted, images, repeat(name), repeat(level), indices)))
+                predicted = probe.predict(subject.pooled(images.to(subject.device), blocks=1)).cpu()
+                correct[name, level] += int((predicted == batch.labels).sum())
     by_strength = {name: [correct[name, level] / count for level in range(5)] for name in CORRUPTIONS}
     means = {name: sum(values) / 5 for name, values in by_strength.items()}
     figures = {"clean": correct[None, 0] / count, "mean corrupted": sum(means.values()) / len(means), **means}

@@ -10,12 +10,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from ijepa_fast.data import Source
+from ijepa_fast.data import EvalLoader, Source
 from ijepa_fast.downstream.encoders import training_size
-from ijepa_fast.downstream.store import Features, extract
+from ijepa_fast.downstream.store import BATCH, Features, Part, extract
 from ijepa_fast.evaluate.features import evaluation_mode, pool_features
 from ijepa_fast.model.vit import VisionTransformer
 
@@ -116,6 +117,11 @@ class Subject:
             workers=self.options.workers,
             title=title,
         )
+
+    def crops(self, source: Source) -> EvalLoader:
+        """Central crops of the labelled images of a source."""
+        part = Part(source, np.flatnonzero(source.labels >= 0))
+        return EvalLoader(part, self.image_size, BATCH, self.options.workers, resize_ratio=self.resize_ratio)
 
     def key(self) -> dict:
         """What decides the features of an image."""
