@@ -14,7 +14,7 @@ from torch.testing import assert_close
 from ijepa_fast.config import ModelConfig, Objective, RunConfig, from_dict, present_flags, read_recipe
 from ijepa_fast.data.datasets import open_sources
 from ijepa_fast.downstream.encoders import load_any
-from ijepa_fast.downstream.tasks import Options, open_data
+from ijepa_fast.downstream.tasks import OPENED_BY, Options
 from ijepa_fast.evaluate.features import colour_histogram, pixel_features
 from ijepa_fast.interop.export import export
 from ijepa_fast.model.vit import IMAGENET_MEAN, IMAGENET_STD
@@ -32,6 +32,7 @@ def test_sizes_and_channels_of_a_model():
     assert model.size == (24, 48) and model.grid == (3, 6) and model.patches == 18
     assert model.mean_std == "auto" and model.normalisation == ((0.5,) * 5, (0.5,) * 5)
     assert ModelConfig().mean_std == IMAGENET and ModelConfig(img_size=(96, 96)) == ModelConfig(img_size=96)
+    assert ModelConfig(img_size=[24, 48]).size == (24, 48)
     config = from_dict({"model": {"img_size": [24, 48], "patch_size": 8, "in_chans": 1, "mean_std": [[0.5], [0.2]]}})
     assert config.model.img_size == (24, 48) and config.model.mean_std == ((0.5,), (0.2,))
 
@@ -43,6 +44,7 @@ def test_sizes_and_channels_of_a_model():
         ({"img_size": (1, 2, 3)}, r"one number or \[height, width\], got \[1, 2, 3\]"),
         ({"img_size": (32, 50)}, r"model.img_size \(32, 50\) px cannot be cut into patches of 16 px"),
         ({"img_size": (32, -32)}, "model.img_size must be positive"),
+        ({"mean_std": "mean"}, r"model.mean_std must be auto or \[means, deviations\], got mean"),
         ({"in_chans": 4, "mean_std": ((0.5,) * 3, (0.5,) * 3)}, "holds 3 means and 3 deviations for model.in_chans 4"),
     ],
 )
@@ -117,10 +119,10 @@ def test_a_run_on_sixteen_bit_grey_from_start_to_export(tmp_path):
 
     print(export(output, "safetensors", tmp_path / "encoder.safetensors"))
     loaded = load_any(tmp_path / "encoder.safetensors")
-    images = open_data("classes", str(tmp_path / "moved"), None, Options(), loaded.images(own=False))
+    images = OPENED_BY["classes"](str(tmp_path / "moved"), None, Options(), loaded.images(own=False))
     assert images.train.pixels.value_range == [0, 4095] and images.train.pixels.channels == 1
     with pytest.raises(ValueError, match="tasks with masks are for encoders of 8-bit RGB"):
-        open_data("masks", str(tmp_path / "moved"), None, Options(), loaded.images(own=False))
+        OPENED_BY["masks"](str(tmp_path / "moved"), None, Options(), loaded.images(own=False))
     loaded = load_any(output)
     assert loaded.pixels == {"channels": 1, "value_range": (0.0, 4095.0), "max_pixels": config.loader.max_pixels}
 

@@ -54,14 +54,17 @@ class ModelConfig:
     mean_std: Literal["auto"] | tuple[tuple[float, ...], tuple[float, ...]] = (IMAGENET_MEAN, IMAGENET_STD)
 
     def __post_init__(self) -> None:
-        if isinstance(self.img_size, tuple):
+        if isinstance(self.img_size, (list, tuple)):
             if len(self.img_size) != 2:
                 raise ValueError(f"model.img_size must be one number or [height, width], got {list(self.img_size)}")
-            if self.img_size[0] == self.img_size[1]:
-                object.__setattr__(self, "img_size", self.img_size[0])
+            square = self.img_size[0] == self.img_size[1]
+            object.__setattr__(self, "img_size", self.img_size[0] if square else tuple(self.img_size))
         if self.in_chans != 3 and self.mean_std == (IMAGENET_MEAN, IMAGENET_STD):
             object.__setattr__(self, "mean_std", "auto")
         if self.mean_std != "auto":
+            pair = isinstance(self.mean_std, (list, tuple)) and len(self.mean_std) == 2
+            if not pair or not all(isinstance(values, (list, tuple)) for values in self.mean_std):
+                raise ValueError(f"model.mean_std must be auto or [means, deviations], got {self.mean_std}")
             mean, std = self.mean_std
             if {len(mean), len(std)} != {self.in_chans}:
                 raise ValueError(
