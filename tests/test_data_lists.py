@@ -76,12 +76,12 @@ def test_a_table_with_classes_and_splits_is_all_that_is_needed(tmp_path, between
 
 
 def test_a_table_without_names_of_columns(tmp_path):
-    put(tmp_path, "a.png", "b.png")
+    put(tmp_path, "a.png", "b.png", "c.png")
     table = read_table(written(tmp_path / "table.csv", "a.png,ant", '"b.png","bee, or wasp"', ""))
     assert table.paths == ["a.png", "b.png"] and table.labels == ["ant", "bee, or wasp"] and table.splits is None
-    table = read_table(written(tmp_path / "table.csv", "\ufeffpath,label", "a.png,ant", "b.png,"))
-    assert table.labels == ["ant", None]
-    assert ImageList(tmp_path / "table.csv").labels.tolist() == [0, -1]
+    table = read_table(written(tmp_path / "table.csv", "\ufeffpath,label", "a.png,ant", "b.png,", "c.png,bee"))
+    assert table.labels == ["ant", None, "bee"]
+    assert ImageList(tmp_path / "table.csv").labels.tolist() == [0, -1, 1]
 
 
 def test_test_images_of_a_list_need_known_classes(tmp_path):
@@ -132,6 +132,15 @@ def test_rows_and_images_without_each_other_are_told(tmp_path, caplog):
         open_sources(str(tmp_path / "data"), labels=written(tmp_path / "labels.csv", "a,ant", "b,bee"))
     with pytest.raises(ValueError, match="labels are for folders and lists"):
         open_sources(shard(tmp_path), labels=labels)
+
+
+def test_two_classes_of_the_training_images_are_needed(tmp_path, caplog):
+    put(tmp_path / "data", "train/a.png", "train/b.png", "test/c.png")
+    one = written(tmp_path / "labels.csv", "a.png,ant", "b.png,ant", "c.png,ant")
+    train, test = open_sources(str(tmp_path / "data"), labels=one)
+    assert train.labels is None and test is None and "names no two classes of the images of" in caplog.text
+    train, test = open_sources(str(tmp_path / "data"), labels=written(tmp_path / "labels.csv", "c.png,ant"))
+    assert train.labels is None and test is None
 
 
 def shard(tmp_path):

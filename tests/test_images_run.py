@@ -99,7 +99,7 @@ def grey_run(data, output, **train):
 def test_a_run_on_sixteen_bit_grey_from_start_to_export(tmp_path):
     data, output = grey_sixteen(tmp_path / "data"), tmp_path / "run"
     config = grey_run(data, output, steps=2)
-    config = replace(config, evaluation=replace(config.evaluation, before_and_after=True, pictures=True))
+    config = replace(config, evaluation=replace(config.evaluation, results="all"))
     summary = pretrain(config)
     assert summary["after"].keys() == {"knn", "probe", "rank"} and not summary["bad_files"]
     written = json.loads((output / "config.yaml").read_text())
@@ -111,7 +111,7 @@ def test_a_run_on_sixteen_bit_grey_from_start_to_export(tmp_path):
     # The data has moved, and mean and deviation are those that were measured then.
     shutil.move(data, tmp_path / "moved")
     longer = replace(config, data=str(tmp_path / "moved"), train=replace(config.train, steps=4))
-    longer = replace(longer, evaluation=replace(longer.evaluation, before_and_after=False, pictures=False))
+    longer = replace(longer, evaluation=replace(longer.evaluation, results="none"))
     assert pretrain(longer)["steps"] == 4
     assert load_trained(output)[1].model.mean_std == ((mean,), (std,))
     with pytest.raises(CheckpointError, match="loader.value_range"):

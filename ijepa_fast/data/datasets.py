@@ -83,9 +83,10 @@ def _labelled_by_table(data: str, evaluation_data: str | None, labels: str, pixe
         if source is not None and not isinstance(source, ImageFiles):
             raise ValueError(f"labels are for folders and lists of images; shards have their own: {where}")
     label_from(labels, train, test)
-    if test is not None and test.labels is None:
-        log.warning("probe and final k-NN are left out: %s names no classes of the images of %s", labels, place)
-        test = None
+    for source, where in ((train, data), (test, place)):
+        if test is not None and source.labels is None:
+            log.warning("probe and final k-NN are left out: %s names no two classes of the images of %s", labels, where)
+            test = None
     return Sources(train, test)
 
 

@@ -81,12 +81,14 @@ class ImageFiles:
         return [os.fsdecode(self._paths[index]) for index in range(len(self))]
 
     def label(self, names: Sequence[str | None], classes: Sequence[str] | None) -> None:
-        """Give every image the class of this name; ``classes`` prescribes names and order.
+        """Give every image the class of this name, if there are two; ``classes`` prescribes names and order.
 
         Raises:
             ValueError: a name is none of the classes.
         """
         found = set(names) - {None}
+        if classes is None and len(found) < 2:
+            return
         self.classes = in_order(found) if classes is None else list(classes)
         label_of = {name: label for label, name in enumerate(self.classes)}
         # Where case does not count, Cat/ and cat/ are one folder, and elsewhere they may have become two.

@@ -6,6 +6,7 @@ import csv
 import logging
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -98,10 +99,10 @@ class ImageList(ImageFiles):
     def __init__(self, file, *, training: bool = True, classes: Sequence[str] | None = None, **pixels):
         table, beside = read_table(file), Path(file).expanduser().absolute().parent
         rows = range(len(table.paths)) if table.splits is None else _of_split(file, table.splits, training)
-        wanted = {os.path.normpath(beside / Path(table.paths[row]).expanduser()): row for row in rows}
-        if len(wanted) < len(rows):
-            seen, places = set(), [os.path.normpath(beside / Path(table.paths[row]).expanduser()) for row in rows]
-            twice = next(place for place in places if place in seen or seen.add(place))
+        places = [os.path.normpath(beside / Path(table.paths[row]).expanduser()) for row in rows]
+        wanted = dict(zip(places, rows, strict=True))
+        if len(wanted) < len(places):
+            twice = next(place for place, count in Counter(places).items() if count > 1)
             raise ValueError(f"{file} lists an image twice: {twice}")
         if missing := [path for path in wanted if not os.path.isfile(path)]:
             raise FileNotFoundError(
