@@ -87,14 +87,13 @@ def test_sizes_are_the_median_of_what_can_be_read(data):
     assert auto.look_at(ImageFolder(data / "train")).count == 20
 
 
-def test_images_alone_are_enough_and_the_same_command_continues(data, tmp_path, capsys, caplog, monkeypatch):
+def test_images_alone_are_enough_and_the_same_command_continues(data, tmp_path, caplog, monkeypatch):
     caplog.set_level("INFO")
     out = tmp_path / "run"
     few = ["--evaluation.results", "none", "--optim.warmup_epochs", "0.1"]
     anew = ["--resume", "overwrite"]
     assert cli.main(["pretrain", "--data", str(data), "--output", str(out), *TINY, *few, *anew]) == 0
-    said = capsys.readouterr().err
-    assert "for these images on this machine: --config own_images --model.img_size" in said
+    assert "for these images on this machine: --config own_images --model.img_size" in caplog.text
     written = yaml.safe_load((out / "config.yaml").read_text())
     assert written["train"]["precision"] in ("fp32", "bf16")
     assert written["model"]["embed_dim"] == 16  # a flag wins over what was chosen

@@ -266,7 +266,7 @@ def official_file(tmp_path_factory):
     [
         (["export", "/nowhere", "--to", "timm", "--out", "x"], "no checkpoint at /nowhere"),
         (["export", "RUN", "--to", "timm", "--out", "RUN"], "exists already"),
-        (["export", "RUN", "--to", "onnx", "--out", "x"], "onnx"),
+        (["export", "RUN", "--to", "tflite", "--out", "x"], "onnx"),
         (["import", "/nowhere", "--out", "x"], "/nowhere"),
         (["import", "FOLDER", "--out", "x"], "is a folder without config.json"),
         (["import", "RUN", "--out", "x"], "is a run of ijepa_fast and needs no import"),
@@ -284,7 +284,7 @@ def test_mistakes_end_with_a_clear_message(small, tmp_path, capsys, monkeypatch,
     torch.save({"conv1.weight": torch.zeros(2)}, tmp_path / "OTHER")
     (tmp_path / "FOLDER").mkdir()
     names = {"RUN": str(small), "TIMM": "timm.pth", "OURS": str(checkpoints.find(small))}
-    status = 2 if "onnx" in arguments else 1  # of wrong usage, of other errors
+    status = 2 if "tflite" in arguments else 1  # of wrong usage, of other errors
     assert cli.main([names.get(argument, argument) for argument in arguments]) == status
     error = capsys.readouterr().err
     assert message in error and "Traceback" not in error

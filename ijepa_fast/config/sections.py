@@ -154,8 +154,7 @@ class RunConfig:
             overwrite removes it, but no file that no run writes; require refuses a folder that holds none.
         init: weights that a new run begins with: another run or one of its checkpoints, an encoder of export, or a file
             of the official code, timm or transformers. They must have the sizes in model.
-        log: where metrics go beside metrics.jsonl: tensorboard, csv, wandb, mlflow, or several with commas between;
-            none for nowhere.
+        log: where metrics go beside metrics.jsonl: tensorboard, csv, wandb, mlflow, several with commas, or none.
         model: encoder and predictor.
         masks: context and target blocks.
         objective: the loss.

@@ -46,8 +46,8 @@ class ModelConfig:
     depth: int = common(12)
     num_heads: int = common(12)
     mlp_ratio: float = 4.0
-    predictor_embed_dim: int = common(384)
-    predictor_depth: int = common(6)
+    predictor_embed_dim: int = 384
+    predictor_depth: int = 6
     predictor_mlp_ratio: float | None = None
     projector_dim: int | None = None
     init: Init = "flat"

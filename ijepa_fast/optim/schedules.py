@@ -30,8 +30,8 @@ class _Ends:
 
     lr: float = field(default=1e-3, metadata={"common": True})
     lr_ends: tuple[float, float] = (2e-4, 1e-6)
-    weight_decay: tuple[float, float] = field(default=(0.04, 0.4), metadata={"common": True})
-    momentum: tuple[float, float] = field(default=(0.996, 1.0), metadata={"common": True})
+    weight_decay: tuple[float, float] = (0.04, 0.4)
+    momentum: tuple[float, float] = (0.996, 1.0)
 
     def __post_init__(self) -> None:
         for name in ("lr_ends", "weight_decay", "momentum"):

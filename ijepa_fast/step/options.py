@@ -66,7 +66,6 @@ def _option(
     suffixes: dict[str, Any] | None = None,
     approximate: bool = False,
     no_phases: str | None = None,
-    common: bool = False,
 ) -> Any:
     """A field and what is known of it.
 
@@ -76,7 +75,6 @@ def _option(
         suffixes: what benchmarks write behind ``ours+`` -> the value that it stands for.
         approximate: whether results differ by more than rounding of the training precision.
         no_phases: why forward, backward and update cannot be timed one by one.
-        common: whether ``--help`` shows it.
     """
     return field(
         default=default,
@@ -86,7 +84,6 @@ def _option(
             "suffixes": suffixes or {},
             "approximate": approximate,
             "no_phases": no_phases,
-            "common": common,
         },
     )
 
@@ -117,7 +114,6 @@ class StepOptions:
         "auto",
         tries=lambda machine: get_args(Blocks)[1:],
         suffixes={"plain": "plain", "compile": "compile", "fused": "fused"},
-        common=True,
     )
     attention: str = _option(
         "auto",
