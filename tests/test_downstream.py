@@ -203,6 +203,7 @@ def test_linear_probe_and_lowshot_agree_with_scikit_learn(scenes, weights, tmp_p
 def test_bad_input_is_an_error_before_features_are_taken(scenes, weights, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(store, "EvalLoader", None)
     folders = ["one/train/a", "one/val/a", "flat", "empty/train/a", "empty/train/b"]
+    folders += [f"few/{name}" for name in ("train/a", "train/b", "val/a")]
     for name in [*folders, "new/train/a", "new/train/b", "new/val/c"]:
         (tmp_path / name).mkdir(parents=True)
         Image.fromarray(scene(0)[0]).save(tmp_path / name / "1.png")
@@ -214,6 +215,11 @@ def test_bad_input_is_an_error_before_features_are_taken(scenes, weights, tmp_pa
         (["--data", str(tmp_path / "empty")], "no labelled test images"),
         (["--data", str(tmp_path / "new")], "no labelled test images"),
         (["--data", str(tmp_path / "new/train"), "--test", str(tmp_path / "new/val")], "outside the classes"),
+        (["--data", str(tmp_path / "few"), "--tasks", "linear"], "needs a class of two training images; there are 2"),
+        (
+            ["--data", str(tmp_path / "few"), "--tasks", "attentive"],
+            "needs a class of two training images; there are 2",
+        ),
         (["--data", str(scenes), "--limit", "3"], few),
         (["--data", str(scenes), "--limit", "0"], "limit must be at least 1, got 0"),
         (["--data", str(scenes), "--depth_scale", "0"], "depth_scale must be positive, got 0"),

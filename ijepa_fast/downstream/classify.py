@@ -67,6 +67,7 @@ def knn(subject: Subject) -> dict:
 
 def linear(subject: Subject) -> dict:
     """Accuracy of ``linear_probe``; with ``layers`` last4 of the better of the last and the last four blocks."""
+    check_choice(subject.data.train)
     (fit, labels), (tested, answers) = _both(subject)
     sets = {"last": (subject.last(fit), subject.last(tested))}
     if subject.options.layers == "last4":
@@ -98,6 +99,12 @@ def lowshot(subject: Subject) -> dict:
         deviations[shot] = float(np.std(found, ddof=1)) if len(found) > 1 else 0.0
         log.info("lowshot %s: %.1f %% (%d images)", shot, 100 * means[shot], len(rows))
     return accuracies(subject, means) | {"deviation": deviations, "images": images, "C": REGULARISATION}
+
+
+def check_choice(train: Source) -> None:
+    """ValueError unless an image can be held out, to choose among heads by, that is not all there is of its class."""
+    if np.bincount(train.labels[train.labels >= 0]).max() < 2:
+        raise ValueError(f"choosing among heads needs a class of two training images; there are {len(train)} images")
 
 
 def accuracies(subject: Subject, figures: dict[str, float]) -> dict:

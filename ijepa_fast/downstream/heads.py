@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ijepa_fast.data import Source, TrainLoader
-from ijepa_fast.downstream.classify import accuracies
+from ijepa_fast.downstream.classify import accuracies, check_choice
 from ijepa_fast.downstream.store import BATCH, Part
 from ijepa_fast.downstream.subject import Subject
 from ijepa_fast.evaluate.probe import stratified_split
@@ -271,10 +271,9 @@ def score(
 
 def _split(source: Source, seed: int) -> tuple[Part, Part]:
     """Labelled training images to fit on and to choose by."""
+    check_choice(source)
     rows = np.flatnonzero(source.labels >= 0)
     held = stratified_split(torch.from_numpy(source.labels[rows]), VALIDATION_SHARE, seed).numpy()
-    if not held.any():
-        raise ValueError(f"choosing among heads needs a class of two training images; there are {len(rows)} images")
     return Part(source, rows[~held]), Part(source, rows[held])
 
 

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from ijepa_fast.data.bands import Pixels, pixels_of
 from ijepa_fast.data.workers import worker_count
-from ijepa_fast.downstream.classify import accuracies
+from ijepa_fast.downstream.classify import accuracies, check_choice
 from ijepa_fast.downstream.subject import Subject, on
 from ijepa_fast.evaluate.probe import fit_linear_probe
 from ijepa_fast.philox import Stream
@@ -26,6 +26,7 @@ def robustness(subject: Subject) -> dict:
     pixels = pixels_of(subject.data.test)
     if pixels[:2] != Pixels()[:2]:
         raise ValueError(f"corruptions are of 8-bit RGB images, this encoder takes {pixels}")
+    check_choice(subject.data.train)
     train = subject.features("train")
     probe = fit_linear_probe(subject.last(on(subject.device, train.values)), train.labels, seed=subject.options.seed)
     cases = [(None, 0), *((name, level) for name in CORRUPTIONS for level in range(5))]
