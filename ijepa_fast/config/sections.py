@@ -181,6 +181,8 @@ class RunConfig:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
     def __post_init__(self) -> None:
+        if not isinstance(self.log, (str, list, tuple)):
+            raise ValueError(f"log must name some of {', '.join(LOGGERS)}, or none; got {self.log!r}")
         names = self.log.split(",") if isinstance(self.log, str) else self.log
         names = tuple(name for name in map(str.strip, names) if name not in ("", "none"))
         object.__setattr__(self, "log", names)

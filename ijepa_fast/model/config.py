@@ -78,6 +78,10 @@ class ModelConfig:
                     f"model.{name} {width}, the width of the {network}, cannot be split into {self.num_heads} heads "
                     "(model.num_heads)"
                 )
+        for name, width in (("mlp_ratio", self.embed_dim), ("predictor_mlp_ratio", self.predictor_embed_dim)):
+            ratio = getattr(self, name)
+            if ratio is not None and 0 < ratio * width < 1:
+                raise ValueError(f"model.{name} {ratio} leaves no hidden units at width {width}")
 
     @property
     def size(self) -> tuple[int, int]:
