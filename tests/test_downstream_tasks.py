@@ -72,9 +72,8 @@ def test_heads_on_crops_beat_the_untrained_encoder_and_continue_after_a_stop(cla
 def test_the_linear_protocol_beats_the_untrained_encoder(classes, loaded, tmp_path):
     report = judged(loaded, "linear_protocol", classes, tmp_path, replace(QUICK, epochs=20))
     assert beats(report["tasks"]["linear_protocol"], "accuracy"), table(report)
-    assert (
-        len(report["tasks"]["linear_protocol"]["trained"]["validation"]) == 12
-    )  # batch norm or not, three rates, two decays
+    # With batch norm or without, three rates, two decays, one block.
+    assert len(report["tasks"]["linear_protocol"]["trained"]["validation"]) == 12
 
 
 def test_heads_see_a_large_batch_in_parts(classes, loaded, tmp_path, monkeypatch):

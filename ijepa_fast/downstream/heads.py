@@ -104,7 +104,7 @@ def linear_protocol(subject: Subject) -> dict:
     without a batch norm. VISSL has the heads, the schedule and LARS without biases in
     configs/config/benchmark/linear_image_classification/imagenet1k/models/vit_h16_no_cls.yaml.
     """
-    blocks = min(4, len(subject.encoder.blocks))
+    blocks = 4 if len(subject.encoder.blocks) >= 4 else 1
     heads, groups = {}, []
     for layers in sorted({1, blocks}):
         for norm, rate, decay in product((True, False), PAPER_RATES, PAPER_DECAYS):
