@@ -98,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             {"gpus": gpus, "images": images, **imbalance(costs, gpus, images, STEPS)} for gpus, images in BALANCED
         ]
     else:
-        balance = json.loads(FILE.read_text())["balance"]
+        balance = json.loads(FILE.read_text())["balance"] if FILE.exists() else []
     paper = [
         {"model": name, **on_paper(sizes, masks, Objective(), gpus, gpu=kind)}
         for name, sizes in found.items()

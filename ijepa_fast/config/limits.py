@@ -19,7 +19,7 @@ LIMITS = {
     "loader.flip": _SHARE,
     "loader.max_bad_share": _SHARE,
     "loader.max_pixels": _POSITIVE,
-    "train.timeout": _POSITIVE,
+    "train.timeout": (lambda value: 0 < value <= 10_080, "positive and at most 10,080 (a week)"),
     "optim.warmup_epochs": (lambda value: value >= 0, "at least 0"),
     "optim.max_grad_norm": _POSITIVE,
     "evaluation.images": _POSITIVE,
