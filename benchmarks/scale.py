@@ -70,21 +70,23 @@ def tables(report: dict) -> str:
         [row["gpus"], row["images"], *(f"{row[name]:.2%}" for name in ("drawn", "dealt in hosts", "dealt"))]
         for row in report["balance"]
     ]
-    return "\n\n".join(
-        [
-            "### Memory of a GPU\nGB beside activations, and how many images a micro-batch may have on an H100 / H200, "
-            "without recomputation, with selective and with whole.",
-            table(["encoder", "GPUs", "mode", *parts, "all", "plain", "selective", "whole"], memory),
-            "### Wire\nGB that a GPU sends in a step, how long that takes in ms, and from how many images a GPU on "
-            "compute takes longer.",
-            table(["encoder", "GPUs", "mode", "gathers", "scatters", "all-reduce", "ms", "hidden from"], wire),
-            "### Data\nCompute in ms an image, and the rates at which all GPUs together would take images.",
-            table(["encoder", "GPUs", "ms", "images/s", "GB/s of JPEGs"], rates),
+    sections = [
+        "### Memory of a GPU\nGB beside activations, and how many images a micro-batch may have on an H100 / H200, "
+        "without recomputation, with selective and with whole.",
+        table(["encoder", "GPUs", "mode", *parts, "all", "plain", "selective", "whole"], memory),
+        "### Wire\nGB that a GPU sends in a step, how long that takes in ms, and from how many images a GPU on "
+        "compute takes longer.",
+        table(["encoder", "GPUs", "mode", "gathers", "scatters", "all-reduce", "ms", "hidden from"], wire),
+        "### Data\nCompute in ms an image, and the rates at which all GPUs together would take images.",
+        table(["encoder", "GPUs", "ms", "images/s", "GB/s of JPEGs"], rates),
+    ]
+    if unequal:
+        sections += [
             f"### Balance\nThe slowest GPU over the mean, less 1, over {report['steps']:,} simulated steps of ViT-H/14 "
             "with exact masks.",
             table(["GPUs", "images a GPU", "as drawn", "dealt within hosts", "dealt among all"], unequal),
         ]
-    )
+    return "\n\n".join(sections)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
