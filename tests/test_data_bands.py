@@ -20,6 +20,7 @@ from ijepa_fast.data.datasets import open_sources
 from ijepa_fast.data.decode import open_image, stored
 from ijepa_fast.data.survey import announce, measured
 from ijepa_fast.model.vit import VisionTransformer
+from ijepa_fast.run.auto import look_at
 
 RNG = np.random.default_rng(0)
 
@@ -82,6 +83,18 @@ def test_values_beyond_the_range_are_clipped_and_no_numbers_are_the_lowest():
     got = whole(encoded(Image.fromarray(array), "TIFF"), channels=1, value_range=(-1, 1))[0].numpy()
     expected = np.where(np.isnan(array), 0, ((array + 1) / 2).clip(0, 1) * 65535)
     assert np.abs(got - expected).max() <= 0.51
+
+
+def test_marks_outside_the_range_do_not_spread_over_their_neighbours():
+    array = np.full((32, 32), 500, np.int16)
+    array[:, 17:] = -9999
+    array[:, :3] = 30000
+    got = whole(array, channels=1, value_range=(0, 1000))[0, 0].long()
+    assert got[8] == 32768 and got[17] == 0 and got[0] == 65535
+    small = eval_crop(array, 16, pixels=Pixels(1, (0, 1000)), resize_ratio=1.0)[0, 0].long()
+    assert 0 < small[8] < 32768 < small[1] < 65535  # pixels of both sorts
+    infinite = np.where(array == 30000, np.inf, array.astype(np.float32))
+    assert torch.equal(whole(infinite, channels=1, value_range=(0, 1000))[0, 0].long(), got)
 
 
 def test_floats_without_a_range_are_refused():
@@ -204,6 +217,15 @@ def test_of_large_tiffs_only_tiles_under_the_crop_are_read(tmp_path, monkeypatch
     assert np.abs(middle.permute(1, 2, 0).numpy().astype(int) - np.array(expected)).max() <= 1
 
 
+def test_tiles_that_were_never_written_are_zero(tmp_path):
+    tifffile = pytest.importorskip("tifffile")
+    array = values(32, 32, dtype=np.uint16)
+    tiles = (array[:16, :16], None, None, array[16:, 16:])
+    tifffile.imwrite(tmp_path / "x.tif", iter(tiles), shape=(32, 32), dtype=np.uint16, tile=(16, 16), compression=8)
+    array[:16, 16:] = array[16:, :16] = 0
+    assert np.array_equal(whole((tmp_path / "x.tif").read_bytes(), channels=1, value_range=(0, 65535))[0], array)
+
+
 def test_the_reduced_images_of_a_pyramid_are_used(tmp_path):
     tifffile = pytest.importorskip("tifffile")
     full = np.array(smooth_image(512, 512))
@@ -235,6 +257,13 @@ def test_colours_of_sixteen_bits_keep_what_pillow_reads_of_them():
     assert (
         np.abs(got.numpy() / 65535 - 0x8040 / 65535).max() < 1 / 255 and pixels.empty(1, (8, 8)).dtype == torch.uint16
     )
+
+
+def test_damaged_arrays_do_not_keep_settings_from_being_chosen(tmp_path):
+    for number in range(3):
+        np.save(tmp_path / f"{number}.npy", values(8, 9, 2))
+    (tmp_path / "1.npy").write_bytes(b"\x93NUMPY, cut off")
+    assert look_at(ImageFolder(tmp_path, channels=2)) == (3, 8)
 
 
 def test_arrays_are_images_where_there_are_no_others(tmp_path):

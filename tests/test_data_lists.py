@@ -6,8 +6,9 @@ import shutil
 import pytest
 from image_files import encoded, smooth_image
 
-from ijepa_fast.data import ImageFolder, find_split
+from ijepa_fast.data import ImageFolder, find_split, lists
 from ijepa_fast.data.datasets import open_sources
+from ijepa_fast.data.folder import in_order
 from ijepa_fast.data.lists import ImageList, read_table
 
 PNG = encoded(smooth_image(8, 8))
@@ -57,6 +58,8 @@ def test_lists_that_cannot_be_used_say_why(tmp_path):
         open_sources(written(tmp_path / "list.csv", "path,label", "a.png,cat", ",cat"))
     with pytest.raises(ValueError, match="neither train, val nor test: 'best'"):
         open_sources(written(tmp_path / "list.csv", "path,split", "a.png,best"))
+    with pytest.raises(ValueError, match="list.csv is no table, line 3: unexpected end of data"):
+        open_sources(written(tmp_path / "list.csv", "path,label", '"a.png,cat', "b.png,dog"))
     (tmp_path / "list.csv").write_bytes(b"path\n\xff\xfe\x00.png")
     with pytest.raises(ValueError, match="no text in UTF-8"):
         open_sources(str(tmp_path / "list.csv"))
@@ -82,6 +85,29 @@ def test_a_table_without_names_of_columns(tmp_path):
     table = read_table(written(tmp_path / "table.csv", "\ufeffpath,label", "a.png,ant", "b.png,", "c.png,bee"))
     assert table.labels == ["ant", None, "bee"]
     assert ImageList(tmp_path / "table.csv").labels.tolist() == [0, -1, 1]
+
+
+def test_odd_names_and_notes_of_several_lines(tmp_path):
+    put(tmp_path, "~a.png", "b\x85.png")
+    assert len(ImageList(written(tmp_path / "list.txt", "~a.png", "b\x85.png"))) == 2
+    rows = ["path,note,label", '~a.png,"one\ntwo",ant', "b\x85.png,three\u2028four,bee"]
+    assert classes_of(ImageList(written(tmp_path / "list.csv", *rows))) == {"~a.png": "ant", "b\x85.png": "bee"}
+    double = written(tmp_path / "list.txt", f"/{tmp_path}/~a.png")
+    assert ImageList(double).path(0) == str(tmp_path / "~a.png")
+
+
+def test_a_list_is_read_once_for_each_set(tmp_path, monkeypatch):
+    put(tmp_path, "a.png", "b.png", "c.png")
+    data, read = written(tmp_path / "list.csv", "path,label,split", "a.png,x,train", "c.png,y,train", "b.png,x,val"), []
+    monkeypatch.setattr(lists, "read_table", lambda file: read.append(file) or read_table(file))
+    train, test = open_sources(data)
+    assert (len(train), len(test), len(read)) == (2, 1, 2)
+    only = open_sources(data, written(tmp_path / "other.csv", "path,label,split", "b.png,x,train")).test
+    assert only.relative_paths() == ["b.png"]
+
+
+def test_the_order_of_classes_does_not_depend_on_hashes():
+    assert in_order(["10", "1", "01", "001"]) == in_order(["001", "1", "10", "01"]) == ["001", "01", "1", "10"]
 
 
 def test_test_images_of_a_list_need_known_classes(tmp_path):
@@ -128,7 +154,7 @@ def test_rows_and_images_without_each_other_are_told(tmp_path, caplog):
     with pytest.raises(ValueError, match="names no classes: columns path and label"):
         open_sources(str(tmp_path / "data"), labels=written(tmp_path / "labels.csv", "path", "a.png"))
     put(tmp_path / "data", "deep/a.png")
-    with pytest.raises(ValueError, match=r"the row 'a' of .* fits several images: a.png and deep/a.png"):
+    with pytest.raises(ValueError, match=r"the row 'a' of .* fits several images: .*data/a.png and .*deep/a.png"):
         open_sources(str(tmp_path / "data"), labels=written(tmp_path / "labels.csv", "a,ant", "b,bee"))
     with pytest.raises(ValueError, match="labels are for folders and lists"):
         open_sources(shard(tmp_path), labels=labels)
@@ -141,6 +167,19 @@ def test_two_classes_of_the_training_images_are_needed(tmp_path, caplog):
     assert train.labels is None and test is None and "names no two classes of the images of" in caplog.text
     train, test = open_sources(str(tmp_path / "data"), labels=written(tmp_path / "labels.csv", "c.png,ant"))
     assert train.labels is None and test is None
+
+
+def test_a_row_is_of_one_image_in_training_and_test_images_together(tmp_path):
+    put(tmp_path / "data", "train/a.png", "train/b.png", "test/a.png", "test/B.png")
+    data = str(tmp_path / "data")
+    with pytest.raises(ValueError, match=r"the row 'b.png' .* fits several images: .*train/b.png and .*test/B.png"):
+        open_sources(data, labels=written(tmp_path / "labels.csv", "a.png,ant", "b.png,bee"))
+    labels = written(tmp_path / "labels.csv", "train/a.png,ant", "train/b.png,bee", "test/a.png,ant", "test/B.PNG,bee")
+    assert classes_of(open_sources(data, labels=labels).test) == {"B.png": "bee", "a.png": "ant"}
+    # Of two rows that differ in case, neither is that of a third spelling.
+    rows = ["train/a.png,ant", "train/b.png,bee", "test/a.png,ant", "test/b.png,bee", "test/b.PNG,cow"]
+    labels = written(tmp_path / "labels.csv", *rows)
+    assert classes_of(open_sources(data, labels=labels).test) == {"B.png": None, "a.png": "ant"}
 
 
 def shard(tmp_path):

@@ -68,6 +68,14 @@ def batches(source, **options):
 # Indexed shards
 
 
+def test_arrays_beside_images_are_none(tmp_path):
+    image = encoded(smooth_image(8, 8))
+    files = [("0.npy", b"of features"), ("0.png", image), ("0.json", b'{"label": "\\ud800"}'), ("1.npy", b"alone")]
+    source = TarShards([write_tar(tmp_path / "x.tar", files)])
+    assert [source.describe(index).rpartition(": ")[2] for index in range(2)] == ["0.png", "1.npy"]
+    assert source.labels.tolist() == [0, -1]
+
+
 @pytest.mark.parametrize("options", [{}, {"workers": 2}, {"start_step": 3, "num_steps": 4}], ids=str)
 def test_batches_are_those_of_a_folder(four, options):
     """The same images in the same order, with the same crops, whatever the workers and from any step."""

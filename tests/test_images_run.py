@@ -128,8 +128,10 @@ def test_a_run_on_sixteen_bit_grey_from_start_to_export(tmp_path):
 
 
 def test_the_processor_of_transformers_maps_the_stated_range(tmp_path):
-    pytest.importorskip("transformers")
+    transformers = pytest.importorskip("transformers")
     from ijepa_fast.interop.huggingface import save_huggingface
+    from ijepa_fast.interop.import_weights import import_weights
+    from ijepa_fast.weights.huggingface import read_folder, value_range_of
 
     model = ModelConfig(
         img_size=16, patch_size=8, in_chans=1, embed_dim=16, depth=1, num_heads=2, mean_std=((0.3,), (0.2,))
@@ -138,6 +140,12 @@ def test_the_processor_of_transformers_maps_the_stated_range(tmp_path):
         replace(model, predictor_embed_dim=8).build(Objective()).target_encoder, tmp_path / "a", (-1000, 3000)
     )
     said = json.loads((tmp_path / "a" / "preprocessor_config.json").read_text())
+    assert value_range_of(tmp_path / "a") == (-1000, 3000)
+    assert read_folder(tmp_path / "a").patch_embed.mean == pytest.approx([0.3])
+    assert load_any(tmp_path / "a").images(own=False) == {"channels": 1, "value_range": (-1000, 3000)}
+    config = import_weights(tmp_path / "a", tmp_path / "run", RunConfig(), num_heads=2)[0]
+    assert config.loader.value_range == (-1000, 3000) and config.model.in_chans == 1
+    transformers.AutoImageProcessor.from_pretrained(tmp_path / "a")
     value = 500.0
     theirs = (value * said["rescale_factor"] - said["image_mean"][0]) / said["image_std"][0]
     assert theirs == pytest.approx(((value + 1000) / 4000 - 0.3) / 0.2)

@@ -53,7 +53,7 @@ class Pixels(NamedTuple):
         """ValueError for what cannot be."""
         if self.channels < 1:
             raise ValueError(f"model.in_chans must be at least 1, got {self.channels}")
-        if self.value_range is not None and not self.value_range[0] < self.value_range[1]:
+        if self.value_range is not None and not -math.inf < self.value_range[0] < self.value_range[1] < math.inf:
             raise ValueError(f"loader.value_range must be [low, high], low below high, got {list(self.value_range)}")
         if self.max_pixels is not None and self.max_pixels < 1:
             raise ValueError(f"loader.max_pixels must be at least 1, got {self.max_pixels}")
@@ -199,10 +199,9 @@ def _part_of(page, rows: slice, columns: slice) -> np.ndarray:
             for column in range(columns.start // wide, -(-columns.stop // wide)):
                 index = (plane * down + row) * across + column
                 file.seek(page.dataoffsets[index])
-                data = file.read(page.databytecounts[index])
-                values = keyframe.decode(data, index, **tables)[0]
-                if values is None:  # a tile that was never written
+                if not page.databytecounts[index]:  # a tile that was never written
                     continue
+                values = keyframe.decode(file.read(page.databytecounts[index]), index, **tables)[0]
                 values = values[0]
                 top, left = row * tall, column * wide
                 y = slice(max(rows.start, top), min(rows.stop, top + values.shape[0]))
@@ -263,10 +262,9 @@ class StoredBands:
             )
         values = bands.read(level, rows, columns)
         inside = (left - columns.start, top - rows.start, right - columns.start, bottom - rows.start)
-        eight = pixels.value_range is None and values.dtype == np.uint8
-        parts = [values[..., band] for band in range(values.shape[-1])]
-        parts = [_resized(part if eight else _finite(part.astype(np.float32)), inside, size) for part in parts]
-        out = np.stack(parts, axis=-1)
+        out = np.stack(
+            [_resized(self._numbers(values[..., band]), inside, size) for band in range(values.shape[-1])], axis=-1
+        )
         out = out if out.dtype == np.uint8 else self._scaled(out)
         return out.repeat(3, axis=-1) if out.shape[-1] == 1 and pixels.channels == 3 else out
 
@@ -292,6 +290,12 @@ class StoredBands:
             if there[2] - there[0] >= size[0] and there[3] - there[1] >= size[1]:
                 chosen, found = number, there
         return chosen, found
+
+    def _numbers(self, band: np.ndarray) -> np.ndarray:
+        """A band as it is resized: uint8 as it is, or fp32."""
+        if self._pixels.value_range is not None:  # clipped before the filter, which would spread a mark such as -9999
+            return _finite(band.astype(np.float32).clip(*self._pixels.value_range))
+        return band if band.dtype == np.uint8 else band.astype(np.float32)
 
     def _scaled(self, values: np.ndarray) -> np.ndarray:
         stated = self._pixels.value_range

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from ijepa_fast.data.bands import Pixels
 from ijepa_fast.data.folder import ImageFiles, ImageFolder, find_split
 from ijepa_fast.data.indexed import SUFFIX, IndexedShards
-from ijepa_fast.data.lists import ImageList, has_test_images, label_from, names_list
+from ijepa_fast.data.lists import ImageList, label_from, names_list
 from ijepa_fast.data.loader import TrainLoader
 from ijepa_fast.data.remote import RemoteLoader, RemoteShards
 from ijepa_fast.data.shards import TarShards, expand_shards, is_remote, names_shards
@@ -112,7 +112,8 @@ def _are_shards(data: str) -> bool:
 def _open_training(data: str, pixels: dict) -> tuple[Source, str | None]:
     """Training images, and where test images lie beside them."""
     if names_list(data):
-        return ImageList(data, **pixels), data if has_test_images(data) else None
+        listed = ImageList(data, **pixels)
+        return listed, data if listed.names_test_images else None
     if data.endswith(SUFFIX):
         return IndexedShards(data, **pixels), None
     if not _are_shards(data):
@@ -125,7 +126,7 @@ def _open_training(data: str, pixels: dict) -> tuple[Source, str | None]:
 def _open_labelled(data: str, classes: list[str] | None, pixels: dict) -> Source:
     """Test images; without ``classes`` they are yet to be labelled."""
     if names_list(data):
-        return ImageList(data, training=not has_test_images(data), classes=classes, **pixels)
+        return ImageList(data, training=False, classes=classes, **pixels)
     if data.endswith(SUFFIX):
         return IndexedShards(data, classes=classes, **pixels)
     if not _are_shards(data):

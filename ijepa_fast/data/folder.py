@@ -102,8 +102,8 @@ class ImageFiles:
 
 def in_order(names: Iterable[str]) -> list[str]:
     """Names of classes, sorted: by their value where all are whole numbers."""
-    names = set(names)
-    return sorted(names, key=int) if all(name.isdecimal() for name in names) else sorted(names)
+    names = sorted(set(names))
+    return sorted(names, key=int) if all(name.isdecimal() for name in names) else names
 
 
 class ImageFolder(ImageFiles):
@@ -113,9 +113,9 @@ class ImageFolder(ImageFiles):
     ``.npy`` where there are no others. Links are followed, loops of links are not. Names that begin with a dot are
     passed over, and so are folders such as `__MACOSX` and `lost+found`, and `labels` or `masks` beside `images`.
 
-    Where all images lie in subfolders, of which there are two or more, the first-level subfolders are the classes,
-    sorted by name; folders below them belong to the class. A single folder around all others does not count. Otherwise
-    there are no labels.
+    Where all images lie in subfolders, of which there are two or more, the first-level subfolders are the classes, in
+    the order of `in_order`; folders below them belong to the class. A single folder around all others does not count.
+    Otherwise there are no labels.
 
     Args:
         root: the folder.

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import csv
+import io
 import logging
 import os
 import re
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -45,7 +45,7 @@ def read_table(file) -> Table:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is empty, no text, or a line lacks a path.
+        ValueError: it is empty, no text, its quotes do not match, or a line lacks a path.
     """
     path = Path(file).expanduser()
     try:
@@ -53,12 +53,15 @@ def read_table(file) -> Table:
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is no text in UTF-8: {error}") from error
     if path.suffix.lower() == ".txt":
-        rows, columns = [[line.strip()] for line in text.splitlines() if line.strip()], [0, None, None]
+        rows, columns = [[line.strip()] for line in text.split("\n") if line.strip()], [0, None, None]
     else:
         first = text.partition("\n")[0]
         between = max(",;\t", key=first.count)
-        rows = [[field.strip() for field in row] for row in csv.reader(text.splitlines(), delimiter=between)]
-        rows = [row for row in rows if any(row)]
+        reader = csv.reader(io.StringIO(text), delimiter=between, strict=True)
+        try:
+            rows = [fields for row in reader if any(fields := [field.strip() for field in row])]
+        except csv.Error as error:
+            raise ValueError(f"{path} is no table, line {reader.line_num}: {error}") from error
         names = [field.casefold() for field in rows[0]] if rows else []
         kinds = (_PATH, _LABEL, _SPLIT)
         columns = [next((names.index(name) for name in kind if name in names), None) for kind in kinds]
@@ -87,9 +90,13 @@ class ImageList(ImageFiles):
 
     Args:
         file: see `read_table`. Without a column of classes there are no labels.
-        training: of a list with a column of splits, whether the training images, or the validation (else test) images.
+        training: of a list with a column of splits, whether the training images, or the validation (else test, else
+            all) images.
         classes: as in `ImageFolder`.
         pixels: see `Pixels`.
+
+    Attributes:
+        names_test_images: whether there is a column of splits with validation or test images.
 
     Raises:
         FileNotFoundError: a file of the list does not exist.
@@ -99,45 +106,42 @@ class ImageList(ImageFiles):
     def __init__(self, file, *, training: bool = True, classes: Sequence[str] | None = None, **pixels):
         table, beside = read_table(file), Path(file).expanduser().absolute().parent
         rows = range(len(table.paths)) if table.splits is None else _of_split(file, table.splits, training)
-        places = [os.path.normpath(beside / Path(table.paths[row]).expanduser()) for row in rows]
-        wanted = dict(zip(places, rows, strict=True))
-        if len(wanted) < len(places):
-            twice = next(place for place, count in Counter(places).items() if count > 1)
-            raise ValueError(f"{file} lists an image twice: {twice}")
+        self.names_test_images = any(map(_TEST.match, table.splits or []))
+        wanted: dict[str, int] = {}
+        for row in rows:
+            place = os.path.normpath(os.path.join(beside, os.path.expanduser(table.paths[row]))).replace("//", "/", 1)
+            if wanted.setdefault(place, row) != row:
+                raise ValueError(f"{file} lists an image twice: {place}")
         if missing := [path for path in wanted if not os.path.isfile(path)]:
             raise FileNotFoundError(
                 f"{len(missing)} of the {len(wanted)} files in {file} do not exist, the first being {missing[0]}"
             )
-        root = Path(os.path.commonpath([os.path.dirname(path) for path in wanted]))
-        relative = {Path(path).relative_to(root).as_posix(): row for path, row in wanted.items()}
-        super().__init__(root, relative, **pixels)
+        root = os.path.commonpath({os.path.dirname(path) for path in wanted})
+        below = len(os.path.join(root, ""))
+        relative = {path[below:].replace(os.sep, "/"): row for path, row in wanted.items()}
+        super().__init__(Path(root), relative, **pixels)
         if table.labels is not None and any(table.labels[row] for row in rows):
             self.label([table.labels[relative[path]] for path in self.relative_paths()], classes)
         elif classes is not None:
             raise ValueError(f"{file} names no classes: a second column with them is needed")
 
 
-def has_test_images(file) -> bool:
-    """Whether a list has a column of splits with validation or test images."""
-    return any(_TEST.match(split or "") for split in read_table(file).splits or [])
-
-
 def _of_split(file, splits: list[str | None], training: bool) -> list[int]:
     for split in splits:
         if not (split and (_TRAINING.match(split) or _TEST.match(split))):
             raise ValueError(f"{file} has a split that is neither train, val nor test: {split!r}")
-    kinds = ["train"] if training else ["val", "test"]
-    for kind in kinds:
+    for kind in ["train"] if training else ["val", "test", "train"]:
         if rows := [row for row, split in enumerate(splits) if split.casefold().startswith(kind)]:
             return rows
-    raise ValueError(f"{file} has no images of the split {' or '.join(kinds)}")
+    raise ValueError(f"{file} has no images of the split train")
 
 
 def label_from(file, train: ImageFiles, test: ImageFiles | None) -> None:
     """Give images the classes that a table names. Paths may begin at any of three folders around them, or be names.
 
     Raises:
-        ValueError: no row fits an image, a row fits several, or a test image has a class that no training image has.
+        ValueError: no row fits an image, a row fits several (a training and a test image among them), or a test image
+            has a class that no training image has.
     """
     table = read_table(file)
     if table.labels is None:
@@ -147,11 +151,12 @@ def label_from(file, train: ImageFiles, test: ImageFiles | None) -> None:
         key = os.path.normpath(path.replace("\\", "/")).replace("\\", "/")
         if rows.setdefault(key, label) != label:
             raise ValueError(f"{file} gives {path} two classes: {rows[key]} and {label}")
-    folded = {key.casefold(): key for key in rows}
-    used: set[str] = set()
+    folded: dict[str, str | None] = {}
+    for key in rows:  # of two that differ in case alone neither stands for a third
+        folded[key.casefold()] = None if key.casefold() in folded else key
+    used: dict[str, str] = {}
     for source in filter(None, (train, test)):
-        keys = _keys(source, rows, folded, file)
-        used |= set(keys) - {None}
+        keys = _keys(source, rows, folded, used, file)
         names = [None if key is None else rows[key] for key in keys]
         if any(names):
             source.label(names, train.classes if source is test else None)
@@ -169,25 +174,32 @@ def label_from(file, train: ImageFiles, test: ImageFiles | None) -> None:
         )
 
 
-def _keys(source: ImageFiles, rows: Mapping, folded: Mapping[str, str], file) -> list[str | None]:
-    """The row of each image, None for those without."""
+def _keys(
+    source: ImageFiles, rows: Mapping, folded: Mapping[str, str | None], used: dict[str, str], file
+) -> list[str | None]:
+    """The row of each image, None for those without; ``used`` gets the image of each row."""
     above = [part for part in source.root.parts[-_FOLDERS_ABOVE:] if part != source.root.anchor]
-    found, image_of = [], {}
+    # From the folder itself, from folders around it, from the root.
+    prefixes = [
+        "",
+        *("/".join(above[-n:]) + "/" for n in range(1, len(above) + 1)),
+        (source.root / "_").as_posix()[:-1],
+    ]
+    found = []
     for path in source.relative_paths():
-        forms = [form for name in _forms(path, above, source.root) for form in (name, os.path.splitext(name)[0])]
-        key = next((form for form in forms if form in rows), None)
+        key = next((form for form in _forms(path, prefixes) if form in rows), None)
         if key is None:
-            key = next((folded[form.casefold()] for form in forms if form.casefold() in folded), None)
-        if key is not None and image_of.setdefault(key, path) != path:
-            raise ValueError(f"the row {key!r} of {file} fits several images: {image_of[key]} and {path}")
+            folds = (folded.get(form.casefold()) for form in _forms(path, prefixes))
+            key = next((fold for fold in folds if fold is not None), None)
+        whole = prefixes[-1] + path
+        if key is not None and used.setdefault(key, whole) != whole:
+            raise ValueError(f"the row {key!r} of {file} fits several images: {used[key]} and {whole}")
         found.append(key)
     return found
 
 
-def _forms(path: str, above: list[str], root: Path) -> Iterator[str]:
-    """Ways to write an image's path: from its folder, from folders around that, from the root, by its name alone."""
-    yield path
-    for count in range(1, len(above) + 1):
-        yield "/".join([*above[-count:], path])
-    yield (root / path).as_posix()
-    yield path.rpartition("/")[2]
+def _forms(path: str, prefixes: list[str]) -> Iterator[str]:
+    """Ways to write an image's path: behind each of the prefixes, or by its name; without its extension, too."""
+    for name in (*(prefix + path for prefix in prefixes), path.rpartition("/")[2]):
+        yield name
+        yield os.path.splitext(name)[0]

@@ -283,7 +283,9 @@ class _RemoteBatches(IterableDataset):
             substitute = good[(row + 1) % len(good)]
             images[row] = self._crop_of(items[substitute][1], reader, position + row, 1)
         classes = [sample.label for _, sample in items]
-        labels = np.array([int(name) if name.isdecimal() else -1 for name in classes], dtype=np.int64)
+        labels = np.array(
+            [int(name) if name.isdecimal() and len(name) < 10 else -1 for name in classes], dtype=np.int64
+        )
         labels[bad], indices[bad] = labels[[good[(row + 1) % len(good)] for row in bad]], -1
         told, failures[:] = tuple(failures), ()
         return Batch(images, shared(torch.from_numpy(labels)), shared(torch.from_numpy(indices)), told)

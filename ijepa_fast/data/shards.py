@@ -25,7 +25,7 @@ from ijepa_fast.data.tar import Damage, read_samples
 
 log = logging.getLogger(__name__)
 
-_INDEX_FORMAT = 3
+_INDEX_FORMAT = 4
 _MOST_NUMBERED = 1_000_000
 """Classes given as numbers up to here are indices; larger numbers are names."""
 _REMOTE = re.compile(r"^(pipe:|[A-Za-z][A-Za-z0-9+.-]*://)")
@@ -154,8 +154,10 @@ class TarShards:
         self.labels = np.array([label_of.get(name, -1) for name in names], dtype=np.int64)
 
     def _tell_words(self, indices: list[int], names: list[str]) -> None:
-        for shard in {self._shard_of(index): None for index in indices}:
-            words = [index for index in indices if self._shard_of(index) == shard]
+        words_of: dict[str, list[int]] = {}
+        for index in indices:
+            words_of.setdefault(self._shard_of(index), []).append(index)
+        for shard, words in words_of.items():
             image = os.fsdecode(self._names[words[0]])
             more = f" (and {len(words) - 1} more like it)" if len(words) > 1 else ""
             told = f"the class of {image} is no number: {names[words[0]]!r}{more}"
@@ -205,7 +207,7 @@ class Index(NamedTuple):
     names: list[bytes]
     offsets: np.ndarray  # int64 [n]
     sizes: np.ndarray  # int64 [n]
-    labels: list[bytes]
+    labels: list[bytes]  # as text, empty without a class
     damage: list[str]
 
 

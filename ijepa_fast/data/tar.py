@@ -3,8 +3,8 @@
 A sample is what consecutive members with one key have in common, the key being a name up to the first dot of its last
 part, and further if numbers follow: ``a/0001.jpg`` and ``a/0001.cls`` are one sample, ``photo.000.jpg`` and
 ``photo.001.jpg`` are two. It needs a member whose last extension is an image's; of several (``0001.left.jpg``), the one
-without a further name counts, or one called ``image``, or the first. Its class, a number or a word, is the text of its
-``.cls`` or a field of its ``.json``.
+without a further name counts, or one called ``image``, or the first; ``.npy`` only where there is no other. Its class,
+a number or a word, is the text of its ``.cls`` or a field of its ``.json``.
 
 Python's tarfile takes a damaged header behind the first for the end of the archive, in silence; hence a reader that
 looks for the next header and says what it passed over. The format: POSIX.1-2017, pax, "ustar Interchange Format".
@@ -24,6 +24,7 @@ from ijepa_fast.data.decode import image_extensions
 _BLOCK = 512
 _CHUNK = 1 << 20
 _MOST_CLASS_BYTES = {"cls": 256, "json": 1 << 20}
+_ARRAY = ".npy"
 _IMAGE_KINDS = ("", "image", "img", "input", "rgb")
 _CLASS_FIELDS = ("label", "cls", "class", "class_name", "category", "target")
 _META = re.compile(r"__[^/]*__($|/)")  # webdataset's names for members that describe the shard
@@ -53,7 +54,7 @@ class Sample(NamedTuple):
 
 def read_samples(file: BinaryIO, contents: bool) -> Iterator[Sample | Damage]:
     """Samples with an image, in order; with the image's bytes or without (``contents``)."""
-    extensions = image_extensions() | {".npy"}
+    extensions = image_extensions() | {_ARRAY}
 
     def wanted(name: str, size: int) -> bool:
         extension = os.path.splitext(name)[1].lower()
@@ -72,7 +73,7 @@ def read_samples(file: BinaryIO, contents: bool) -> Iterator[Sample | Damage]:
             yield from _sample(group, passed_over, classless)
             current, group = key, {}
         if f".{extension}" in extensions:
-            group.setdefault(kind, found)
+            group.setdefault(f"{_ARRAY}.{kind}" if f".{extension}" == _ARRAY else kind, found)
         elif extension in _MOST_CLASS_BYTES and not kind:
             group.setdefault(f".{extension}", found)
     yield from _sample(group, passed_over, classless)
@@ -93,8 +94,14 @@ def _parts_of(name: str) -> tuple[str | None, str, str]:
 
 
 def _sample(group: dict[str, Member], passed_over: list[str], classless: list[str]) -> Iterator[Sample]:
-    """The sample of members with one key, by their further names (labels by their extension), if it has an image."""
+    """The sample of members with one key, by their further names, if it has an image.
+
+    Keys of labels are their extensions, those of arrays begin with theirs.
+    """
     images = {kind: member for kind, member in group.items() if not kind.startswith(".")}
+    # Arrays beside an image say something about it.
+    prefix = f"{_ARRAY}."
+    images = images or {kind.removeprefix(prefix): m for kind, m in group.items() if kind.startswith(prefix)}
     if not images:
         return
     kind = next((kind for kind in _IMAGE_KINDS if kind in images), next(iter(images)))
@@ -125,11 +132,11 @@ def _class_in_json(content: bytes) -> str | None:
     """The first field of a class that there is, "" without one; None where it is no JSON."""
     try:
         fields = json.loads(content)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     values = [fields[name] for name in _CLASS_FIELDS if name in fields] if isinstance(fields, dict) else []
     values = [str(value) for value in values if isinstance(value, (int, str)) and not isinstance(value, bool)]
-    return (_class_in_text(values[0].encode()) or "") if values else ""
+    return (_class_in_text(values[0].encode(errors="replace")) or "") if values else ""
 
 
 def read_members(file: BinaryIO, wanted: Callable[[str, int], bool]) -> Iterator[Member | Damage]:

@@ -16,7 +16,7 @@ from ijepa_fast.model.vit import VisionTransformer
 from ijepa_fast.run import checkpoint as checkpoints
 from ijepa_fast.weights.any_format import Networks, read_any
 from ijepa_fast.weights.encoder_file import KEY, build_arguments, load_encoder
-from ijepa_fast.weights.huggingface import read_folder
+from ijepa_fast.weights.huggingface import read_folder, value_range_of
 from ijepa_fast.weights.reading import architecture, load_weights
 from ijepa_fast.weights.runs import ENCODERS, load_run
 
@@ -67,7 +67,8 @@ def load_any(path: Path | str, which: str = "target") -> Loaded:
     about = {"weights": str(path), "encoder": which}
     results = Path("evaluation") / path.name.split(".")[0]
     if path.is_dir() and (path / "config.json").is_file() and not (path / "checkpoints").is_dir():
-        return Loaded(read_folder(path).eval(), about | {"kind": "transformers", "encoder": None}, results)
+        about |= {"kind": "transformers", "encoder": None}
+        return Loaded(read_folder(path).eval(), about, results, pixels={"value_range": value_range_of(path)})
     metadata = _metadata(path)
     if FORMAT in metadata.get("ijepa_fast", ""):
         model = JEPAModel.load(path)

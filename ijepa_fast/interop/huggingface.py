@@ -89,6 +89,8 @@ def save_huggingface(
         "image_mean": [mean + low / (high - low) for mean in encoder.patch_embed.mean],
         "image_std": list(encoder.patch_embed.std),
     }
+    if value_range is not None:
+        processor["value_range"] = [low, high]  # for us: rescale_factor and image_mean do not tell it
     (folder / "preprocessor_config.json").write_text(json.dumps(processor, indent=2) + "\n")
 
 

@@ -43,6 +43,8 @@ def import_weights(
     if imported.ours:
         raise WeightsError(f"{source} is a run of ijepa_fast and needs no import: probe, knn, export, --init read it")
     config = replace(config, output=str(out), model=_model_config(imported, config.model, num_heads))
+    if imported.value_range is not None and config.loader.value_range is None:
+        config = replace(config, loader=replace(config.loader, value_range=imported.value_range))
     torch.manual_seed(config.seed)
     model = config.model.build(config.objective)
     load_weights(model.context_encoder, imported.context, f"context encoder of {source}")

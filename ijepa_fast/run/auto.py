@@ -65,8 +65,8 @@ def look_at(source) -> Images:
         try:
             with source.open(i * len(source) // min(SAMPLED, len(source))) as image:
                 sides.append(min(image.size))
-        except OSError:
-            continue  # the loader counts and names bad images
+        except Exception:  # damaged files make decoders raise nearly anything; the loader counts and names them
+            continue
     if not sides:
         raise ValueError(f"none of {min(SAMPLED, len(source))} images that were looked at can be read: {source!r}")
     return Images(len(source), round(statistics.median(sides)))

@@ -41,7 +41,7 @@ RUN_FILES = (
 )
 """All that a run writes into its folder, as patterns; ``remove_run`` removes it in this order."""
 
-FIGURES_DEPEND_ON = ("data", "seed", "init", "model", "objective", "evaluation")
+FIGURES_DEPEND_ON = ("data", "seed", "init", "model", "objective", "loader", "evaluation")
 """Settings that change what before.json holds."""
 
 LENGTH = ("train.epochs", "train.steps")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from ijepa_fast.model.vit import VisionTransformer
 from ijepa_fast.run import checkpoint as checkpoints
 from ijepa_fast.run.checkpoint import CheckpointError
 from ijepa_fast.weights.encoder_file import KEY, build_arguments, load_encoder
-from ijepa_fast.weights.huggingface import read_folder
+from ijepa_fast.weights.huggingface import read_folder, value_range_of
 from ijepa_fast.weights.official import OfficialCheckpoint, is_official, parse
 from ijepa_fast.weights.reading import (
     LAYER_NORM_EPS,
@@ -39,6 +39,7 @@ class Networks:
         context, target: weights of the encoders under their official names; the same where there is only one.
         predictor: likewise, or None.
         build: what is known of ``VisionTransformer``'s arguments beside the weights.
+        value_range: see ``data.bands.Pixels``.
         official: the whole official checkpoint, or None.
         ours: whether this is a checkpoint of one of our runs.
     """
@@ -48,6 +49,7 @@ class Networks:
     target: dict[str, Tensor]
     predictor: dict[str, Tensor] | None = None
     build: dict = field(default_factory=dict)
+    value_range: tuple[float, float] | None = None
     official: OfficialCheckpoint | None = None
     ours: bool = False
 
@@ -67,7 +69,7 @@ def read_any(source: Path | str) -> Networks:
     except CheckpointError:
         if not source.is_dir():
             raise FileNotFoundError(f"there is no file or folder {source}") from None
-        return _of_encoder("an encoder of transformers", read_folder(source))
+        return _of_encoder("an encoder of transformers", read_folder(source), value_range_of(source))
     if file.is_dir():  # a checkpoint in shards
         return _of_run(file)
     with open(file, "rb") as opened:
@@ -78,7 +80,8 @@ def read_any(source: Path | str) -> Networks:
             return _of_run(file)
         if KEY in metadata:
             encoder, about = load_encoder(file)
-            return _of_encoder(f"the {about.get('encoder', '')} encoder of a run of ijepa_fast", encoder)
+            kind = f"the {about.get('encoder', '')} encoder of a run of ijepa_fast"
+            return _of_encoder(kind, encoder, about.get("value_range"))
         return _of_state(state, file)
     contents = read_pickle(file)
     if is_official(contents):
@@ -101,11 +104,12 @@ def _of_run(file: Path) -> Networks:
     )
 
 
-def _of_encoder(kind: str, encoder: VisionTransformer) -> Networks:
+def _of_encoder(kind: str, encoder: VisionTransformer, value_range: Sequence[float] | None) -> Networks:
     state, eps = encoder.state_dict(), layer_norm_eps(encoder)
     if eps != LAYER_NORM_EPS:
         kind += f" (its layer-norm eps is {eps}; runs have {LAYER_NORM_EPS})"
-    return Networks(kind, state, state, build=build_arguments(encoder))
+    stated = None if value_range is None else tuple(value_range)
+    return Networks(kind, state, state, build=build_arguments(encoder), value_range=stated)
 
 
 def _of_state(state: Mapping[str, Tensor], source: Path) -> Networks:

@@ -28,7 +28,7 @@ def save_encoder(path: Path | str, encoder: VisionTransformer, about: dict | Non
     Args:
         path: file. timm reads it as well (``weights.timm.timm_arguments`` says for which model).
         encoder: any dtype.
-        about: kept in the metadata, for people: which encoder it is, after how many steps.
+        about: kept in the metadata: which encoder it is, after how many steps, ``value_range`` of its images.
 
     Raises:
         ValueError: the layer norms of the encoder have several eps.

@@ -138,10 +138,20 @@ def read_folder(folder: Path, attention: str = "auto") -> VisionTransformer:
     if not (folder / "config.json").is_file():
         raise WeightsError(f"{folder} is a folder without config.json: not one of transformers' save_pretrained")
     config = DEFAULTS | _read_json(folder / "config.json")
-    processor = folder / "preprocessor_config.json"
-    encoder = encoder_for(SimpleNamespace(**config), _read_json(processor) if processor.is_file() else {}, attention)
+    encoder = encoder_for(SimpleNamespace(**config), _processor_in(folder), attention)
     load_weights(encoder, from_huggingface_names(_weights_of(folder)), str(folder))
     return encoder
+
+
+def value_range_of(folder: Path) -> tuple[float, float] | None:
+    """``loader.value_range`` of the run that such a folder was exported from; None where none is stated."""
+    stated = _processor_in(folder).get("value_range")
+    return None if stated is None else tuple(stated)
+
+
+def _processor_in(folder: Path) -> dict:
+    path = folder / "preprocessor_config.json"
+    return _read_json(path) if path.is_file() else {}
 
 
 def encoder_for(config: Any, processor: Mapping, attention: str = "auto") -> VisionTransformer:
@@ -165,6 +175,9 @@ def encoder_for(config: Any, processor: Mapping, attention: str = "auto") -> Vis
             raise ValueError(f"VisionTransformer has square patches, but the config has patch_size={patch_size}")
         patch_size = patch_size[0]
     rgb = config.num_channels == 3
+    mean = processor.get("image_mean", IMAGENET_MEAN if rgb else [0.5] * config.num_channels)
+    if stated := processor.get("value_range"):  # of an export, whose processor has the lower end in its mean
+        mean = [value - stated[0] / (stated[1] - stated[0]) for value in mean]
     encoder = VisionTransformer(
         config.image_size,
         patch_size,
@@ -174,7 +187,7 @@ def encoder_for(config: Any, processor: Mapping, attention: str = "auto") -> Vis
         config.num_attention_heads,
         config.intermediate_size / config.hidden_size,
         config.qkv_bias,
-        mean=processor.get("image_mean", IMAGENET_MEAN if rgb else [0.5] * config.num_channels),
+        mean=mean,
         std=processor.get("image_std", IMAGENET_STD if rgb else [0.5] * config.num_channels),
         attention=attention,
     )
