@@ -1,4 +1,4 @@
-"""``python -m benchmarks.gpu_cache``: Triton's kernels for an H200, compiled where no GPU is, for time on a lent one.
+"""``python -m benchmarks.gpu_cache``: Triton's kernels for an H200, compiled where no GPU is, to save time on one.
 
     python -m benchmarks.gpu_cache triton_cache.tar.xz
 
