@@ -153,6 +153,18 @@ def test_orientation_tags_hold_for_any_number_of_bands(orientation):
     assert np.array_equal(whole(data, channels=4)[:3], whole(encoded(image.convert("RGB"), exif=exif)))
 
 
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_orientation_tags_of_tiffs_are_those_of_pillow(orientation):
+    array = values(24, 40, dtype=np.uint16)
+    data = tiff_by("tifffile", array, tile=(16, 16), extratags=[(274, 3, 1, orientation, True)])
+    expected = np.asarray(Image.open(io.BytesIO(data)))
+    pixels = Pixels(1, (0, 65535))
+    with open_image(io.BytesIO(data), pixels) as image:
+        assert image.size == expected.shape[::-1] and isinstance(image, ArrayBands)
+        got = stored(image, pixels).resample((3, 5, 20, 22), (17, 17), True)
+    assert np.array_equal(got[..., 0], expected[5:22, 3:20])
+
+
 def test_crops_of_bands_are_functions_of_their_counter_and_flip():
     array, pixels = values(40, 30, 4), Pixels(channels=4)
     options = {"pixels": pixels, "seed": 1, "epoch": 2, "index": 3}

@@ -151,6 +151,9 @@ class TiffBands(ArrayBands):
             declared = dtype.kind == "u" and isinstance(bits, int) and 8 < bits < 16
             self._describe(shape, dtype, 2**bits - 1 if declared else None)
             self.levels = [self._shape_of(level)[:2] for level in self._levels]
+            self._orientation = page.tags.valueof(274, 1)
+            if self._orientation >= 5:
+                self.size, self.levels = self.size[::-1], [level[::-1] for level in self.levels]
             if self._inverted and self.white is None:
                 raise ValueError(f"a TIFF in which white is zero has no values of type {self.dtype}")
         except Exception:
@@ -166,6 +169,15 @@ class TiffBands(ArrayBands):
         return sizes["Y"], sizes["X"], bands
 
     def read(self, level: int, rows: slice, columns: slice) -> np.ndarray:
+        height, width = self.levels[level]
+        if self._orientation in (3, 4, 7, 8):
+            rows = slice(height - rows.stop, height - rows.start)
+        if self._orientation in (2, 3, 6, 7):
+            columns = slice(width - columns.stop, width - columns.start)
+        stored = (columns, rows) if self._orientation >= 5 else (rows, columns)
+        return upright(self._stored(level, *stored), self._orientation)
+
+    def _stored(self, level: int, rows: slice, columns: slice) -> np.ndarray:
         series = self._levels[level]
         # ImageJ describes only the first page of a stack that lies in one piece.
         pages = list(series.pages)
@@ -181,6 +193,13 @@ class TiffBands(ArrayBands):
 
     def close(self) -> None:
         self._file.close()
+
+
+def upright(values: np.ndarray, orientation: int) -> np.ndarray:
+    """Values [h, w, ...] turned as an EXIF orientation says."""
+    values = values.swapaxes(0, 1) if orientation >= 5 else values
+    values = values[:, ::-1] if orientation in (2, 3, 6, 7) else values
+    return values[::-1] if orientation in (3, 4, 7, 8) else values
 
 
 def _part_of(page, rows: slice, columns: slice) -> np.ndarray:

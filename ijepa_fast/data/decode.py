@@ -34,6 +34,7 @@ from ijepa_fast.data.bands import (
     Pixels,
     StoredBands,
     open_bands,
+    upright,
 )
 
 # EPS starts Ghostscript on the file, WMF needs Windows; the others are containers that Pillow names but cannot decode.
@@ -172,9 +173,7 @@ def _values_of(image: Image.Image, channels: int) -> tuple[np.ndarray, int | Non
         elif image.mode in ("P", "PA", "1"):
             image = image.convert("L" if image.mode == "1" else "RGBA" if image.has_transparency_data else "RGB")
         values = np.asarray(image).astype(np.uint16) * 257 if upper_half else np.asarray(image)
-    values = values.swapaxes(0, 1) if orientation >= 5 else values
-    values = values[:, ::-1] if orientation in (2, 3, 6, 7) else values
-    return values[::-1] if orientation in (3, 4, 7, 8) else values, white
+    return upright(values, orientation), white
 
 
 @contextmanager
