@@ -59,7 +59,7 @@ def test_an_unfinished_run_is_lengthened_in_epochs_by_the_flag_alone(data, run, 
     folder = tmp_path / "run"
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(config))
     command = ["pretrain", "--config", str(tmp_path / "recipe.yaml"), "--output", str(folder)]
-    monkeypatch.setattr("ijepa_fast.train.finish", lambda run: {})
+    monkeypatch.setattr("ijepa_fast.train.finish", lambda *_: {})
     assert cli.main(command) == 0
     assert cli.main(["pretrain", "--output", str(folder), "--train.epochs", "3"]) == 0
     assert checkpoint.load(checkpoint.find(folder)).step == 6

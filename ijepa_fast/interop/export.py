@@ -18,7 +18,6 @@ from ijepa_fast.weights.runs import ENCODERS, networks_of
 from ijepa_fast.weights.timm import timm_call
 
 OF_FORMATS = {
-    "steps_per_epoch": ("official",),
     "image_size": ("onnx", "torch"),
     "batch": ("onnx", "torch"),
     "license": ("huggingface",),
@@ -65,7 +64,7 @@ def export(
         raise ValueError(f"the format must be one of {', '.join(FORMATS)}, got {to!r}")
     if encoder not in ENCODERS:
         raise ValueError(f"the encoder must be target or context, got {encoder!r}")
-    given = {"steps_per_epoch": steps_per_epoch, "image_size": image_size, "batch": batch, "push": push}
+    given = {"image_size": image_size, "batch": batch, "push": push}
     given["license"] = None if license == "unknown" else license
     for name, formats in OF_FORMATS.items():
         if given[name] is not None and to not in formats:
