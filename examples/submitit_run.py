@@ -14,7 +14,7 @@ import sys
 
 
 class Pretrain:
-    """Job of one process. SIGUSR1 saves the run and ends the job with status 75; it is then submitted again."""
+    """Job of one process. SIGUSR1 saves the run and ends it; the first rank then submits the job again."""
 
     def __init__(self, arguments: list[str]):
         self.arguments = arguments
@@ -26,8 +26,9 @@ class Pretrain:
 
         submitit.helpers.TorchDistributedEnvironment().export(set_cuda_visible_devices=False)
         status = main(["pretrain", *self.arguments])
-        if status == EXIT_STOPPED and os.environ["RANK"] == "0":
-            os.system(f"scontrol requeue {os.environ['SLURM_JOB_ID']}")
+        if status == EXIT_STOPPED:  # the other ranks end in peace, or SLURM might end the first before it is heard
+            if os.environ["RANK"] == "0":
+                os.system(f"scontrol requeue {os.environ['SLURM_JOB_ID']}")
         elif status:
             sys.exit(status)
 

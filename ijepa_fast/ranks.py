@@ -58,9 +58,9 @@ class Ranks:
         return {key: value for part in parts for key, value in part.items()}
 
     def group_for_saves(self) -> dist.ProcessGroup | None:
-        """A group of all ranks between hosts, for a thread that saves while others go on; every rank must ask. None for
-        a process alone."""
-        return dist.new_group(backend="gloo") if self.world_size > 1 else None
+        """The group of all ranks between hosts that nothing but saves uses, also while the run goes on; None for a
+        process alone."""
+        return _GROUPS.get("saves")
 
     @contextmanager
     def naming_the_lost(self) -> Iterator[None]:
@@ -86,7 +86,7 @@ class Ranks:
 
 
 _GROUPS: dict[str, dist.ProcessGroup | None] = {}
-"""Groups of all ranks on gloo: of "hosts", beside the one of GPUs, and to "ask" who is still there."""
+"""Groups of all ranks on gloo: of "hosts", beside the one of GPUs, for "saves", and to "ask" who is still there."""
 
 
 def _lost() -> str:
@@ -140,11 +140,13 @@ def ranks(device: str = "auto", timeout: timedelta = timedelta(minutes=20)) -> I
         "nccl" if on_gpu else "gloo",
         rank=rank,
         world_size=world_size,
-        timeout=timeout,
+        # NCCL ends the process at its timeout. Hosts give up before, while there is time to ask who is lost.
+        timeout=timeout + timedelta(minutes=1) if on_gpu else timeout,
         device_id=chosen if on_gpu else None,
     )
     _GROUPS["hosts"] = dist.new_group(backend="gloo", timeout=timeout) if on_gpu else None
-    _GROUPS["ask"] = dist.new_group(backend="gloo", timeout=timeout)
+    for name in ("saves", "ask"):
+        _GROUPS[name] = dist.new_group(backend="gloo", timeout=timeout)
     try:
         yield Ranks(rank, world_size, chosen)
     finally:

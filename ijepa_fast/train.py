@@ -393,8 +393,8 @@ def _stop(run: Run, failure: Exception | None) -> None:
     failures = run.me.union({} if failure is None else {run.me.rank: str(failure)})
     if not failures or run.done > max(run.saved, 0):
         save(run)
-        run.saver.wait()
-        _tell_of_saves(run)
+    run.saver.wait()
+    _tell_of_saves(run)
     if failure is not None:
         raise failure
     if failures:

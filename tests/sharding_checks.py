@@ -9,6 +9,7 @@ import contextlib
 import json
 import sys
 import traceback
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -38,22 +39,25 @@ FOLDER = Path(sys.argv[3]) if len(sys.argv) > 3 else None
 
 
 def networks(objective=None, dtype=torch.float64):
+    """With a projector, which IJEPA calls by itself, if the objective has terms for it."""
     torch.manual_seed(0)
-    return MODEL.build(objective or Objective()).to(dtype)
+    objective = objective or Objective()
+    sizes = replace(MODEL, projector_dim=24) if objective.regularised else MODEL
+    return sizes.build(objective).to(dtype)
 
 
 def optimizer_of(model):
     return FusedAdamW(parameter_groups(model), lr=1e-2, max_grad_norm=0.05)
 
 
-def trained(layout, masks=MASKS, objective=None, checkpointing=False, accumulate=1):
+def trained(layout, masks=MASKS, objective=None, checkpointing=False, accumulate=1, low=None):
     """(losses, networks, optimizer) of ten steps in fp64. Layout: None for one process, "ddp", or the size of a shard
-    group."""
-    model, wrapped = networks(objective), None
+    group, whose shards are fp32 if ``low`` is what they are multiplied and summed over ranks in."""
+    model, wrapped = networks(objective, torch.float32 if low else torch.float64), None
     if layout == "ddp":
         wrapped = DistributedDataParallel(model)
     elif layout is not None:
-        shard(model, shard_mesh(dist.get_world_size(), layout, "cpu"), torch.float64)
+        shard(model, shard_mesh(dist.get_world_size(), layout, "cpu"), low or torch.float64, low)
     for network in (model.context_encoder, model.predictor):
         network.activation_checkpointing = checkpointing
     optimizer, sampler = optimizer_of(model), MaskSampler(masks, GRID)
@@ -99,7 +103,19 @@ def check_all_layouts_train_like_one_process():
 
 
 def check_several_masks_and_terms_over_the_global_batch():
-    assert_same([4], SEVERAL, REGULARISED)
+    assert_same([dist.get_world_size()], SEVERAL, REGULARISED)
+
+
+def check_pixels_leave_the_target_encoder_out():
+    assert_same([dist.get_world_size()], objective=Objective(targets="pixels"))
+
+
+def check_sums_in_bf16_are_near_and_shards_stay_fp32():
+    expected = torch.tensor(alone(None)[0])
+    losses, model, optimizer = trained(dist.get_world_size(), low=torch.bfloat16)
+    torch.testing.assert_close(torch.tensor(losses), expected, rtol=0.02, atol=0)
+    kept = [*model.parameters(), *(value for state in optimizer.state.values() for value in state.values())]
+    assert {value.dtype for value in kept} == {torch.float32}
 
 
 def check_masks_in_groups():

@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -151,3 +152,19 @@ def test_an_interrupt_of_torchrun_saves(data, tmp_path):
     process.communicate(timeout=120)
     (step,) = checkpoint.list_steps(tmp_path / "run" / "checkpoints")
     assert 1 <= step < 1000
+
+
+def test_hosts_give_up_before_the_gpus(monkeypatch):
+    """NCCL would end the process before anyone has asked who is lost."""
+    waits = {}
+    for name, value in {"RANK": 0, "WORLD_SIZE": 2, "LOCAL_RANK": 0, "MASTER_ADDR": "here", "MASTER_PORT": 1}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr("ijepa_fast.ranks.pick_device", lambda *_: torch.device("cuda", 0))
+    monkeypatch.setattr("ijepa_fast.ranks._set_device", lambda device: device)
+    monkeypatch.setattr(
+        "torch.distributed.init_process_group", lambda kind, timeout, **_: waits.update({kind: timeout})
+    )
+    monkeypatch.setattr("torch.distributed.new_group", lambda backend, timeout: waits.update({backend: timeout}))
+    monkeypatch.setattr("torch.distributed.destroy_process_group", lambda: None)
+    with ranks("cuda", timedelta(minutes=5)):
+        assert waits["gloo"] == timedelta(minutes=5) < waits["nccl"]

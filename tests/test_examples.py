@@ -171,4 +171,6 @@ def test_submitit_job_hands_its_arguments_on_and_requeues(run, monkeypatch):
     expected = ["pretrain", "--config", "demo"]
     monkeypatch.setattr("ijepa_fast.cli.main", lambda arguments: 75 if arguments == expected else 1)
     submitted[0]()
+    monkeypatch.setenv("RANK", "1")
+    submitted[0]()  # ends without an error
     assert commands == ["scontrol requeue 7"]

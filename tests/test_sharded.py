@@ -1,6 +1,8 @@
 """Checkpoints in shards, in one process: what they look like, who reads them, and what is said of damaged ones."""
 
 import json
+import threading
+import time
 from concurrent.futures import Future
 from dataclasses import replace
 
@@ -10,7 +12,8 @@ import torch.distributed as dist
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from ijepa_fast.ranks import Ranks
+from ijepa_fast import train
+from ijepa_fast.ranks import Ranks, ranks
 from ijepa_fast.run import checkpoint as checkpoints
 from ijepa_fast.run import sharded
 from ijepa_fast.run.checkpoint import Checkpoint, CheckpointDamaged
@@ -20,6 +23,7 @@ from ijepa_fast.train import pretrain
 from ijepa_fast.weights.any_format import read_any
 from ijepa_fast.weights.runs import load_run
 from tests.image_files import write_folder
+from tests.test_distributed import free_port
 from tests.tiny import tiny_run
 
 TENSORS = {"a": torch.arange(35.0).view(7, 5), "b": torch.arange(3.0).bfloat16(), "step": torch.tensor(4.0)}
@@ -104,6 +108,66 @@ def test_a_save_that_was_cut_off_is_none_and_goes_with_the_next(folder):
     path = write(folder, 9)
     assert checkpoints.list_steps(folder) == [9] and len(list(path.glob("shard-*"))) == 1
     assert not list(folder.glob("*.partial"))
+    (path / sharded.ABOUT).unlink()  # what is not whole does not stand in the way
+    write(folder, 9)
+    assert checkpoints.load(path).step == 9 and not list(folder.glob("*.partial"))
+
+
+def test_what_is_not_there_is_an_ordinary_error(folder):
+    with pytest.raises(ValueError, match="another"):
+        sharded.read_into(write(folder, 1), {"another": torch.zeros(2)})
+
+
+def test_a_save_in_the_background_says_how_it_was_when_it_began(folder, monkeypatch):
+    goes_on, write_json, extra = threading.Event(), sharded.write_json, {"scores": [1.0]}
+    monkeypatch.setattr(sharded, "write_json", lambda *of: goes_on.wait(60) and write_json(*of))
+    slow = saver(folder, background=True)
+    slow.save(Checkpoint(1, TENSORS, extra), best=False)
+    extra["scores"].append(2.0)
+    goes_on.set()
+    slow.wait()
+    assert checkpoints.load(folder / "step_000000001").extra == {"scores": [1.0]}
+
+
+def test_a_rank_alone_saves_in_a_group_of_the_cpu(folder, monkeypatch):
+    """Which that of a GPU is not."""
+    given = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    with ranks("cpu") as me:
+        slow = Saver(folder, 2, me, shards=True, background=True)
+        assert dist.get_backend(slow._group) == "gloo" and slow._group is not dist.group.WORLD
+        slow.save(Checkpoint(1, TENSORS, {}), best=False)
+        slow.wait()
+    assert checkpoints.list_steps(folder) == [1]
+
+
+def test_a_run_that_fails_waits_for_its_save(tmp_path, monkeypatch):
+    class Failing(train.DevicePrefetcher):
+        def __iter__(self):
+            for i, batch in enumerate(super().__iter__()):
+                if i == 5:
+                    raise RuntimeError("a test broke it")
+                yield batch
+
+    write_json = sharded.write_json
+    monkeypatch.setattr(train, "DevicePrefetcher", Failing)
+    monkeypatch.setattr(sharded, "write_json", lambda *of: time.sleep(1) or write_json(*of))
+    write_folder(tmp_path / "images" / "train", 20)
+    with pytest.raises(RuntimeError, match="a test broke it"):
+        pretrain(tiny_run(tmp_path / "images", tmp_path / "out", async_save=True))
+    assert checkpoints.list_steps(tmp_path / "out" / "checkpoints") == [5]
+
+
+def test_a_damaged_one_goes_aside_a_second_time(tmp_path):
+    write_folder(tmp_path / "images" / "train", 20)
+    run = tiny_run(tmp_path / "images", tmp_path / "out", async_save=True)
+    pretrain(run)
+    last = tmp_path / "out" / "checkpoints" / "step_000000012"
+    for _ in range(2):
+        next(last.glob("shard-*")).write_bytes(b"")
+        pretrain(run)
+        assert sharded.is_whole(last) and last.with_name(f"{last.name}.damaged").is_dir()
 
 
 def test_a_full_disk_leaves_the_last_one(folder, monkeypatch):

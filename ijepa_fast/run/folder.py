@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -236,6 +237,8 @@ def claim(
         for bad, error in damaged.items():
             aside = bad.with_name(bad.name + ".damaged")
             log.warning("%s\nIt is now called %s; continuing from step %d instead", error, aside.name, step)
+            if aside.is_dir():  # of an earlier time; a file is replaced, a folder would not be
+                shutil.rmtree(aside)
             bad.replace(aside)
         return state
     raise next(iter(damaged.values()))

@@ -8,6 +8,7 @@ The folder gets its name when all files in it are whole and on the disk; until t
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
@@ -45,9 +46,11 @@ def _writer(folder: Path, about: dict, finished: Callable[[], object]):
             sizes = {name: (temporary / name).stat().st_size for name in names}
             write_json(temporary / ABOUT, {"format": FORMAT, "files": sizes, **about})
             flush(temporary)
-            if folder.exists():  # of the same step of the same run
+            if is_whole(folder):  # of the same step of the same run
                 shutil.rmtree(temporary)
             else:
+                if folder.exists():
+                    remove(folder)
                 os.replace(temporary, folder)
                 flush(folder.parent)
             finished()
@@ -71,7 +74,7 @@ def save(
         tensors: shards (DTensors) or whole tensors, which one of the ranks that have them writes.
         about: JSON beside them; that of the first rank counts.
         group: ranks, on a backend of the CPU. A save in the background needs it for itself.
-        background: copy the tensors to the CPU, and return while they are being written.
+        background: copy all of it to the CPU, and return while it is being written.
         finished: called by the first rank when the folder has its name.
 
     Returns:
@@ -84,7 +87,7 @@ def save(
     try:
         import torch.distributed.checkpoint as dcp
 
-        writer = _writer(folder, about, finished)
+        writer = _writer(folder, copy.deepcopy(about), finished)
     except (ImportError, TypeError) as error:
         raise ValueError(
             "train.parallel fsdp and hsdp and train.async_save need torch 2.10 or later, "
@@ -127,6 +130,14 @@ def about(folder: Path) -> dict:
     return found
 
 
+def is_whole(folder: Path) -> bool:
+    """Whether a checkpoint is there, with all its files."""
+    try:
+        return bool(about(folder))
+    except (OSError, ValueError):
+        return False
+
+
 def empty_tensors(folder: Path, device: str = "meta") -> dict[str, Tensor]:
     """A tensor for each one of a checkpoint, of its whole shape and its dtype, without its values."""
     from torch.distributed.checkpoint import HuggingFaceStorageReader
@@ -136,11 +147,18 @@ def empty_tensors(folder: Path, device: str = "meta") -> dict[str, Tensor]:
 
 
 def read_into(folder: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Fill tensors from a checkpoint: of DTensors, the shards of this rank, and nothing else is read."""
-    from torch.distributed.checkpoint import HuggingFaceStorageReader, load
+    """Fill tensors from a checkpoint: of DTensors, the shards of this rank, and nothing else is read.
+
+    Raises:
+        ValueError: they are not in it, or cannot be read.
+    """
+    from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader, load
 
     _leave_out_warning()
-    load(dict(tensors), storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
+    try:
+        load(dict(tensors), storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
+    except CheckpointException as error:  # no Exception, so nobody would catch it
+        raise ValueError("; ".join(str(cause) for cause, _ in error.failures.values())) from error
 
 
 def _leave_out_warning() -> None:
