@@ -107,7 +107,7 @@ def check_several_masks_and_terms_over_the_global_batch():
 
 
 def check_pixels_leave_the_target_encoder_out():
-    assert_same([dist.get_world_size()], objective=Objective(targets="pixels"))
+    assert_same([dist.get_world_size()], objective=Objective(targets="pixels", prediction_weight=100.0))
 
 
 def check_sums_in_bf16_are_near_and_shards_stay_fp32():

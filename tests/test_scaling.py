@@ -13,7 +13,7 @@ from ijepa_fast.model.jepa import Objective
 from ijepa_fast.model.vit import cast_weights
 from ijepa_fast.step.flops import TokenCounts, step_flops
 from ijepa_fast.step.memory import state_bytes
-from ijepa_fast.step.scaling import Layout, Parameters, image_flops, imbalance
+from ijepa_fast.step.scaling import NETWORK, NVLINK, REACHED, Layout, Parameters, image_flops, imbalance
 from tests.tiny import GRID, MASKS, MODEL
 
 COUNT = Parameters(trained=1000, averaged=800, gathered=50)
@@ -40,6 +40,19 @@ def test_bytes_on_the_wire():
     assert Layout(4, 4).wire(COUNT) == {"gather": 2800 * 2 * 3 / 4, "scatter": 4000 * 3 / 4, "all_reduce": 0}
     halves = Layout(4, 2).wire(COUNT, reduce_size=2)
     assert halves == {"gather": 2800 * 2 / 2, "scatter": 2000 / 2, "all_reduce": 2 * 1000 / 2}
+
+
+def test_rings_leave_a_host_by_the_networks_of_all_its_ranks():
+    def seconds(ranks, shards):
+        return Layout(ranks, shards).wire_seconds(COUNT) * REACHED
+
+    sent = Layout(64, 1).wire(COUNT)["all_reduce"]
+    assert seconds(64, 1) == pytest.approx(sent / (8 * NETWORK)) and seconds(8, 1) < seconds(64, 1)
+    sent = Layout(64, 8).wire(COUNT)
+    inside, between = sent["gather"] + sent["scatter"], sent["all_reduce"]
+    assert seconds(64, 8) == pytest.approx(inside / NVLINK + between / NETWORK)
+    sent = Layout(4, 2).wire(COUNT)
+    assert seconds(4, 2) == pytest.approx(sum(sent.values()) / NVLINK)
 
 
 def test_operations_of_images_are_those_of_steps():

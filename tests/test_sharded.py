@@ -246,6 +246,8 @@ def test_what_cannot_be_is_refused(tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             tiny_run(tmp_path, tmp_path / "out", parallel="fsdp", **options)
+    with pytest.raises(ValueError, match="selective needs step.blocks plain, got fused"):
+        tiny_run(tmp_path, tmp_path / "out", activation_checkpointing="selective", blocks="fused")
     with pytest.raises(ValueError, match=r"train.shards 3 does not divide the 4 ranks"):
         shard_mesh(4, 3, "cpu")
     write_folder(tmp_path / "train", 8)

@@ -182,8 +182,8 @@ class StepOptions:
                 "step.capture needs one GPU, train.accumulate 1 and train.precision fp32 or bf16, "
                 f"got device {device}, {ranks} ranks, accumulate {accumulate}, precision {precision}"
             )
-        if self.activation_checkpointing == "selective" and self.compiled:
-            # The choice of what is kept is made op by op, and a compiled block is one.
+        if self.activation_checkpointing == "selective" and (self.compiled or self.fused):
+            # The choice of what is kept is made op by op; a compiled block is one, and a fused one has others.
             raise ValueError(f"step.activation_checkpointing selective needs step.blocks plain, got {self.blocks}")
         if self.overlap_target and device == "cpu":
             raise ValueError(f"step.overlap_target needs a GPU, got device {device}")

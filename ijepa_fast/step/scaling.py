@@ -101,10 +101,15 @@ class Layout:
 
     def wire_seconds(self, count: Parameters, size: int = 2, reduce_size: int = 4) -> float:
         sent = self.wire(count, size, reduce_size)
-        inside = sent["gather"] + sent["scatter"]
-        speed = NVLINK if self.shards <= HOST else NETWORK
-        between = NVLINK if self.ranks <= HOST else NETWORK
-        return (inside / speed + sent["all_reduce"] / between) / REACHED
+        of_shards = _ring_speed(self.shards, min(self.shards, HOST))
+        of_copies = _ring_speed(self.ranks // self.shards, max(1, HOST // self.shards))
+        return ((sent["gather"] + sent["scatter"]) / of_shards + sent["all_reduce"] / of_copies) / REACHED
+
+
+def _ring_speed(ranks: int, of_host: int) -> float:
+    """Bytes per second that each of ``ranks`` sends to the next. Where they are on several hosts, those of one make as
+    many rings, each of which leaves the host by the network of another."""
+    return NVLINK if ranks <= of_host else min(NVLINK, of_host * NETWORK)
 
 
 def on_paper(
