@@ -13,15 +13,18 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from ijepa_fast import train
+from ijepa_fast.model.vit import cast_weights
+from ijepa_fast.optim import FusedAdamW, parameter_groups
+from ijepa_fast.optim.step_tensors import local
 from ijepa_fast.ranks import Ranks, ranks
 from ijepa_fast.run import checkpoint as checkpoints
 from ijepa_fast.run import sharded
 from ijepa_fast.run.checkpoint import Checkpoint, CheckpointDamaged
 from ijepa_fast.run.saving import Saver
-from ijepa_fast.step.sharding import shard_mesh
+from ijepa_fast.step.sharding import shard, shard_mesh
 from ijepa_fast.train import pretrain
 from ijepa_fast.weights.any_format import read_any
-from ijepa_fast.weights.runs import load_run
+from ijepa_fast.weights.runs import NETWORKS, full_precision, load_run, restore, training_tensors
 from tests.image_files import write_folder
 from tests.test_distributed import free_port
 from tests.tiny import tiny_run
@@ -129,17 +132,54 @@ def test_a_save_in_the_background_says_how_it_was_when_it_began(folder, monkeypa
     assert checkpoints.load(folder / "step_000000001").extra == {"scores": [1.0]}
 
 
-def test_a_rank_alone_saves_in_a_group_of_the_cpu(folder, monkeypatch):
-    """Which that of a GPU is not."""
+@pytest.fixture
+def one_rank(monkeypatch):
+    """A rank of torchrun, alone."""
     given = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     for name, value in given.items():
         monkeypatch.setenv(name, value)
     with ranks("cpu") as me:
-        slow = Saver(folder, 2, me, shards=True, background=True)
-        assert dist.get_backend(slow._group) == "gloo" and slow._group is not dist.group.WORLD
-        slow.save(Checkpoint(1, TENSORS, {}), best=False)
-        slow.wait()
+        yield me
+
+
+def test_a_rank_alone_saves_in_a_group_of_the_cpu(folder, one_rank):
+    """Which that of a GPU is not."""
+    slow = Saver(folder, 2, one_rank, shards=True, background=True)
+    assert dist.get_backend(slow._group) == "gloo" and slow._group is not dist.group.WORLD
+    slow.save(Checkpoint(1, TENSORS, {}), best=False)
+    slow.wait()
     assert checkpoints.list_steps(folder) == [1]
+
+
+def test_masters_of_bf16_go_to_shards_and_back(tmp_path, folder, one_rank):
+    write_folder(tmp_path / "images" / "train", 20)
+    run = tiny_run(tmp_path / "images", tmp_path / "out", precision="bf16", steps=3)
+    with pytest.MonkeyPatch.context() as alone:
+        alone.setattr(dist, "is_initialized", lambda: False)
+        alone.delenv("RANK")
+        alone.delenv("WORLD_SIZE")
+        pretrain(run)
+    file = checkpoints.find(tmp_path / "out")
+    whole = checkpoints.load(file)
+
+    model = run.model.build(run.objective)
+    shard(model, shard_mesh(1, 1, "cpu"), torch.bfloat16)
+    optimizer = FusedAdamW(parameter_groups(model))
+    restore(file, model, optimizer, None, None)
+    for part in NETWORKS:
+        masters = full_precision(whole.tensors, part)
+        weights = getattr(model, part).state_dict()
+        assert all(torch.equal(local(weights[name]), value) for name, value in masters.items())
+
+    extra = whole.extra | {"settings": whole.extra["settings"] | {"train.parallel": "fsdp"}}
+    of_shards = Saver(folder, 2, one_rank, shards=True, background=False)
+    of_shards.save(Checkpoint(3, training_tensors(model, optimizer), extra), best=False)
+    model = run.model.build(run.objective)
+    cast_weights(model, torch.bfloat16)
+    optimizer = FusedAdamW(parameter_groups(model))
+    restore(checkpoints.find(folder), model, optimizer, None, None)
+    for name, value in training_tensors(model, optimizer).items():
+        assert value.dtype == whole.tensors[name].dtype and torch.equal(value, whole.tensors[name]), name
 
 
 def test_a_run_that_fails_waits_for_its_save(tmp_path, monkeypatch):
