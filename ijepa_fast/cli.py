@@ -42,7 +42,7 @@ commands:
   finetune   train all of an encoder on labelled images
   neighbours draw the images whose features are most like those of a given one
   masks      draw the masks of a configuration
-  export     write a checkpoint for transformers, timm or the official code
+  export     write a checkpoint for transformers, timm, ONNX or the official code
   import     make weights of these a checkpoint
   accelerate-official
              run an unmodified checkout of the official code with the parts of this package

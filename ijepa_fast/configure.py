@@ -8,7 +8,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from ijepa_fast.config import RunConfig, flags, flatten, from_dict, nested, read_recipe
+from ijepa_fast.config import RunConfig, flags, flatten, from_dict, nested, present, read_recipe
 from ijepa_fast.data.datasets import open_sources
 from ijepa_fast.data.remote import RemoteShards
 from ijepa_fast.ranks import pick_device
@@ -37,19 +37,24 @@ def configure(config: RunConfig | Mapping | Path | str | None, settings: Mapping
     Args:
         config: a configuration, its settings as nested dicts, a YAML file, the name of a recipe, or None: what
             ``choose`` chooses.
-        settings: dotted names and values, which win over those in ``config``.
+        settings: values by dotted names or nested, and by former names, too; they win over those in ``config``.
 
     Raises:
         ValueError: an unknown recipe or setting, or one with a value that it cannot have.
     """
+    settings = flatten(dict(settings))
     if config is None:
-        config, chosen = choose(from_dict(nested(dict(settings))), settings)
+        settings = present(settings)
+        config, chosen = choose(from_dict(nested(settings)), settings)
         settings = {**chosen, **settings}
     if isinstance(config, (str, Path)):
         config = from_dict(read_recipe(str(config)))
     elif isinstance(config, Mapping):
         config = from_dict(dict(config))
-    return from_dict(nested(flatten(config) | dict(settings))) if settings else config
+    elif not isinstance(config, RunConfig):
+        raise ValueError(f"config must be a RunConfig, settings in dicts, a YAML file or a recipe, got {config!r}")
+    before = flatten(config)
+    return from_dict(nested(before | present(settings, before))) if settings else config
 
 
 def choose(config: RunConfig, given: Mapping[str, object]) -> tuple[str, dict[str, object]]:

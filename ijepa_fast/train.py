@@ -111,7 +111,7 @@ def pretrain(
         RankLost: another rank ended, or did not answer for ``train.timeout`` minutes.
     """
     refuse_in_workers()
-    Callbacks(callbacks)  # checked before anything is done
+    given = Callbacks(callbacks).all  # checked before anything is done
     with heard(), ExitStack() as open_:
         config = configure(config, settings)
         me = open_.enter_context(ranks(config.train.device, timedelta(minutes=config.train.timeout)))
@@ -124,7 +124,8 @@ def pretrain(
             run_log = RunLog(run.folder, run.total_steps, run.done, run.folder.name)
             run.records = run_log.records
             run.loss = run.records[-1].get("loss") if run.records else None
-            others = [*loggers(run.config.log), *callbacks] if run.done < run.total_steps else []
+            left = run.done < run.total_steps or _summary(run) is None
+            others = [*loggers(run.config.log), *given] if left else []
             run.callbacks = Callbacks([run_log, *others])
             open_.callback(run.callbacks.call, "close")
             run.callbacks.call("on_start", run)
@@ -149,6 +150,7 @@ class Run:
         done: steps done.
         saved: ``done`` at the newest checkpoint, -1 without one.
         loss: of the last log interval.
+        origin: what was imported, where the run goes on from weights of elsewhere.
         best: which checkpoint is the best one.
         saver: writes checkpoints.
         seconds: of earlier starts.
@@ -175,6 +177,7 @@ class Run:
     done: int = 0
     saved: int = -1
     loss: float | None = None
+    origin: dict | None = None
     bad_files: dict = field(default_factory=dict)
     seconds: float = 0.0
     started: float = field(default_factory=time.monotonic)
@@ -317,6 +320,7 @@ def _continue(run: Run, state: Checkpoint | None, path: Path) -> None:
     state = restore(path, run.model, run.optimizer, run.scaler, state)
     run.done = run.saved = state.step
     run.bad_files, run.seconds = state.extra["bad_files"], state.extra.get("seconds", 0.0)
+    run.origin = state.extra.get("imported") or state.extra.get("origin")
     run.best.scores, run.best.so_far = state.extra.get("scores", []), state.extra.get("best")
     tensors, device = state.tensors, run.me.device
     if len(features := tensors["health.features"]):
@@ -456,6 +460,8 @@ def save(run: Run) -> None:
         "scores": run.best.scores,
         "best": run.best.so_far,
     }
+    if run.origin:
+        extra["origin"] = run.origin
     run.saver.save(Checkpoint(run.done, tensors, extra), best)
     _tell_of_saves(run)
 
@@ -467,8 +473,8 @@ def _tell_of_saves(run: Run) -> None:
 
 def finish(run: Run, encoder: VisionTransformer) -> dict:
     """Evaluate and draw what was trained, by its whole target encoder; the summary."""
-    config, path, before = run.config, run.folder / "summary.json", run.folder / "before.json"
-    if path.exists() and (summary := json.loads(path.read_text())).get("steps") == run.done:
+    config, before = run.config, run.folder / "before.json"
+    if (summary := _summary(run)) is not None:
         return summary
     summary = {"steps": run.done, "bad_files": run.bad_files, "loss": run.loss, "best": run.best.so_far}
     if before.exists():
@@ -480,9 +486,16 @@ def finish(run: Run, encoder: VisionTransformer) -> dict:
     summary["seconds"] = round(_seconds(run), 1)
     if config.evaluation.pictures:
         draw_run(config, encoder, run.sources, run.folder)
-    write_json(path, summary)
+    write_json(run.folder / "summary.json", summary)
     run.callbacks.call("on_end", run, summary)
     return summary
+
+
+def _summary(run: Run) -> dict | None:
+    """What summary.json holds, if it was written at this step."""
+    path = run.folder / "summary.json"
+    summary = json.loads(path.read_text()) if path.exists() else {}
+    return summary if summary.get("steps") == run.done else None
 
 
 def _seconds(run: Run) -> float:

@@ -1,11 +1,14 @@
 """Settings that are chosen where nobody names them."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import yaml
 
 from ijepa_fast import cli
 from ijepa_fast.config import RunConfig, from_dict, read_recipe, with_settings
+from ijepa_fast.configure import configure
 from ijepa_fast.data import ImageFolder
 from ijepa_fast.run import auto
 from ijepa_fast.train import pretrain
@@ -110,3 +113,12 @@ def test_several_processes_must_name_a_recipe(data, tmp_path, capsys, monkeypatc
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert cli.main(["pretrain", "--data", str(data), "--output", str(tmp_path / "run")]) == 2
     assert "several processes need a recipe" in capsys.readouterr().err
+
+
+def test_settings_given_in_python_may_be_nested_or_have_former_names():
+    demo = from_dict(read_recipe("demo"))
+    config = configure("demo", {"train": {"steps": 7}, "train.fused": True, "optim.momentum": 0.99})
+    assert config.train == replace(demo.train, steps=7) and config.step.blocks == "fused"
+    assert config.optim.momentum == (0.99, demo.optim.momentum[1])
+    with pytest.raises(ValueError, match="config must be a RunConfig, .*, got 5"):
+        configure(5, {})

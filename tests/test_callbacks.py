@@ -15,6 +15,7 @@ import pytest
 import ijepa_fast
 from ijepa_fast.command_line import run_config, run_parser
 from ijepa_fast.config import RunConfig, from_dict
+from ijepa_fast.run.callbacks import Callbacks
 from ijepa_fast.run.folder import remove_run
 from ijepa_fast.train import Stopped, pretrain
 from tests.tiny import tiny_run
@@ -68,6 +69,9 @@ def test_events_come_in_order(config):
     assert seen.of("save")[-1][1].startswith("step_")
     pretrain(config, callbacks=[again := Recorder()])
     assert not again.events  # nothing was left to do
+    (Path(config.output) / "summary.json").unlink()  # as if it had been killed during the evaluation
+    pretrain(config, callbacks=again)
+    assert [event[0] for event in again.events] == ["start", "end", "close"]
 
 
 def test_a_callback_ends_the_training_which_can_be_continued(config):
@@ -95,15 +99,26 @@ def test_close_is_called_after_signals_and_errors(config):
     assert seen.events[-1] == ("close",)
 
 
+def test_one_that_cannot_be_closed_keeps_no_other_open():
+    class Failing(Recorder):
+        def close(self):
+            raise ArithmeticError("mine")
+
+    with pytest.raises(ArithmeticError, match="mine"):
+        Callbacks([Failing(), seen := Recorder()]).call("close")
+    assert seen.events == [("close",)]
+
+
 def test_what_is_no_callback_is_refused_before_anything_is_done(config):
     with pytest.raises(ValueError, match="must be objects of ijepa_fast.Callback, got <function"):
-        pretrain(config, callbacks=[lambda run: None])
+        pretrain(config, callbacks=lambda run: None)
     assert not Path(config.output).exists()
 
 
 def test_loggers_are_named_checked_and_old_runs_have_the_default():
     assert RunConfig().log == ("tensorboard",) and from_dict({"log": ["csv", "wandb"]}).log == ("csv", "wandb")
-    assert RunConfig(log="csv, mlflow").log == ("csv", "mlflow") and RunConfig(log="none").log == ()
+    assert RunConfig(log="csv, mlflow, csv").log == ("csv", "mlflow")
+    assert RunConfig(log="none").log == from_dict({"log": None}).log == ()
     with pytest.raises(ValueError, match="log must name some of tensorboard, csv, wandb, mlflow, or none; got 'wand'"):
         RunConfig(log="wand")
 

@@ -233,7 +233,7 @@ def test_training_starts_from_an_imported_encoder(data, tmp_path, precision, mon
     monkeypatch.setattr(auto, "supported_precision", lambda device: ("bf16", "a test says so"))
     assert cli.main(["pretrain", "--config", str(tmp_path / "run" / "config.yaml")]) == 0
     end = checkpoints.load(checkpoints.find(tmp_path / "run"))
-    assert (start.step, end.step) == (0, 4)
+    assert (start.step, end.step) == (0, 4) and end.extra["origin"] == start.extra["imported"]
     assert {value.dtype for value in start.tensors.values()} == {torch.float32}
     dtype = PRECISION_DTYPES[{"auto": "bf16"}.get(precision, precision)]
     assert end.tensors["model.context_encoder.blocks.0.attn.qkv.weight"].dtype == dtype

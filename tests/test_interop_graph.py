@@ -13,7 +13,7 @@ from ijepa_fast import VisionTransformer
 from ijepa_fast.config import from_dict
 from ijepa_fast.interop.export import export
 from ijepa_fast.interop.graph import SUFFIXES, DenseEncoder, save_graph
-from ijepa_fast.weights.runs import save_run
+from ijepa_fast.weights.runs import load_run, save_run
 
 HAS_ONNX = all(importlib.util.find_spec(name) for name in ("onnxruntime", "onnxscript"))
 SIZES = {"img_size": 24, "patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2, "predictor_embed_dim": 8}
@@ -27,7 +27,8 @@ def encoder():
 
 @pytest.fixture
 def run(tmp_path):
-    config = from_dict({"model": SIZES, "data": "/home/somebody/secret", "output": "/home/somebody/run", "seed": 3})
+    places = {"data": "/home/somebody/secret", "output": "/home/somebody/run"}
+    config = from_dict({"model": SIZES, **places, "evaluation": {"labels": "/home/somebody/l.csv"}, "seed": 3})
     path = save_run(tmp_path / "run", config.model.build(config.objective), config, 4, data="folder:1234:abc")
     return path.parent.parent
 
@@ -58,8 +59,8 @@ def outputs(path, images):
 )
 def test_graphs_compute_the_features_at_the_asked_size(encoder, tmp_path, to, batch):
     out = tmp_path / f"encoder{SUFFIXES[to]}"
-    said = save_graph(encoder, to, out, (32, 20), batch)
-    assert f"[{batch or 'B'}, 3, 32, 20]" in said and "0.485" in said
+    said = save_graph(encoder, to, out, (32, 20), batch, (0, 4095))
+    assert f"[{batch or 'B'}, 3, 32, 20], values of 0 to 4095 taken to [0, 1], less mean [0.485" in said
     for count in (1, 2, 5) if batch is None else (batch,):
         images = torch.randn(count, 3, 32, 20)
         with torch.no_grad():
@@ -96,6 +97,16 @@ def test_the_card_tells_recipe_data_figures_and_licence_but_no_places(run, tmp_p
     settings = yaml.safe_load(re.search(r"```yaml\n(.*?)```", body, re.DOTALL)[1])
     assert settings["model.embed_dim"] == 16 and settings["seed"] == 3
     assert "drawn from 1,234" in body and "somebody" not in card and str(tmp_path) not in card
+
+
+def test_the_card_of_imported_weights_claims_no_training(run, tmp_path):
+    config = load_run(run)[1]
+    about = {"kind": "an official checkpoint", "source": "somebody.pth.tar"}
+    save_run(tmp_path / "imported", config.model.build(config.objective), config, 7, about=about)
+    export(tmp_path / "imported", "huggingface", tmp_path / "exported")
+    card = (tmp_path / "exported" / "README.md").read_text()
+    assert "that was imported by" in card and "Elsewhere: these weights" in card
+    assert "the licence of where they came from" in card and "steps of" not in card and "somebody" not in card
 
 
 def test_a_push_needs_an_account_and_uploads_the_folder(run, tmp_path, monkeypatch):

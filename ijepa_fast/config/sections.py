@@ -181,12 +181,10 @@ class RunConfig:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.log, (str, list, tuple)):
-            raise ValueError(f"log must name some of {', '.join(LOGGERS)}, or none; got {self.log!r}")
-        names = self.log.split(",") if isinstance(self.log, str) else self.log
-        names = tuple(name for name in map(str.strip, names) if name not in ("", "none"))
-        object.__setattr__(self, "log", names)
-        for name in names:
+        names = self.log if isinstance(self.log, (list, tuple)) else str(self.log).split(",")
+        names = [str(name).strip().lower() for name in names]
+        object.__setattr__(self, "log", tuple(dict.fromkeys(name for name in names if name not in ("", "none"))))
+        for name in self.log:
             if name not in LOGGERS:
                 raise ValueError(f"log must name some of {', '.join(LOGGERS)}, or none; got {name!r}")
         train = self.train

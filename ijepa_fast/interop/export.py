@@ -91,7 +91,7 @@ def export(
     elif to in ("onnx", "torch"):
         from ijepa_fast.interop.graph import save_graph
 
-        use = save_graph(network, to, out, image_size, batch)
+        use = save_graph(network, to, out, image_size, batch, config.loader.value_range)
     else:
         stated = {} if config.loader.value_range is None else {"value_range": config.loader.value_range}
         save_encoder(out, network, {"encoder": encoder, "step": state.step} | stated)

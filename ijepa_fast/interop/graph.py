@@ -44,7 +44,12 @@ class DenseEncoder(nn.Module):
 
 
 def save_graph(
-    encoder: VisionTransformer, to: str, out: Path, image_size: tuple[int, int] | None = None, batch: int | None = None
+    encoder: VisionTransformer,
+    to: str,
+    out: Path,
+    image_size: tuple[int, int] | None = None,
+    batch: int | None = None,
+    value_range: tuple[float, float] | None = None,
 ) -> str:
     """Write the graph of an fp32 encoder on the CPU; how to run it, in words.
 
@@ -52,6 +57,7 @@ def save_graph(
         to: "torch", a program of ``torch.export``, or "onnx", which needs the package onnxscript.
         image_size: height and width of the images; by default those the encoder was trained on.
         batch: number of images of every call; None for any.
+        value_range: values of images that are 0 and 1 to the encoder, where their type does not say so.
 
     Raises:
         ValueError: a batch below 1, a file of another suffix, or sides that cannot be cut into patches.
@@ -65,6 +71,10 @@ def save_graph(
     images = torch.zeros(batch or 2, encoder.in_chans, *sides)
     dynamic = None if batch else ({0: torch.export.Dim("batch", min=1)},)
     about = {"mean": encoder.patch_embed.mean, "std": encoder.patch_embed.std, "image_size": sides}
+    scaled = "in [0, 1]"
+    if value_range is not None:
+        about["value_range"] = list(value_range)
+        scaled = f"of {value_range[0]:g} to {value_range[1]:g} taken to [0, 1],"
     module = DenseEncoder(encoder, grid).eval()
     with torch.no_grad():
         program = torch.export.export(module, (images,), dynamic_shapes=dynamic)
@@ -75,7 +85,7 @@ def save_graph(
             _save_onnx(program, out, about)
             use = f'onnxruntime.InferenceSession("{out}").run(None, {{"images": images}})[0]'
     shape = f"[{batch or 'B'}, {encoder.in_chans}, {sides[0]}, {sides[1]}]"
-    return f"{use}\nimages: float {shape}, values in [0, 1] less mean {about['mean']}, by std {about['std']}"
+    return f"{use}\nimages: float {shape}, values {scaled} less mean {about['mean']}, by std {about['std']}"
 
 
 def _save_program(program: torch.export.ExportedProgram, file: Path, about: dict) -> None:

@@ -6,12 +6,12 @@ import json
 from pathlib import Path
 
 from ijepa_fast import __version__
-from ijepa_fast.config import RunConfig, as_dict, flatten
+from ijepa_fast.config import RunConfig, flatten
 from ijepa_fast.run.checkpoint import Checkpoint
 from ijepa_fast.run.files import write_text
 
-PRIVATE = {"data", "output", "init", "resume", "evaluation.data"}
-"""Settings that name places of one machine, which a card does not tell."""
+PRIVATE = {"data", "output", "init", "resume", "log", "evaluation.data", "evaluation.labels"}
+"""Settings that name places of one machine, which a card does not tell, or say nothing about the training."""
 
 CARD = """---
 license: {license}
@@ -22,8 +22,8 @@ tags: [i-jepa, self-supervised-learning, vision, ijepa_fast]
 
 # {title}
 
-The {encoder} encoder of an I-JEPA ([arXiv 2301.08243](https://arxiv.org/abs/2301.08243)) that was pretrained without
-labels by ijepa_fast {version}: a vision transformer of {depth} blocks of width {width}, for images of
+The {encoder} encoder of an I-JEPA ([arXiv 2301.08243](https://arxiv.org/abs/2301.08243)) that was {made} by
+ijepa_fast {version}: a vision transformer of {depth} blocks of width {width}, for images of
 {height} x {width_px} px in patches of {patch} px.
 
 ```python
@@ -38,11 +38,7 @@ embedding = features.mean(1)
 
 ## Training
 
-{steps} steps of {batch} images{data}. Settings that differ from the defaults:
-
-```yaml
-{settings}
-```
+{training}
 
 ## Figures
 
@@ -53,6 +49,13 @@ embedding = features.mean(1)
 Nobody has looked at what these features say about people, or how they do on images unlike those of the training.
 {origin}
 """
+
+
+TRAINING = """{steps} steps of {batch} images{data}. Settings that differ from the defaults:
+
+```yaml
+{settings}
+```"""
 
 
 def write_card(
@@ -73,7 +76,13 @@ def write_card(
     changed = {k: v for k, v in told.items() if v != default.get(k) and k not in PRIVATE}
     kind, _, rest = (state.extra.get("data") or "").partition(":")
     count = rest.partition(":")[0]
-    imported = state.extra.get("imported")
+    imported = bool(state.extra.get("imported"))
+    training = TRAINING.format(
+        steps=state.step,
+        batch=config.train.batch_size,
+        data=f", drawn from {int(count):,}" if kind in ("folder", "shards") and count.isdigit() else "",
+        settings="\n".join(f"{k}: {json.dumps(v)}" for k, v in sorted(changed.items())) or "{}",
+    )
     text = CARD.format(
         license=license,
         title=name.rpartition("/")[2],
@@ -86,13 +95,11 @@ def write_card(
         patch=model.patch_size,
         name=name,
         patches=model.patches,
-        steps=state.step,
-        batch=config.train.batch_size,
-        data=f", drawn from {int(count):,}" if kind in ("folder", "shards") and count.isdigit() else "",
-        settings="\n".join(f"{k}: {json.dumps(v)}" for k, v in sorted(changed.items())) or "{}",
+        made="imported" if imported else "pretrained without labels",
+        training="Elsewhere: these weights are as they were imported." if imported else training,
         figures=_figures(run / "summary.json", state.step, encoder),
         origin="Its first weights were not drawn at random: the licence of where they came from holds for them."
-        if imported is not None or as_dict(config)["init"]
+        if imported or "origin" in state.extra or config.init is not None
         else "",
     )
     write_text(folder / "README.md", text.rstrip() + "\n")
@@ -122,6 +129,8 @@ def hub_account() -> None:
         HfApi().whoami()
     except LocalTokenNotFoundError:
         raise ValueError("--push needs an account: log in with `hf auth login`, or set HF_TOKEN") from None
+    except Exception as error:  # of its HTTP library, too
+        raise OSError(f"the Hugging Face Hub cannot be reached or refuses the account: {error}") from error
 
 
 def push(folder: Path, name: str) -> str:

@@ -50,22 +50,27 @@ class Callback:
 class Callbacks:
     """The callbacks of a run, in their order."""
 
-    def __init__(self, callbacks: Iterable[Callback] = ()):
-        self._callbacks = list(callbacks)
-        for callback in self._callbacks:
+    def __init__(self, callbacks: Iterable[Callback] | Callback = ()):
+        self.all = list(callbacks) if isinstance(callbacks, Iterable) else [callbacks]
+        for callback in self.all:
             if not isinstance(callback, Callback):
                 raise ValueError(f"callbacks must be objects of ijepa_fast.Callback, got {callback!r}")
 
     def call(self, event: str, *arguments: object) -> bool:
         """Call the method ``event`` of each; whether one of them asked to end the training."""
-        end = False
-        for callback in list(self._callbacks):
+        end, failure = False, None
+        for callback in list(self.all):
             try:
-                end |= getattr(callback, event)(*arguments) is True
+                end |= bool(getattr(callback, event)(*arguments))  # a bool of numpy or torch, too
             except Exception as error:  # of any kind: loggers are libraries of others, and servers
-                if not callback.optional:
+                if callback.optional:
+                    self.all.remove(callback)
+                    kind, text = type(error).__name__, " ".join(str(error).split())[:300]
+                    log.warning("the logger %s fails and is left out from here on: %s: %s", callback, kind, text)
+                elif event == "close":  # the others are closed all the same
+                    failure = failure or error
+                else:
                     raise
-                self._callbacks.remove(callback)
-                kind, text = type(error).__name__, " ".join(str(error).split())[:300]
-                log.warning("the logger %s fails and is left out from here on: %s: %s", callback, kind, text)
+        if failure is not None:
+            raise failure
         return end

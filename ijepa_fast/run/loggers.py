@@ -39,7 +39,7 @@ def _pictures(run: Any) -> list[Path]:
 
 def _figures(summary: dict) -> dict[str, float]:
     """The numbers of a summary by dotted names, such as after.knn."""
-    return {name: v for name, v in flatten(summary).items() if isinstance(v, (int, float)) and v is not None}
+    return {name: v for name, v in flatten(summary).items() if isinstance(v, (int, float))}
 
 
 def _known(run: Any, tool: str) -> str | None:
