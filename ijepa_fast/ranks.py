@@ -136,8 +136,12 @@ def ranks(device: str = "auto", timeout: timedelta = timedelta(minutes=20)) -> I
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     chosen = _set_device(pick_device(device, int(os.environ["LOCAL_RANK"])))
     on_gpu = chosen.type == "cuda"
+    store, _, _ = next(dist.rendezvous("env://", rank, world_size, timeout=timeout))
+    # torchrun's store outlives the ranks that it starts again, and with it the addresses of those that are gone.
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     dist.init_process_group(
         "nccl" if on_gpu else "gloo",
+        store=dist.PrefixStore(f"attempt_{attempt}", store),
         rank=rank,
         world_size=world_size,
         # NCCL ends the process at its timeout. Hosts give up before, while there is time to ask who is lost.

@@ -161,6 +161,8 @@ def test_hosts_give_up_before_the_gpus(monkeypatch):
         monkeypatch.setenv(name, str(value))
     monkeypatch.setattr("ijepa_fast.ranks.pick_device", lambda *_: torch.device("cuda", 0))
     monkeypatch.setattr("ijepa_fast.ranks._set_device", lambda device: device)
+    meeting = (torch.distributed.HashStore(), 0, 2)
+    monkeypatch.setattr("torch.distributed.rendezvous", lambda *_, **__: iter([meeting]))
     monkeypatch.setattr(
         "torch.distributed.init_process_group", lambda kind, timeout, **_: waits.update({kind: timeout})
     )

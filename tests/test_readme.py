@@ -6,7 +6,7 @@ from pathlib import Path
 
 import ijepa_fast
 from benchmarks.ablations import variants
-from ijepa_fast.config import from_dict, read_recipe
+from ijepa_fast.config import flatten, from_dict, present, read_recipe
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -22,6 +22,24 @@ def test_the_demo_learns_more_than_its_controls():
         assert ours["probe"] >= 0.6
         for other in (others, before, before["pixels"], before["colours"]):
             assert ours["probe"] - other["probe"] >= 0.1
+
+
+def test_the_table_of_photographs_is_what_was_measured():
+    """And the recipe has the settings that were measured, but for where it runs and how often it saves."""
+    runs = json.loads((ROOT / "benchmarks" / "results" / "quality.json").read_text())["runs"]
+    by_name = {run["variant"]: run for run in runs if run["group"] == "photographs"}
+    run, before = by_name["both"], by_name["untrained"]["figures"]
+    table = README.split("what limits it")[1].split("##")[0]
+    rows = [[float(x) for x in row] for row in re.findall(r"^\| .*? \| (.+)% \| (.+)% \|$", table, re.MULTILINE)]
+    figures = (before["pixels"], before["colours"], before, run["figures"])
+    assert rows == [[round(100 * of["knn"], 1), round(100 * of["probe"], 1)] for of in figures]
+    assert f"after {run['processor_seconds'] / 60:.0f} minutes" in README
+    recipe = flatten(from_dict(read_recipe("imagenette_cpu")))
+    others = ("loader.workers", "train.device", "train.save_every", "optim.warmup_epochs", "train.steps")
+    for name, value in present(run["settings"], strict=False).items():
+        if name.startswith(("model.", "masks.", "objective.", "loader.", "optim.", "train.")) and name not in others:
+            assert recipe[name] == value, name
+    assert recipe["train.steps"] == run["steps"]
 
 
 def test_links_lead_to_files():

@@ -58,7 +58,7 @@ def test_ranks_that_are_killed_change_nothing(data, tmp_path, slow):
         "train.steps=60",
         "train.save_every=2",
         f"train.async_save={str(slow).lower()}",
-        "train.timeout=1.0",  # gloo's ranks do not always find each other again; torchrun then starts them once more
+        "train.timeout=1.0",
     ]
     expected = run(data, tmp_path / "calm", 3, *settings)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "3", "--rdzv-backend", "c10d"]
