@@ -49,6 +49,7 @@ def fake_torch(cuda: str | None, available: bool):
     return SimpleNamespace(
         __version__="2.99.0",
         version=SimpleNamespace(cuda=cuda),
+        backends=SimpleNamespace(mps=SimpleNamespace(is_available=lambda: False)),
         cuda=SimpleNamespace(
             is_available=lambda: available, device_count=lambda: 1, get_device_properties=lambda index: gpu
         ),

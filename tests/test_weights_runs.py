@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ijepa_fast import cli
-from ijepa_fast.evaluate import encoder as evaluation
+from ijepa_fast.downstream import accuracy
 from ijepa_fast.report.pictures import trained_by
 from ijepa_fast.report.record import read_record
 from ijepa_fast.run import checkpoint
@@ -37,7 +37,7 @@ def test_all_commands_take_the_fp32_masters_of_a_bf16_run(data, tmp_path, monkey
         judged.append(encoder)
         return {"knn": 0.0, "probe": 0.0, "rank": 1.0}
 
-    monkeypatch.setattr(evaluation, "evaluate", evaluate)
+    monkeypatch.setattr(accuracy, "evaluate", evaluate)
     for command in ("probe", "knn"):
         assert cli.main([command, str(folder), "--encoder", which, "--device", "cpu"]) == 0
         assert_same(judged.pop(), expected)
