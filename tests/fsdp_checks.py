@@ -221,22 +221,22 @@ def check_what_does_not_fit_is_refused():
 CHECKS = {name.removeprefix("check_"): check for name, check in globals().items() if name.startswith("check_")}
 
 
-def main(rank: int, world_size: int, folder: Path) -> None:
+def main(checks: dict, rank: int, world_size: int, folder: Path) -> None:
     torch.set_num_threads(1)
     meeting = f"file://{folder}/store"
-    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=world_size, timeout=timedelta(minutes=2))
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=world_size, timeout=timedelta(minutes=5))
     outcomes = {}
-    for name, check in CHECKS.items():
+    for name, check in checks.items():
         try:
             check()
             outcomes[name] = ""
         except Exception:
             outcomes[name] = traceback.format_exc()
-            break  # the other rank may be waiting in a collective: it gets an error now
+            break  # the other ranks may be waiting in a collective: they get an error now
     (folder / f"{rank}.json").write_text(json.dumps(outcomes))
     if not any(outcomes.values()):
         dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
+    main(CHECKS, int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))

@@ -29,6 +29,17 @@ def encoded(image, file_format="PNG", **options) -> bytes:
     return buffer.getvalue()
 
 
+PNG = encoded(smooth_image(8, 8))
+
+
+def put(root, *names, data=PNG):
+    """Files of these names below root, all with the same bytes."""
+    for name in names:
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+
+
 def write_folder(root, count, size=(48, 40), classes=("ant", "bee"), file_format="PNG", extension=".png"):
     """`count` small images spread over class folders (or none), distinct by content."""
     for number in range(count):

@@ -1,4 +1,4 @@
-"""Run by test_sharding.py in four processes: shards against whole networks.
+"""Run by test_fsdp.py in four processes: shards against whole networks.
 
     python sharding_checks.py RANK WORLD_SIZE FOLDER
 
@@ -6,11 +6,8 @@ writes FOLDER/RANK.json: name of the check -> "" or the traceback, up to the fir
 """
 
 import contextlib
-import json
 import sys
-import traceback
 from dataclasses import replace
-from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -29,6 +26,7 @@ from ijepa_fast.run import sharded
 from ijepa_fast.step.memory import gathered_bytes, state_bytes
 from ijepa_fast.step.sharding import shard, shard_mesh
 from ijepa_fast.step.train_step import TrainStep
+from tests.fsdp_checks import main
 from tests.tiny import GRID, MASKS, MODEL, images
 
 STEPS, BATCH = 10, 8
@@ -201,22 +199,5 @@ def check_a_failed_save_is_told_and_leaves_nothing():
 CHECKS = {name.removeprefix("check_"): check for name, check in globals().items() if name.startswith("check_")}
 
 
-def main(rank: int, world_size: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    meeting = f"file://{folder}/store"
-    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=world_size, timeout=timedelta(minutes=5))
-    outcomes = {}
-    for name, check in CHECKS.items():
-        try:
-            check()
-            outcomes[name] = ""
-        except Exception:
-            outcomes[name] = traceback.format_exc()
-            break  # the other ranks may be waiting in a collective: they get an error now
-    (folder / f"{rank}.json").write_text(json.dumps(outcomes))
-    if not any(outcomes.values()):
-        dist.destroy_process_group()
-
-
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
+    main(CHECKS, int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))

@@ -3,22 +3,13 @@ import pickle
 
 import numpy as np
 import pytest
-from image_files import encoded, smooth_image, tiff, write_folder
+from image_files import PNG, encoded, put, tiff, write_folder
 from PIL import Image
 
 from ijepa_fast.data import ImageFolder, Source, find_split
 from ijepa_fast.data.datasets import open_sources
 from ijepa_fast.data.decode import image_extensions
 from ijepa_fast.data.survey import announce
-
-PNG = encoded(smooth_image(8, 8))
-
-
-def put(root, *names, data=PNG):
-    for name in names:
-        path = root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(data)
 
 
 def names(folder):

@@ -4,21 +4,12 @@ import os
 import shutil
 
 import pytest
-from image_files import encoded, smooth_image
+from image_files import put
 
 from ijepa_fast.data import ImageFolder, find_split, lists
 from ijepa_fast.data.datasets import open_sources
 from ijepa_fast.data.folder import in_order
 from ijepa_fast.data.lists import ImageList, read_table
-
-PNG = encoded(smooth_image(8, 8))
-
-
-def put(root, *names, data=PNG):
-    for name in names:
-        path = root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(data)
 
 
 def written(path, *lines):
