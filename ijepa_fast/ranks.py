@@ -137,8 +137,10 @@ def ranks(device: str = "auto", timeout: timedelta = timedelta(minutes=20)) -> I
     chosen = _set_device(pick_device(device, int(os.environ["LOCAL_RANK"])))
     on_gpu = chosen.type == "cuda"
     store, _, _ = next(dist.rendezvous("env://", rank, world_size, timeout=timeout))
-    # torchrun's store outlives the ranks that it starts again, and with it the addresses of those that are gone.
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    # torchrun's store outlives the ranks that it starts again, and with it the addresses of those that are gone. Only
+    # on one host do all ranks have the same count: elsewhere each host counts the failures of its own.
+    one_host = os.environ.get("GROUP_WORLD_SIZE") == "1"
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if one_host else "0"
     dist.init_process_group(
         "nccl" if on_gpu else "gloo",
         store=dist.PrefixStore(f"attempt_{attempt}", store),
