@@ -44,12 +44,12 @@ def test_no_number_may_be_infinite_or_beyond_its_limits():
 )
 def test_wrong_settings_are_named_and_nothing_is_written(data, tmp_path, monkeypatch, capsys, count, seed):
     monkeypatch.setattr("ijepa_fast.train.train", settled)
-    monkeypatch.setattr("ijepa_fast.train.finish", lambda run: {})
+    monkeypatch.setattr("ijepa_fast.train.finish", lambda run, encoder: {})
     recipe, output = tmp_path / "tiny.yaml", tmp_path / "run"
     config = tiny_run(data, output, steps=4)
     recipe.write_text(yaml.safe_dump(as_dict(replace(config, resume="overwrite"))))
     found = []
-    for settings in wrong_settings(count, seed):
+    for settings in [{"optim.lr": "0.5"}, *wrong_settings(count, seed)]:  # a right one first: every stage is reached
         flags = [f"--{name}={value}" for name, value in settings.items()]
         existed = output.exists()
         try:

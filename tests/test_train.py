@@ -391,7 +391,7 @@ def start(data, output, *settings):
 def test_killed_at_twenty_random_moments(data, straight, tmp_path):
     """SIGKILL while starting, training, saving and evaluating; the last start is left alone."""
     rng = random.Random(0)
-    evaluated = ["evaluation.results=figures", "train.save_every=1"]
+    evaluated = ['evaluation.results="figures"', "train.save_every=1"]
     for _ in range(20):
         process = start(data, tmp_path / "run", *evaluated)
         if rng.random() < 0.8:

@@ -1,4 +1,4 @@
-"""What the numbers among the settings must fulfil, where no section checks it itself."""
+"""What the settings' values must fulfil, where no section checks it itself."""
 
 from __future__ import annotations
 
@@ -30,8 +30,10 @@ LIMITS = {
 
 
 def check_limits(settings: Mapping[str, object]) -> None:
-    """Raise ValueError if a setting, by its dotted name, holds a number that is not finite or beyond ``LIMITS``."""
+    """Raise ValueError for numbers not finite or beyond ``LIMITS``, and for texts no path can be; names are dotted."""
     for name, value in settings.items():
+        if isinstance(value, str) and "\0" in value:
+            raise ValueError(f"{name} must be without zero bytes, got {value!r}")
         numbers = list(_numbers(value))
         if not all(map(math.isfinite, numbers)):
             raise ValueError(f"{name} must be finite, got {value}")
