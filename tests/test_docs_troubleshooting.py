@@ -8,7 +8,17 @@ ROOT = Path(__file__).resolve().parents[1]
 CELLS = re.findall(r"^\| (`.+?) \|", (ROOT / "docs" / "troubleshooting.md").read_text(), re.MULTILINE)
 ROWS = [message for cell in CELLS for message in re.findall(r"`(.+?)`", cell)]
 FRONT_DOOR = (
-    *("cli.py", "command_line.py", "config/*.py", "configure.py", "ranks.py", "train.py", "run/*.py", "data/*.py"),
+    *(
+        "cli.py",
+        "command_line.py",
+        "config/*.py",
+        "configure.py",
+        "ranks.py",
+        "start.py",
+        "train.py",
+        "run/*.py",
+        "data/*.py",
+    ),
     *("downstream/*.py", "interop/command.py", "interop/export.py", "interop/graph.py", "interop/import_weights.py"),
     *("interop/model_card.py", "masks/config.py", "model/config.py", "optim/schedules.py", "report/*.py"),
     *("step/options.py", "weights/*.py"),

@@ -88,7 +88,7 @@ def test_a_run_leaves_what_it_should(straight):
 
 def test_before_and_after_and_pictures(data, tmp_path, caplog):
     config = tiny_run(data, tmp_path / "run", steps=4)
-    with caplog.at_level("INFO", logger="ijepa_fast.train"):
+    with caplog.at_level("INFO", logger="ijepa_fast"):
         evaluation = replace(config.evaluation, results="all", images=(16, 10_000))
         summary = pretrain(replace(config, evaluation=evaluation))
     assert [message for message in caplog.messages if "evaluating" in message] == [

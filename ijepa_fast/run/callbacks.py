@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 class Callback:
     """Base class of what ``pretrain(config, callbacks=[...])`` calls, on the first rank.
 
-    ``run`` is an ``ijepa_fast.train.Run``, to be read and not to be changed: ``config``, ``model``, ``folder``,
+    ``run`` is an ``ijepa_fast.start.Run``, to be read and not to be changed: ``config``, ``model``, ``folder``,
     ``done`` (number of steps done), ``total_steps``, ``records`` (metrics of all log intervals so far) and more.
 
     Attributes:
