@@ -8,9 +8,10 @@ import torch
 from image_files import coordinate_image, encoded, smooth_image, tiff
 from PIL import Image, ImageOps
 
+from ijepa_fast.data import decode
 from ijepa_fast.data.bands import Pixels
 from ijepa_fast.data.crops import as_height_width, check_crop, eval_crop, random_box, random_resized_crop
-from ijepa_fast.data.decode import bands_of, open_image
+from ijepa_fast.data.decode import _without_rows_below, bands_of, open_image
 
 RATIO = (3 / 4, 4 / 3)
 
@@ -154,6 +155,54 @@ def test_reduced_decoding_shows_the_same(size, subsampling):
         for axis in (1, 2):  # least-squares shift of the picture, in pixels of the output
             (slope,) = torch.gradient(full, dim=axis)
             assert (difference * slope).sum().abs() / slope.square().sum() < 0.06
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"subsampling": 0}, {"subsampling": 1}, {"progressive": True}, {"restart_marker_rows": 1}],
+    ids=lambda options: next(iter(options), "baseline"),
+)
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_rows_below_a_crop_are_not_decoded_and_change_nothing(options, mode, monkeypatch):
+    image = smooth_image(901, 673).convert(mode)
+    data = encoded(image, "JPEG", quality=90, **options)
+    shorter = _without_rows_below
+    heights = []
+
+    def spy(image, box, size):
+        result = shorter(image, box, size)
+        heights.append(result.height)
+        return result
+
+    cases = [(side, index, reduced) for side in (32, 100, 224) for index in range(4) for reduced in (True, False)]
+
+    def crops():
+        return [
+            crop(data, side, index=index, scale=(0.05, 0.6), reduced_decode=reduced) for side, index, reduced in cases
+        ]
+
+    monkeypatch.setattr(decode, "_without_rows_below", spy)
+    some = crops()
+    monkeypatch.setattr(decode, "_without_rows_below", lambda image, box, size: image)
+    for one, other in zip(some, crops(), strict=True):
+        assert torch.equal(one, other)
+    assert sum(height < 673 for height in heights) > len(cases) / 3
+
+
+def test_a_jpeg_that_ends_early_is_damaged_wherever_the_crop_lies():
+    data = encoded(smooth_image(640, 640), "JPEG")
+    with pytest.raises(OSError, match="truncated"):
+        random_resized_crop(reopened(data[:-200]), 32, seed=0, epoch=0, index=1, scale=(0.01, 0.02))
+
+
+def test_large_boxes_are_cut_out_and_resized_as_pillow_does():
+    noise = np.random.default_rng(0).integers(0, 256, (80, 100, 3), dtype=np.uint8)
+    image = Image.fromarray(noise).resize((500, 400), Image.Resampling.BICUBIC)
+    for index in range(5):
+        box = random_box(500, 400, scale=(0.3, 1), ratio=RATIO, seed=0, epoch=0, index=index)
+        expected = np.array(image.crop(box).resize((128, 96), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
+        difference = crop(encoded(image), (96, 128), index=index).numpy() - expected.astype(int)
+        assert np.abs(difference).max() <= 1 and (difference != 0).mean() < 0.01
 
 
 @pytest.mark.parametrize("side", [31, 32, 33, 63, 64, 65, 127, 128, 255, 257, 600])

@@ -101,7 +101,7 @@ def random_resized_crop(
     height, width = as_height_width(size)
     whole = stored(image, pixels)
     box = random_box(*whole.size, scale=scale, ratio=ratio, seed=seed, epoch=epoch, index=index, view=view)
-    crop = np.array(whole.resample(box, (width, height), reduced_decode))
+    crop = whole.resample(box, (width, height), reduced_decode)
     if (
         flip > 0
         and random_words(seed, Stream.CROP, epoch, index, _DRAWS_PER_VIEW * view + _FLIP_DRAW)[0] * _WORD < flip
@@ -132,7 +132,7 @@ def eval_crop(
     left, top = max(0.0, (full_width - box_width) / 2), max(0.0, (full_height - box_height) / 2)
     box = (left, top, min(left + box_width, full_width), min(top + box_height, full_height))
     box = whole.fitting(box, (width, height))
-    return _to_tensor(np.array(whole.resample(box, (width, height), reduced_decode)))
+    return _to_tensor(whole.resample(box, (width, height), reduced_decode))
 
 
 def _to_tensor(crop: np.ndarray) -> Tensor:
