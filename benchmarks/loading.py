@@ -4,7 +4,7 @@
 
 All but SPDL, which has no processes, load through a torch DataLoader with one worker. Processor time is that of the
 worker and of the process that takes the batches, so busy neighbours disturb it less than the clock; the best of several
-rounds counts. What is timed is checked first: crops differ from those of Pillow by less than 4 levels on average.
+rounds counts. What is timed is checked first: crops differ from those of Pillow by less than 8 levels on average.
 
 "plain Pillow" is what torchvision's ImageFolder, RandomResizedCrop, ToTensor and Normalize do: the file decoded whole,
 cut out, resized, a normalised float tensor; "plain Pillow, uint8" leaves the last away, as a loader may that normalises
@@ -156,7 +156,7 @@ def check(batch: Tensor, folder: ImageFolder, side: int, name: str) -> None:
     for row in range(4):
         expected = PlainPillow(folder, side, False)[order[row]][0].float()
         difference = (batch[row] - expected).abs().mean().item()
-        assert difference < 4, f"{name}: crops differ by {difference:.1f} levels on average"
+        assert difference < 8, f"{name}: crops differ by {difference:.1f} levels on average"
 
 
 def enlarged(folder: ImageFolder, to: Path, count: int) -> ImageFolder:
