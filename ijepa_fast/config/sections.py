@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Literal
 
@@ -147,7 +148,8 @@ class RunConfig:
     Args:
         data: folder of images (with or without class folders; train/ and val/ or test/ inside are understood),
             a list of files (.txt, or .csv with columns path and label), WebDataset shards (PATH/{000..009}.tar or
-            URLs), or "rendered" for the embedded labelled set; see docs/data.md. Has no default.
+            URLs), or "rendered" for the embedded labelled set; see docs/data.md. Several of them are mixed:
+            ``[{path: PATH, weight: 2}, ...]``. Has no default.
         output: folder of the run: config, metrics, checkpoints, pictures.
         seed: seed of weights, data order, crops and masks.
         resume: auto continues the run in the output folder if there is one; never refuses a folder that holds one;
@@ -165,7 +167,7 @@ class RunConfig:
         evaluation: k-NN, probe, pictures.
     """
 
-    data: str | None = common(None)
+    data: str | list[dict[str, str | float]] | None = common(None)
     output: str = common("runs/default")
     seed: int = common(0)
     resume: Literal["auto", "never", "overwrite", "require"] = common("auto")
@@ -187,6 +189,8 @@ class RunConfig:
         for name in self.log:
             if name not in LOGGERS:
                 raise ValueError(f"log must name some of {', '.join(LOGGERS)}, or none; got {name!r}")
+        if not (self.data is None or isinstance(self.data, str)):
+            object.__setattr__(self, "data", _parts(self.data))
         train = self.train
         sharded = train.parallel != "ddp"
         self.step.check(precision=train.precision, accumulate=train.accumulate, device=train.device, sharded=sharded)
@@ -209,6 +213,21 @@ class RunConfig:
             "value_range": self.loader.value_range,
             "max_pixels": self.loader.max_pixels,
         }
+
+
+def _parts(parts: object) -> tuple[dict[str, str | float], ...]:
+    """Places of images with their weights; those are checked by ``data.mixture`` before any place is looked at."""
+    if not isinstance(parts, (list, tuple)) or not parts:
+        raise ValueError(f"data must be a place, or a list of {{path: PLACE, weight: NUMBER}}, got {parts!r}")
+    for part in parts:
+        if not isinstance(part, Mapping) or not {"path"} <= part.keys() <= {"path", "weight"}:
+            raise ValueError(f"each part of data must be {{path: PLACE, weight: NUMBER}}, got {part!r}")
+        path = part["path"]
+        if not isinstance(path, str) or path == "rendered":
+            raise ValueError(f"data can mix folders, lists, shards and their indexes, not {path!r}")
+        if [other["path"] for other in parts].count(path) > 1:
+            raise ValueError(f"data names {path} twice")
+    return tuple({"path": part["path"], "weight": part.get("weight", 1)} for part in parts)
 
 
 CHANGEABLE = {

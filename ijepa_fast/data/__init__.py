@@ -2,6 +2,7 @@
 
 from ijepa_fast.data.folder import ImageFolder, find_split
 from ijepa_fast.data.loader import BadFilesError, Batch, EvalLoader, TrainLoader
+from ijepa_fast.data.mixture import Mixture
 from ijepa_fast.data.prefetch import DevicePrefetcher
 from ijepa_fast.data.source import Source
 from ijepa_fast.data.workers import LoaderError, StopRequested
@@ -13,6 +14,7 @@ __all__ = [
     "EvalLoader",
     "ImageFolder",
     "LoaderError",
+    "Mixture",
     "Source",
     "StopRequested",
     "TrainLoader",

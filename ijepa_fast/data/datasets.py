@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,6 +12,7 @@ from ijepa_fast.data.folder import ImageFiles, ImageFolder, find_split
 from ijepa_fast.data.indexed import SUFFIX, IndexedShards
 from ijepa_fast.data.lists import ImageList, label_from, names_list
 from ijepa_fast.data.loader import TrainLoader
+from ijepa_fast.data.mixture import Mixture, check_weight
 from ijepa_fast.data.remote import RemoteLoader, RemoteShards
 from ijepa_fast.data.shards import TarShards, expand_shards, is_remote, names_shards
 from ijepa_fast.data.source import Source
@@ -20,6 +22,10 @@ log = logging.getLogger(__name__)
 RENDERED = "rendered"
 
 
+Data = str | Sequence[Mapping[str, str | float]] | None
+"""What a run's images are named by: a place, or several with weights."""
+
+
 class Sources(NamedTuple):
     """Images to train on, and labelled images to test on (None where there are none)."""
 
@@ -27,13 +33,14 @@ class Sources(NamedTuple):
     test: Source | None
 
 
-def open_sources(data: str | None, evaluation_data: str | None = None, labels: str | None = None, **pixels) -> Sources:
+def open_sources(data: Data, evaluation_data: str | None = None, labels: str | None = None, **pixels) -> Sources:
     """The training and test images of a run.
 
     Args:
         data: "rendered" for the embedded set; a folder (of one with train/ and val/ or test/, these); a list of files
             (.txt, .csv); tar shards (a path that ends in .tar, braces and "*" included, or URLs, of which classes and
-            test images are not used); or an index of shards beside it (a path or URL that ends in .index.npz).
+            test images are not used); an index of shards beside it (a path or URL that ends in .index.npz); or several
+            of these as ``[{"path": PATH, "weight": 2}, ...]``, see ``Mixture``.
         evaluation_data: folder, list or shards of labelled test images, instead of the ones found beside the training
             images.
         labels: table of paths and classes for images in folders and lists.
@@ -109,8 +116,26 @@ def _are_shards(data: str) -> bool:
     return names_shards(data) and not Path(data).is_dir() and not data.endswith(SUFFIX)
 
 
-def _open_training(data: str, pixels: dict) -> tuple[Source, str | None]:
+def _mixed(parts: Sequence[Mapping[str, str | float]], pixels: dict) -> tuple[Source, str | None]:
+    """The sources of several places as one, and the first place of test images beside one of them."""
+    paths, weights = [part["path"] for part in parts], [part.get("weight", 1) for part in parts]
+    for path, weight in zip(paths, weights, strict=True):
+        check_weight(path, weight)
+    opened = []
+    for path in paths:
+        opened.append(_open_training(path, pixels))
+        if isinstance(opened[-1][0], RemoteShards):
+            raise ValueError(f"{path} is read front to back and cannot be mixed: write an index (docs/data.md)")
+    mixture = Mixture([source for source, _ in opened], weights, paths)
+    for path, (source, _), share in zip(paths, opened, mixture.shares, strict=True):
+        log.info("%.4g %% of the images come from %s, which has %d", 100 * share, path, len(source))
+    return mixture, next((beside for _, beside in opened if beside), None)
+
+
+def _open_training(data: str | Sequence[Mapping], pixels: dict) -> tuple[Source, str | None]:
     """Training images, and where test images lie beside them."""
+    if not isinstance(data, str):
+        return _mixed(data, pixels)
     if names_list(data):
         listed = ImageList(data, **pixels)
         return listed, data if listed.names_test_images else None

@@ -23,7 +23,8 @@ from ijepa_fast.data.crops import (
     random_resized_crop,
 )
 from ijepa_fast.data.decode import opened, quietly
-from ijepa_fast.data.order import sample_indices, steps_per_epoch
+from ijepa_fast.data.mixture import Mixture
+from ijepa_fast.data.order import StepSamples, sample_indices, steps_per_epoch
 from ijepa_fast.data.source import Source, warn_once
 from ijepa_fast.data.workers import (
     LoaderError,
@@ -129,7 +130,7 @@ class TrainLoader:
         # A worker cannot ask `stop`: it belongs to this process.
         here = stop if workers == 0 else never
         self._samples = _TrainSamples(source, seed, crop | {"reduced_decode": reduced_decode}, here)
-        self._requests = _TrainRequests(len(source), global_batch, seed, rank, world_size, start_step, num_steps)
+        self._requests = _TrainRequests(source, global_batch, seed, rank, world_size, start_step, num_steps)
         self._loading = loading_options(workers, prefetch, pin_memory)
         self._timeout, self._stop = timeout, stop
         self._bad = _BadFiles(source, max_bad_share, min_seen)
@@ -217,27 +218,25 @@ class EvalLoader:
             raise BadFilesError(self._bad.summary("no image can be decoded"))
 
 
-class _TrainRequest(NamedTuple):
-    epoch: int
-    first_slot: int
-    indices: np.ndarray  # int64 [b]
-
-
 class _TrainRequests:
     """The sampler of the DataLoader: this rank's part of every step, decided in the main process."""
 
-    def __init__(self, n, global_batch, seed, rank, world_size, start_step, num_steps):
-        self._n, self._global_batch, self._seed = n, global_batch, seed
+    def __init__(self, source, global_batch, seed, rank, world_size, start_step, num_steps):
+        self._source, self._global_batch, self._seed = source, global_batch, seed
         self._local_batch = global_batch // world_size
         self._offset = rank * self._local_batch
         self.start_step, self.num_steps = start_step, num_steps
 
-    def __iter__(self) -> Iterator[_TrainRequest]:
+    def __iter__(self) -> Iterator[StepSamples]:
         step = self.start_step
+        mine = slice(self._offset, self._offset + self._local_batch)
         while self.num_steps is None or step < self.start_step + self.num_steps:
-            epoch, first_slot, indices = sample_indices(step, self._global_batch, self._n, self._seed)
-            mine = indices[self._offset : self._offset + self._local_batch]
-            yield _TrainRequest(epoch, first_slot + self._offset, mine)
+            if isinstance(self._source, Mixture):
+                samples = self._source.sample_indices(step, self._global_batch, self._seed)
+            else:
+                samples = sample_indices(step, self._global_batch, len(self._source), self._seed)
+            epochs = None if samples.epochs is None else samples.epochs[mine]
+            yield StepSamples(samples.epoch, samples.first_slot + self._offset, samples.indices[mine], epochs)
             step += 1
 
 
@@ -247,21 +246,22 @@ class _TrainSamples(Dataset):
     def __init__(self, source: Source, seed: int, crop: dict, stop: Callable[[], bool]):
         self._source, self._seed, self._crop, self._stop = source, seed, crop, stop
 
-    def __getitem__(self, request: _TrainRequest) -> Batch:
+    def __getitem__(self, request: StepSamples) -> Batch:
         indices = request.indices.copy()
         images = shared(pixels_of(self._source).empty(len(indices), self._crop["size"]))
         failures = []
         for row, wanted in enumerate(request.indices):
             if self._stop():
                 raise StopRequested("asked to stop while a batch was decoded")
-            slot = request.first_slot + row
-            indices[row] = self._fill(images[row], int(wanted), request.epoch, slot, failures)
+            slot = request.first_slot + row, request.epoch
+            epoch = request.epoch if request.epochs is None else int(request.epochs[row])
+            indices[row] = self._fill(images[row], int(wanted), epoch, slot, failures)
         return _batch(self._source, images, indices, failures)
 
-    def _fill(self, out: Tensor, wanted: int, epoch: int, slot: int, failures: list) -> int:
+    def _fill(self, out: Tensor, wanted: int, epoch: int, slot: tuple[int, int], failures: list) -> int:
         """Put a crop of image `wanted`, or else of a substitute, into `out`; returns the index of the image taken."""
         for attempt in range(REFILL_ATTEMPTS + 1):
-            index = wanted if attempt == 0 else self._substitute(epoch, slot, attempt)
+            index = wanted if attempt == 0 else self._substitute(wanted, *slot, attempt)
             # The attempt as view: a substitute that the epoch also shows in its own slot gets another crop here.
             choice = {"seed": self._seed, "epoch": epoch, "index": index, "view": attempt}
             pixels = _decode(self._source, index, random_resized_crop, self._crop | choice, failures)
@@ -270,8 +270,9 @@ class _TrainSamples(Dataset):
                 return index
         return _UNFILLED
 
-    def _substitute(self, epoch: int, slot: int, attempt: int) -> int:
-        return below(random_words(self._seed, Stream.REFILL, epoch, slot, attempt)[0], len(self._source))
+    def _substitute(self, wanted: int, slot: int, epoch: int, attempt: int) -> int:
+        first, count = self._source.part_of(wanted) if isinstance(self._source, Mixture) else (0, len(self._source))
+        return first + below(random_words(self._seed, Stream.REFILL, epoch, slot, attempt)[0], count)
 
 
 class _EvalSamples(Dataset):

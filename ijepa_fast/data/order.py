@@ -13,12 +13,14 @@ _BLOCKS_PER_CHUNK = 1 << 16  # Philox temporaries of half a megabyte each stay i
 class StepSamples(NamedTuple):
     """The images of one global step.
 
-    A slot is a position in the epoch's order; row k of the global batch is slot `first_slot + k`.
+    A slot is a position in the epoch's order; row k of the global batch is slot `first_slot + k`. Crops are drawn by
+    the epoch, or by the epoch of each image where those differ.
     """
 
     epoch: int
     first_slot: int
     indices: np.ndarray  # int64 [global_batch]
+    epochs: np.ndarray | None = None  # int64 [global_batch]
 
 
 @lru_cache(maxsize=2)

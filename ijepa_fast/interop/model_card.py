@@ -80,7 +80,7 @@ def write_card(
     training = TRAINING.format(
         steps=state.step,
         batch=config.train.batch_size,
-        data=f", drawn from {int(count):,}" if kind in ("folder", "shards") and count.isdigit() else "",
+        data=f", drawn from {int(count):,}" if kind != "stream" and count.isdigit() else "",
         settings="\n".join(f"{k}: {json.dumps(v)}" for k, v in sorted(changed.items())) or "{}",
     )
     text = CARD.format(

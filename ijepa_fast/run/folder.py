@@ -48,7 +48,7 @@ FIGURES_DEPEND_ON = ("data", "seed", "init", "model", "objective", "loader", "ev
 LENGTH = ("train.epochs", "train.steps")
 """Settings that may be raised where a run goes on; whether they are, its trainer knows, which knows the epochs."""
 
-_COUNTED = re.compile(r"(folder|shards):(\d+):")
+_COUNTED = re.compile(r"(folder|shards|mixture|parquet):(\d+):")
 """Fingerprints that begin with the number of images."""
 
 
@@ -281,7 +281,8 @@ def _other_images(folder: Path, before: str | None, path: str | None, now: str) 
     if None in counts:
         differ = f"{before}, and {path} now is {now}"
     elif counts[0] == counts[1]:
-        differ = f"{counts[0]} as well, but names or sizes of files in {path} have changed"
+        what = "files or weights of" if now.startswith("mixture") else "names or sizes of files in"
+        differ = f"{counts[0]} as well, but {what} {path} have changed"
     else:
         differ = f"{counts[0]} of them, and {path} now has {counts[1]}"
     return (
