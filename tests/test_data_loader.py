@@ -56,7 +56,7 @@ def test_batches_hold_the_crops_of_their_definition(good):
     for step, batch in enumerate(load(good)):
         assert batch.images.shape == (GLOBAL_BATCH, 3, SIDE, SIDE)
         assert (batch.images.dtype, batch.labels.dtype, batch.indices.dtype) == (torch.uint8, torch.int64, torch.int64)
-        epoch, _, indices = sample_indices(step, GLOBAL_BATCH, len(good), SEED)
+        epoch, _, indices, _ = sample_indices(step, GLOBAL_BATCH, len(good), SEED)
         assert batch.indices.tolist() == indices.tolist()
         assert batch.labels.tolist() == good.labels[indices].tolist()
         for row, index in enumerate(indices.tolist()):
@@ -154,7 +154,7 @@ def test_bad_images_are_replaced_in_their_slots_by_counter(mixed):
     bad = {index for index in range(len(mixed)) if os.path.basename(mixed.path(index)) in bad_files()}
     replaced = 0
     for step, batch in enumerate(load(mixed)):
-        epoch, first_slot, wanted = sample_indices(step, GLOBAL_BATCH, len(mixed), SEED)
+        epoch, first_slot, wanted, _ = sample_indices(step, GLOBAL_BATCH, len(mixed), SEED)
         failed = []
         for row, index in enumerate(wanted.tolist()):
             attempt = 0
