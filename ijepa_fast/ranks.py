@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -72,7 +74,7 @@ class Ranks:
         try:
             yield
         except RuntimeError as error:
-            if self.world_size == 1 or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+            if self.world_size == 1 or not (isinstance(error, dist.DistError) or _OF_GLOO.search(str(error))):
                 raise
             raise RankLost(f"{_lost()}; this rank, {self.rank}, ends: {error}") from error
 
@@ -84,6 +86,9 @@ class Ranks:
         dist.broadcast_object_list(box, src=0, group=_GROUPS.get("hosts"))
         return box[0]
 
+
+_OF_GLOO = re.compile(r"gloo/\S+\.(cc|h):\d+")
+"""A place in gloo's sources, which its errors begin with: they have no type of their own."""
 
 _GROUPS: dict[str, dist.ProcessGroup | None] = {}
 """Groups of all ranks on gloo: of "hosts", beside the one of GPUs, for "saves", and to "ask" who is still there."""
@@ -98,6 +103,35 @@ def _lost() -> str:
             return f"rank {named[1].strip(', ')} does not answer"
         return "a rank does not answer: the one that the first rank names, or that itself"
     return "a rank was late (train.timeout)"
+
+
+def _attempt(store: dist.Store, rank: int, world_size: int, timeout: timedelta) -> str:
+    """A name for this start of the ranks, which all of them have and no earlier start had.
+
+    torchrun's store outlives the ranks that it starts again, and with it the addresses of those that are gone; and each
+    host counts the restarts of its own. So the first rank makes the name and tells it to whoever asks, until all have
+    heard it. A question of a rank that is gone gets an answer that nobody reads.
+
+    Raises:
+        RankLost: some rank does not ask within ``timeout``.
+    """
+    mine = uuid.uuid4().hex
+    if rank > 0:
+        store.set(f"asks_{rank}", mine)
+        name = store.get(f"answer_{mine}").decode()
+        store.set(f"{name}_{rank}", "heard")
+        return name
+    deadline, waiting = time.monotonic() + timeout.total_seconds(), list(range(1, world_size))
+    while waiting := [other for other in waiting if not store.check([f"{mine}_{other}"])]:
+        if time.monotonic() > deadline:
+            named = ", ".join(map(str, waiting))
+            minutes = timeout.total_seconds() / 60
+            raise RankLost(f"rank {named} of {world_size} did not start within {minutes:g} minutes (train.timeout)")
+        for other in waiting:
+            if store.check([f"asks_{other}"]):
+                store.set(f"answer_{store.get(f'asks_{other}').decode()}", mine)
+        time.sleep(0.02)
+    return mine
 
 
 def pick_device(name: str, local_rank: int) -> torch.device:
@@ -137,13 +171,9 @@ def ranks(device: str = "auto", timeout: timedelta = timedelta(minutes=20)) -> I
     chosen = _set_device(pick_device(device, int(os.environ["LOCAL_RANK"])))
     on_gpu = chosen.type == "cuda"
     store, _, _ = next(dist.rendezvous("env://", rank, world_size, timeout=timeout))
-    # torchrun's store outlives the ranks that it starts again, and with it the addresses of those that are gone. Only
-    # on one host do all ranks have the same count: elsewhere each host counts the failures of its own.
-    one_host = os.environ.get("GROUP_WORLD_SIZE") == "1"
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if one_host else "0"
     dist.init_process_group(
         "nccl" if on_gpu else "gloo",
-        store=dist.PrefixStore(f"attempt_{attempt}", store),
+        store=dist.PrefixStore(_attempt(store, rank, world_size, timeout), store),
         rank=rank,
         world_size=world_size,
         # NCCL ends the process at its timeout. Hosts give up before, while there is time to ask who is lost.

@@ -243,6 +243,8 @@ def _continue(run: Run, state: Checkpoint | None, path: Path) -> None:
     run.bad_files, run.seconds = state.extra["bad_files"], state.extra.get("seconds", 0.0)
     run.origin = state.extra.get("imported") or state.extra.get("origin")
     run.best.scores, run.best.so_far = state.extra.get("scores", []), state.extra.get("best")
+    if run.me.is_main and (run.best.so_far or {}).get("step") == run.done:
+        checkpoints.keep_as_best(path)  # the save that found it may have been killed before
     tensors, device = state.tensors, run.me.device
     if len(features := tensors["health.features"]):
         run.health.push(features.to(device))

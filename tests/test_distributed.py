@@ -6,13 +6,15 @@ import signal
 import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
-from ijepa_fast.ranks import pick_device, ranks
+from ijepa_fast.ranks import RankLost, Ranks, _attempt, pick_device, ranks
 from ijepa_fast.run import checkpoint
 from tests.image_files import write_folder
 
@@ -118,6 +120,35 @@ def test_a_failed_rendezvous_is_an_error(monkeypatch):
     assert not torch.distributed.is_initialized()
 
 
+def test_ranks_that_start_again_agree_on_a_name_that_is_new():
+    """Although the store is that of the start before, in which a rank asked for the name and was gone."""
+    store, names = dist.HashStore(), []
+    store.set("asks_1", "of a rank that is gone")
+    for _ in range(2):
+        with ThreadPoolExecutor() as pool:
+            found = {pool.submit(_attempt, store, rank, 3, timedelta(seconds=30)) for rank in (2, 1, 0)}
+        names.append({future.result() for future in found})
+    assert len(names[0]) == len(names[1]) == 1 and names[0] != names[1]
+    with pytest.raises(RankLost, match=r"rank 1, 2 of 3 did not start within 0.001 minutes \(train.timeout\)"):
+        _attempt(store, 0, 3, timedelta(seconds=0.06))
+
+
+@pytest.mark.parametrize(
+    ("text", "lost"),
+    [
+        ("[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:538] Connection closed by peer [127.0.0.1]:1", True),
+        ("[../third_party/gloo/gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 60000ms", True),
+        ("/data/gloo/cats.tar is cut off", False),
+    ],
+)
+def test_an_error_of_gloo_is_known_by_its_place_in_the_sources(text, lost, monkeypatch):
+    monkeypatch.setattr("ijepa_fast.ranks._lost", lambda: "rank 1 does not answer")
+    me = Ranks(0, 2, torch.device("cpu"))
+    with pytest.raises(RankLost if lost else RuntimeError) as raised, me.naming_the_lost():
+        raise RuntimeError(text)
+    assert type(raised.value) is (RankLost if lost else RuntimeError)
+
+
 def test_alone_without_torchrun(monkeypatch):
     for name in ("RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
@@ -162,6 +193,7 @@ def test_hosts_give_up_before_the_gpus(monkeypatch):
     monkeypatch.setattr("ijepa_fast.ranks.pick_device", lambda *_: torch.device("cuda", 0))
     monkeypatch.setattr("ijepa_fast.ranks._set_device", lambda device: device)
     meeting = (torch.distributed.HashStore(), 0, 2)
+    monkeypatch.setattr("ijepa_fast.ranks._attempt", lambda *_: "first")
     monkeypatch.setattr("torch.distributed.rendezvous", lambda *_, **__: iter([meeting]))
     monkeypatch.setattr(
         "torch.distributed.init_process_group", lambda kind, timeout, **_: waits.update({kind: timeout})

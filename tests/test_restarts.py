@@ -1,22 +1,27 @@
 """Runs of several ranks that are killed, hang, or go on with other ranks and in another mode."""
 
+import contextlib
 import os
+import queue
 import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 import torch
 
+from ijepa_fast.downstream.encoders import load_any
 from ijepa_fast.interop.export import export
 from ijepa_fast.run import checkpoint as checkpoints
 from ijepa_fast.weights.encoder_file import load_encoder
 from ijepa_fast.weights.runs import load_run
 from tests.image_files import write_folder
-from tests.test_distributed import RUN_TINY, launch
+from tests.test_distributed import RUN_TINY, free_port, launch
+from tests.test_sharded import assert_ranks_read_their_shares
 
 pytestmark = pytest.mark.slow
 KILLS = int(os.environ.get("KILLS", 3))
@@ -29,6 +34,9 @@ def data(tmp_path_factory):
     root = tmp_path_factory.mktemp("images")
     write_folder(root / "train", 24)
     return root
+
+
+ELASTIC = "join_timeout=120,last_call_timeout=2,keep_alive_interval=1,keep_alive_max_attempt=3"
 
 
 def run(data, output, ranks, *settings):
@@ -49,7 +57,86 @@ def workers(agent):
     return [int(pid) for pid in Path(f"/proc/{agent}/task/{agent}/children").read_text().split()]
 
 
-@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc")
+def host(meeting, data, output, *settings, nodes, ranks=1, restarts=4, conf=""):
+    """torchrun, as a host of a run calls it."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", nodes, "--nproc-per-node", str(ranks)]
+    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", meeting, "--rdzv-id", "7", "--rdzv-conf", ELASTIC + conf]
+    command += ["--max-restarts", str(restarts), str(RUN_TINY), str(data), str(output), *settings]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+@pytest.fixture
+def two_hosts(data, tmp_path):
+    """Starts two hosts of a run, the first of which has rank 0 and the second the place where they meet; and what they
+    say, line by line."""
+    hosts, said = [], queue.SimpleQueue()
+
+    def start(*settings, nodes):
+        meeting = f"localhost:{free_port()}"
+        for is_host in (0, 1):
+            agent = host(meeting, data, tmp_path / "run", *settings, nodes=nodes, conf=f",is_host={is_host}")
+            threading.Thread(target=lambda lines=agent.stdout: [said.put(line) for line in lines], daemon=True).start()
+            hosts.append(agent)
+        return hosts, said
+
+    yield start
+    for agent in hosts:
+        end(agent)
+
+
+def end(agent):
+    """Kill a host with all that runs on it."""
+    ranks = workers(agent.pid) if agent.poll() is None else []
+    agent.kill()
+    agent.wait()
+    for rank in ranks:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(rank, signal.SIGKILL)
+
+
+def wait_for_steps(said, heard, steps):
+    time.sleep(0.5)
+    while not said.empty():  # steps before a kill
+        heard.append(said.get())
+    while steps:
+        heard.append(line := said.get(timeout=240))
+        steps -= line.startswith("step ") and ":" not in line
+
+
+needs_proc = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc")
+
+
+@needs_proc
+def test_ranks_that_are_killed_on_either_of_two_hosts_change_nothing(data, tmp_path, two_hosts):
+    settings = [FSDP, "train.steps=40", "train.save_every=2", "train.timeout=1.0"]
+    expected = run(data, tmp_path / "calm", 2, *settings)
+    hosts, said = two_hosts(*settings, nodes="2")
+    heard = []
+    for killed in (hosts[1], hosts[1], hosts[0]):
+        wait_for_steps(said, heard, 8)
+        os.kill(workers(killed.pid)[0], signal.SIGKILL)
+    assert [agent.wait(timeout=240) for agent in hosts] == [0, 0], "".join(heard)
+    assert_equal(checkpoints.load(checkpoints.find(tmp_path / "run")), expected)
+
+
+@needs_proc
+def test_a_run_goes_on_without_a_host_that_is_lost(data, tmp_path, two_hosts):
+    settings = [FSDP, "train.steps=40", "train.save_every=2", "train.timeout=1.0"]
+    hosts, said = two_hosts(*settings, nodes="1:2")
+    heard = []
+    wait_for_steps(said, heard, 10)
+    end(hosts[0])
+    assert hosts[1].wait(timeout=240) == 0, "".join(heard)
+    last = checkpoints.find(tmp_path / "run")
+    assert len(list(last.glob("shard-*"))) == 1
+    state, expected = checkpoints.load(last), run(data, tmp_path / "calm", 2, *settings)
+    assert state.step == expected.step == 40
+    for name, value in expected.tensors.items():
+        if name.startswith("model."):
+            torch.testing.assert_close(state.tensors[name], value, rtol=1e-3, atol=1e-4, msg=name)
+
+
+@needs_proc
 @pytest.mark.parametrize("slow", [False, True], ids=["saved at once", "saved in the background"])
 def test_ranks_that_are_killed_change_nothing(data, tmp_path, slow):
     settings = [
@@ -61,11 +148,7 @@ def test_ranks_that_are_killed_change_nothing(data, tmp_path, slow):
         "train.timeout=1.0",
     ]
     expected = run(data, tmp_path / "calm", 3, *settings)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "3", "--rdzv-backend", "c10d"]
-    command += ["--rdzv-endpoint", "localhost:0", "--max-restarts", str(2 * KILLS), str(RUN_TINY), str(data)]
-    agent = subprocess.Popen(
-        [*command, str(tmp_path / "killed"), *settings], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    agent = host("localhost:0", data, tmp_path / "killed", *settings, nodes="1", ranks=3, restarts=2 * KILLS)
     chosen, kills, said = random.Random(0), 0, []
     until = chosen.randint(2, 10)
     for line in agent.stdout:
@@ -86,14 +169,21 @@ def test_ranks_that_are_killed_change_nothing(data, tmp_path, slow):
 def test_a_run_goes_on_with_other_ranks_and_in_another_mode(data, tmp_path):
     """4 ranks, then 2 in groups of 2, then one process with everything; each reads what the others wrote."""
     output = tmp_path / "run"
-    for ranks, parallel, broken in ((4, FSDP, 4), (2, 'train.parallel="hsdp"', 8)):
-        ends = launch(data, output, ranks, parallel, f"fail=[0, {broken if ranks == 4 else broken - 4}]")
+    hsdp = ['train.parallel="hsdp"', "train.shards=2"]
+    for ranks, parallel, broken in ((4, [FSDP], 4), (2, hsdp, 8)):
+        ends = launch(data, output, ranks, *parallel, f"fail=[0, {broken if ranks == 4 else broken - 4}]")
         assert all("a test broke it" in said for said, _ in ends), ends
         path = checkpoints.find(output)
         state = checkpoints.load(path)
         assert state.step == broken and len(list(path.glob("shard-*"))) == ranks
-        for name, value in load_run(output)[0].state_dict().items():
+        networks = load_run(output)[0].state_dict()
+        for name, value in networks.items():
             assert torch.equal(value, state.tensors[f"model.{name}"])
+        for name, value in load_any(output).encoder.state_dict().items():  # features, evaluate, finetune
+            assert torch.equal(value, networks[f"target_encoder.{name}"])
+        divided = {name: value for name, value in state.tensors.items() if value.dim()}
+        for readers in (1, 2, 8):
+            assert_ranks_read_their_shares(path, divided, readers)
         export(output, "safetensors", tmp_path / f"{ranks}.safetensors")
         encoder = load_encoder(tmp_path / f"{ranks}.safetensors")[0]
         for name, value in encoder.state_dict().items():

@@ -1,24 +1,29 @@
 """Checkpoints in shards, in one process: what they look like, who reads them, and what is said of damaged ones."""
 
 import json
+import shutil
 import threading
 import time
 from concurrent.futures import Future
 from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from ijepa_fast import train
+from ijepa_fast import cli, train
 from ijepa_fast.model.vit import cast_weights
 from ijepa_fast.optim import FusedAdamW, parameter_groups
 from ijepa_fast.optim.step_tensors import local
 from ijepa_fast.ranks import Ranks, ranks
 from ijepa_fast.run import checkpoint as checkpoints
 from ijepa_fast.run import sharded
+from ijepa_fast.run.build import mesh_of
 from ijepa_fast.run.checkpoint import Checkpoint, CheckpointDamaged
 from ijepa_fast.run.saving import Saver
 from ijepa_fast.step.sharding import shard, shard_mesh
@@ -53,29 +58,31 @@ def test_found_and_read_like_a_file(folder):
     state = checkpoints.load(path)
     assert state.step == 7 and state.extra == {"note": "x"} and state.tensors.keys() == TENSORS.keys()
     assert all(torch.equal(state.tensors[name], value) for name, value in TENSORS.items())
-    assert checkpoints.load(path, values=False).tensors["a"].is_meta
+    assert checkpoints.load(path, values=lambda name: name != "a").tensors["a"].is_meta
     assert not list(folder.glob("*.partial"))
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 8])
-def test_any_number_of_ranks_reads_its_own_share(folder, ranks):
-    path = write(folder, 1)
+def assert_ranks_read_their_shares(path, expected, ranks):
+    """Tensors of these names in a checkpoint, divided among so many ranks, are those values to the bit."""
     for rank in range(ranks):
         dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=ranks)
         try:
             mesh = shard_mesh(ranks, ranks, "cpu")
-            names = ("a", "b")
             into = {
-                name: distribute_tensor(torch.full_like(TENSORS[name], -1), mesh, [Shard(0)], src_data_rank=None)
-                for name in names
+                name: distribute_tensor(torch.full_like(value, -1), mesh, [Shard(0)], src_data_rank=None)
+                for name, value in expected.items()
             }
             sharded.read_into(path, into)
-            for name in names:
-                chunks = TENSORS[name].chunk(ranks)
-                share = chunks[rank] if rank < len(chunks) else TENSORS[name][:0]
-                assert torch.equal(into[name].to_local(), share)
+            for name, value in expected.items():
+                chunks = value.chunk(ranks)
+                assert torch.equal(into[name].to_local(), chunks[rank] if rank < len(chunks) else value[:0])
         finally:
             dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 8])
+def test_any_number_of_ranks_reads_its_own_share(folder, ranks):
+    assert_ranks_read_their_shares(write(folder, 1), {name: TENSORS[name] for name in ("a", "b")}, ranks)
 
 
 def test_old_ones_go_and_the_best_stays(folder):
@@ -264,7 +271,50 @@ def test_a_run_that_saves_in_the_background_is_the_same_run(tmp_path, precision)
     assert all(torch.equal(weights.target[name], expected[f"target_encoder.{name}"]) for name in weights.target)
 
 
-def test_what_cannot_be_is_refused(tmp_path):
+def test_every_command_reads_shards_as_it_reads_a_file(tmp_path, capsys):
+    images = tmp_path / "images"
+    for part in ("train", "val"):
+        write_folder(images / part, 20)
+    said = []
+    for output, slow in ((tmp_path / "file", False), (tmp_path / "shards", True)):
+        pretrain(tiny_run(images, output, steps=5, async_save=slow))
+        assert checkpoints.find(output).is_dir() == slow
+        features = ["--data", str(images / "val"), "--workers", "0", "--device", "cpu", "--out", f"{output}.npz"]
+        capsys.readouterr()
+        for command in (
+            ["probe", str(output)],
+            ["knn", str(output), "--encoder", "context"],
+            ["features", str(checkpoints.find(output)), *features],
+            ["export", str(output), "--to", "safetensors", "--out", f"{output}.safetensors"],
+            ["export", str(output), "--to", "official", "--out", f"{output}.tar", "--steps_per_epoch", "5"],
+        ):
+            assert cli.main(command) == 0, command
+        said.append(capsys.readouterr().out.replace(str(checkpoints.find(output)), "RUN").replace(str(output), "RUN"))
+    assert said[0] == said[1]
+    of_file, of_shards = (np.load(tmp_path / f"{name}.npz")["features"] for name in ("file", "shards"))
+    assert np.array_equal(of_file, of_shards)
+    of_file, of_shards = (load_file(tmp_path / f"{name}.safetensors") for name in ("file", "shards"))
+    assert all(torch.equal(of_shards[name], value) for name, value in of_file.items())
+    of_file, of_shards = (read_any(tmp_path / f"{name}.tar") for name in ("file", "shards"))
+    for network in ("context", "target", "predictor"):
+        of_shard = getattr(of_shards, network)
+        assert all(torch.equal(of_shard[name], value) for name, value in getattr(of_file, network).items())
+
+
+def test_a_best_one_that_was_about_to_be_kept_is_kept_by_the_next_start(tmp_path):
+    write_folder(tmp_path / "images" / "train", 20)
+    for slow in (True, False):
+        run = tiny_run(tmp_path / "images", tmp_path / f"slow {slow}", steps=5, async_save=slow)
+        pretrain(run)
+        for best in checkpoints.find(Path(run.output), "best"), checkpoints.find(Path(run.output)):
+            assert checkpoints.load(best).extra["best"]["step"] == 5
+        best = checkpoints.find(Path(run.output), "best")
+        shutil.rmtree(best) if slow else best.unlink()
+        pretrain(run)
+        assert checkpoints.load(checkpoints.find(Path(run.output), "best")).step == 5
+
+
+def test_what_cannot_be_is_refused(tmp_path, monkeypatch):
     run = tiny_run(tmp_path, tmp_path / "out")
 
     def changed(**train):
@@ -274,6 +324,7 @@ def test_what_cannot_be_is_refused(tmp_path):
         ({"parallel": "zero"}, "train.parallel must be ddp, fsdp or hsdp"),
         ({"shards": 2}, "train.shards 2 is for train.parallel hsdp, got ddp"),
         ({"reduce": "fp8"}, "train.reduce must be fp32 or bf16"),
+        ({"reduce": "bf16"}, "train.reduce bf16 is for train.parallel fsdp and hsdp"),
         ({"timeout": 0}, "train.timeout must be positive"),
         ({"parallel": "fsdp", "precision": "fp16"}, "need train.precision bf16 or fp32, got fp16"),
     ):
@@ -290,6 +341,9 @@ def test_what_cannot_be_is_refused(tmp_path):
         tiny_run(tmp_path, tmp_path / "out", activation_checkpointing="selective", blocks="fused")
     with pytest.raises(ValueError, match=r"train.shards 3 does not divide the 4 ranks"):
         shard_mesh(4, 3, "cpu")
+    with monkeypatch.context() as of_slurm, pytest.raises(ValueError, match="hsdp .* LOCAL_WORLD_SIZE .* train.shards"):
+        of_slurm.setenv("WORLD_SIZE", "4")
+        mesh_of(changed(parallel="hsdp"), Ranks(0, 4, torch.device("cpu")))
     write_folder(tmp_path / "train", 8)
     with pytest.raises(ValueError, match="train.parallel fsdp is for ranks: start with torchrun"):
         pretrain(changed(parallel="fsdp"))

@@ -90,6 +90,11 @@ class TrainConfig:
             raise ValueError(f"train.reduce must be fp32 or bf16, got {self.reduce!r}")
         if self.shards is not None and self.parallel != "hsdp":
             raise ValueError(f"train.shards {self.shards} is for train.parallel hsdp, got {self.parallel}")
+        if self.reduce != "fp32" and self.parallel == "ddp":
+            raise ValueError(
+                f"train.reduce {self.reduce} is for train.parallel fsdp and hsdp; ddp sums gradients in the precision "
+                "of their weights"
+            )
         for name in ("batch_size", "accumulate", "log_every", "save_every", "keep"):
             if getattr(self, name) < 1:
                 raise ValueError(f"train.{name} must be at least 1, got {getattr(self, name)}")

@@ -22,7 +22,7 @@ from ijepa_fast.model.jepa import IJEPA
 from ijepa_fast.plots.run import draw_masks, picture_images
 from ijepa_fast.report.record import RunRecord
 from ijepa_fast.run import checkpoint as checkpoints
-from ijepa_fast.weights.runs import networks_of
+from ijepa_fast.weights.runs import networks_of, of_networks
 
 log = logging.getLogger(__name__)
 
@@ -75,7 +75,7 @@ def trained_by(run: RunRecord, device: torch.device, which: str = "newest") -> T
         CheckpointError, ValueError, RuntimeError: there is none, it is damaged, or does not fit this version.
     """
     path = checkpoints.find(run.folder, which)
-    state = checkpoints.load(path)
+    state = checkpoints.load(path, values=of_networks)
     with torch.random.fork_rng(devices=[]):
         model, config = networks_of(state, path)
         torch.manual_seed(config.seed)

@@ -74,7 +74,12 @@ def mesh_of(config: RunConfig, me: Ranks) -> DeviceMesh | None:
     if parallel == "fsdp":
         shards = me.world_size
     elif shards is None:
-        shards = int(os.environ.get("LOCAL_WORLD_SIZE", me.world_size))
+        if "LOCAL_WORLD_SIZE" not in os.environ:
+            raise ValueError(
+                "train.parallel hsdp makes groups of the ranks of a host, and LOCAL_WORLD_SIZE does not say how many "
+                "those are: start with torchrun, or give train.shards"
+            )
+        shards = int(os.environ["LOCAL_WORLD_SIZE"])
     return shard_mesh(me.world_size, shards, me.device.type)
 
 

@@ -14,7 +14,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -99,7 +99,7 @@ def with_newest(folder: Path, error: OSError) -> OSError:
 def tidy(folder: Path, saved: Path, keep: int, best: bool) -> None:
     """After a save: keep it as the best one, too, if it is, and remove all but the newest ``keep``."""
     if best:
-        _keep_as_best(saved)
+        keep_as_best(saved)
     for old in list_steps(folder)[:-keep]:
         _remove(path_of(folder, old))
     for leftover in [*folder.glob("step_*.partial"), *folder.glob("best*.partial")]:
@@ -110,13 +110,15 @@ def _remove(path: Path) -> None:
     sharded.remove(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
-def _keep_as_best(saved: Path) -> None:
-    """Another name for the same files, where there are hard links, else a copy."""
+def keep_as_best(saved: Path) -> None:
+    """Give a checkpoint the name of the best one, too: the same files where there are hard links, else a copy."""
     named = saved.with_name(BEST if saved.is_file() else Path(BEST).stem)
     temporary = named.with_name(named.name + ".partial")
     _remove(temporary)
     if saved.is_file():
         _link(saved, temporary)
+    elif sharded.is_whole(named) and sharded.about(named) == sharded.about(saved):
+        return
     else:
         temporary.mkdir()
         for file in saved.iterdir():
@@ -195,11 +197,12 @@ def find(path: Path, which: str = "newest") -> Path:
     raise CheckpointError(f"no checkpoint at {path}" + ("" if path.exists() else ": it does not exist"))
 
 
-def load(path: Path, *, name_older: bool = True, values: bool = True) -> Checkpoint:
+def load(path: Path, *, name_older: bool = True, values: Callable[[str], bool] = lambda name: True) -> Checkpoint:
     """Read one checkpoint.
 
     Args:
-        values: whether the values of tensors in shards are wanted; those of a file are there in any case.
+        values: tells by its name whether the values of a tensor in shards are wanted; those of a file are there in any
+            case.
 
     Raises:
         CheckpointDamaged: the file is not what was written; with ``name_older`` the message names the newest one beside
@@ -253,12 +256,13 @@ def _step_and_extra(about: dict, path: Path) -> tuple[int, dict]:
     return step, extra
 
 
-def _load_shards(path: Path, values: bool) -> Checkpoint:
+def _load_shards(path: Path, values: Callable[[str], bool]) -> Checkpoint:
     step, extra = _step_and_extra(sharded.about(path), path)
-    tensors = sharded.empty_tensors(path, "cpu" if values else "meta")
-    if values:
-        sharded.read_into(path, tensors)
-    return Checkpoint(step, tensors, extra)
+    tensors = sharded.empty_tensors(path)
+    wanted = {name: torch.empty_like(tensor, device="cpu") for name, tensor in tensors.items() if values(name)}
+    if wanted:
+        sharded.read_into(path, wanted)
+    return Checkpoint(step, tensors | wanted, extra)
 
 
 def check_run(state: Checkpoint, path: Path) -> None:
@@ -298,7 +302,7 @@ def _older_intact(path: Path) -> Path | None:
         older = path_of(path.parent, step)
         if step < int(match[1]):
             with contextlib.suppress(SafetensorError, OSError, ValueError, TypeError, KeyError, CheckpointError):
-                load(older, name_older=False, values=False)
+                load(older, name_older=False, values=lambda _: False)
                 return older
     return None
 

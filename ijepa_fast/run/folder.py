@@ -227,7 +227,7 @@ def claim(
     for step in reversed(steps):
         path = checkpoints.path_of(folder / "checkpoints", step)
         try:
-            state = checkpoints.load(path, name_older=False, values=False)
+            state = checkpoints.load(path, name_older=False, values=lambda _: False)
             checkpoints.check_run(state, path)
             _refuse_other_runs(state, config, data)
             check(state, path)

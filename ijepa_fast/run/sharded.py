@@ -138,12 +138,12 @@ def is_whole(folder: Path) -> bool:
         return False
 
 
-def empty_tensors(folder: Path, device: str = "meta") -> dict[str, Tensor]:
+def empty_tensors(folder: Path) -> dict[str, Tensor]:
     """A tensor for each one of a checkpoint, of its whole shape and its dtype, without its values."""
     from torch.distributed.checkpoint import HuggingFaceStorageReader
 
     found = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
-    return {name: torch.empty(of.size, dtype=of.properties.dtype, device=device) for name, of in found.items()}
+    return {name: torch.empty(of.size, dtype=of.properties.dtype, device="meta") for name, of in found.items()}
 
 
 def read_into(folder: Path, tensors: Mapping[str, Tensor]) -> None:

@@ -37,8 +37,13 @@ def load_run(path: Path | str) -> tuple[IJEPA, RunConfig, int]:
         WeightsError: its weights do not fit its configuration.
     """
     path = checkpoints.find(Path(path))
-    state = checkpoints.load(path)
+    state = checkpoints.load(path, values=of_networks)
     return *networks_of(state, path), state.step
+
+
+def of_networks(name: str) -> bool:
+    """Whether ``networks_of`` reads the tensor of this name in a checkpoint."""
+    return name.startswith("model.") or name.endswith((".master", ".ema"))
 
 
 def networks_of(state: Checkpoint, path: Path | str) -> tuple[IJEPA, RunConfig]:
@@ -161,7 +166,7 @@ def restore(
     Returns:
         The checkpoint; of its tensors, at least those that are not of training.
     """
-    state = state or checkpoints.load(path, values=False)
+    state = state or checkpoints.load(path, values=lambda _: False)
     if not path.is_dir():
         restore_training(state, model, optimizer, scaler)
         return state
