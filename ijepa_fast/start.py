@@ -25,6 +25,7 @@ from ijepa_fast.optim.schedules import Schedules
 from ijepa_fast.ranks import Ranks
 from ijepa_fast.run import checkpoint as checkpoints
 from ijepa_fast.run import folder as run_folder
+from ijepa_fast.run import sharded
 from ijepa_fast.run.auto import resolved
 from ijepa_fast.run.best import Best
 from ijepa_fast.run.build import (
@@ -39,14 +40,14 @@ from ijepa_fast.run.build import (
     use_deterministic,
 )
 from ijepa_fast.run.callbacks import Callbacks
-from ijepa_fast.run.checkpoint import Checkpoint
+from ijepa_fast.run.checkpoint import Checkpoint, CheckpointDamaged
 from ijepa_fast.run.environment import describe
 from ijepa_fast.run.files import write_json, write_text
 from ijepa_fast.run.lengthening import length_before, refuse_shortening, tell_of_stretching
 from ijepa_fast.run.meter import Meter
 from ijepa_fast.run.saving import Saver
 from ijepa_fast.run.signals import StopFlag
-from ijepa_fast.step.sharding import is_sharded
+from ijepa_fast.step.sharding import fill, is_sharded
 from ijepa_fast.step.train_step import TrainStep
 from ijepa_fast.weights.any_format import start_from
 from ijepa_fast.weights.runs import check_training, restore, whole_encoder
@@ -139,12 +140,15 @@ def setup(config: RunConfig, me: Ranks) -> Run:
     config = me.from_main(_with_mean_std(config, sources.train) if me.is_main else None)
     use_deterministic(config)
     torch.manual_seed(config.seed)
-    model = config.model.build(config.objective)
     check_batches(config, me)
+    divided = config.train.parallel != "ddp"
+    # Of networks in shards the first rank alone has room for all; the others get their shares of what it has.
+    with torch.device("cpu" if me.is_main or not divided else "meta"):
+        model = config.model.build(config.objective)
     folder = Path(config.output).resolve()
     begins = config.resume == "overwrite" or not checkpoints.list_steps(folder / "checkpoints")
     judged = config.evaluation.figures and not (folder / "before.json").exists()
-    if config.init is not None and (begins or judged):
+    if config.init is not None and (begins or judged) and (me.is_main or not divided):
         init = Path(config.init).resolve()
         if config.resume == "overwrite" and (init == folder or folder / "checkpoints" in (init, init.parent)):
             raise ValueError(f"resume overwrite would remove the weights of init, {config.init}; give another output")
@@ -169,7 +173,11 @@ def setup(config: RunConfig, me: Ranks) -> Run:
     total_steps = config.train.total_steps(loader.steps_per_epoch)
     schedules = config.optim.schedules(total_steps, loader.steps_per_epoch)
     share = config.train.batch_size // me.world_size // config.train.accumulate
+    whole = model.state_dict() if divided and me.is_main else {}
     prepare(model, config, share, me.device, mesh_of(config, me))
+    if divided:
+        fill(model, whole)
+        del whole
     # Features of one log interval: those of older weights would lend a collapsed network their rank.
     pushed = config.train.batch_size // me.world_size * math.ceil(config.train.log_every / MONITOR_EVERY)
     knn, width = None, config.model.embed_dim
@@ -204,9 +212,15 @@ def begin(run: Run, to_yaml: Callable[[RunConfig], str]) -> None:
     """Take over the output folder, and its newest checkpoint if there is one."""
     config, me, folder = run.config, run.me, run.folder
     state = None
+    newest, changed = _changed_shards(folder / "checkpoints", me)
     if me.is_main:
 
         def check(state: Checkpoint, path: Path) -> None:
+            wrong = changed if path == newest else sharded.changed(path) if path.is_dir() else []
+            if wrong:
+                raise CheckpointDamaged(
+                    f"{path} has changed since it was written: the checksum of {wrong[0]} is another"
+                )
             refuse_shortening(folder, state, run.loader.steps_per_epoch, run.total_steps)
             check_training(state, path, run.model, run.optimizer, run.scaler, run.total_steps)
 
@@ -235,6 +249,15 @@ def begin(run: Run, to_yaml: Callable[[RunConfig], str]) -> None:
     run.step = make_step(
         run.model, run.optimizer, sampler, run.schedules, config, scaler=run.scaler, wrapped=wrapped
     )  # fmt: skip
+
+
+def _changed_shards(folder: Path, me: Ranks) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint, and what ``sharded.changed`` says of it. Each rank looks at its part of the shards."""
+    steps = checkpoints.list_steps(folder)
+    newest = me.from_main(checkpoints.path_of(folder, steps[-1]) if steps else None)
+    in_shards = newest is not None and newest.is_dir() and sharded.is_whole(newest)
+    changed = sharded.changed(newest, me.rank, me.world_size) if in_shards else []
+    return newest, sorted(me.union(dict.fromkeys(changed)))
 
 
 def _continue(run: Run, state: Checkpoint | None, path: Path) -> None:

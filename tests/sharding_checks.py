@@ -24,7 +24,7 @@ from ijepa_fast.optim.schedules import Schedules
 from ijepa_fast.optim.step_tensors import local
 from ijepa_fast.run import sharded
 from ijepa_fast.step.memory import gathered_bytes, state_bytes
-from ijepa_fast.step.sharding import shard, shard_mesh
+from ijepa_fast.step.sharding import fill, shard, shard_mesh
 from ijepa_fast.step.train_step import TrainStep
 from tests.fsdp_checks import main
 from tests.tiny import GRID, MASKS, MODEL, images
@@ -114,6 +114,19 @@ def check_sums_in_bf16_are_near_and_shards_stay_fp32():
     torch.testing.assert_close(torch.tensor(losses), expected, rtol=0.02, atol=0)
     kept = [*model.parameters(), *(value for state in optimizer.state.values() for value in state.values())]
     assert {value.dtype for value in kept} == {torch.float32}
+
+
+def check_only_the_first_rank_builds_whole_networks():
+    expected = networks().state_dict()
+    for shards in (4, 2):
+        with torch.device("cpu" if dist.get_rank() == 0 else "meta"):
+            model = networks()
+        whole_state = model.state_dict() if dist.get_rank() == 0 else {}
+        shard(model, shard_mesh(4, shards, "cpu"), torch.float64)
+        fill(model, whole_state)
+        found = model.state_dict()
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(whole(found[name]), value) for name, value in expected.items())
 
 
 def check_masks_in_groups():

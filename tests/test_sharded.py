@@ -85,6 +85,15 @@ def test_any_number_of_ranks_reads_its_own_share(folder, ranks):
     assert_ranks_read_their_shares(write(folder, 1), {name: TENSORS[name] for name in ("a", "b")}, ranks)
 
 
+def test_one_of_an_earlier_version_has_no_checksums(folder):
+    path = write(folder, 1)
+    about = json.loads((path / sharded.ABOUT).read_text())
+    assert about.pop("sha256").keys() == about["files"].keys()
+    (path / sharded.ABOUT).write_text(json.dumps(about))
+    flip_a_bit(next(path.glob("shard-*")))
+    assert sharded.changed(path) == [] and checkpoints.load(path).step == 1
+
+
 def test_old_ones_go_and_the_best_stays(folder):
     for step in (1, 2, 3):
         saver(folder).save(Checkpoint(step, TENSORS, {}), best=step == 1)
@@ -95,7 +104,13 @@ def test_old_ones_go_and_the_best_stays(folder):
     assert {path.name for path in folder.iterdir()} == {"step_000000003", "step_000000004", "best"}
 
 
-@pytest.mark.parametrize("damage", ["cut", "missing", "about"])
+def flip_a_bit(file):
+    contents = bytearray(file.read_bytes())
+    contents[-1] ^= 1
+    file.write_bytes(contents)
+
+
+@pytest.mark.parametrize("damage", ["cut", "missing", "about", "a bit"])
 def test_a_damaged_one_is_told_and_names_an_older_one(folder, damage):
     write(folder, 1)
     path = write(folder, 2)
@@ -104,6 +119,8 @@ def test_a_damaged_one_is_told_and_names_an_older_one(folder, damage):
         file.write_bytes(file.read_bytes()[:-1])
     elif damage == "missing":
         file.unlink()
+    elif damage == "a bit":
+        flip_a_bit(file)
     else:
         (path / sharded.ABOUT).write_text(json.dumps({"format": "another"}))
     with pytest.raises(CheckpointDamaged, match=r"(?s)not a checkpoint in shards.*step_000000001 beside it is whole"):
@@ -211,8 +228,8 @@ def test_a_damaged_one_goes_aside_a_second_time(tmp_path):
     run = tiny_run(tmp_path / "images", tmp_path / "out", async_save=True)
     pretrain(run)
     last = tmp_path / "out" / "checkpoints" / "step_000000012"
-    for _ in range(2):
-        next(last.glob("shard-*")).write_bytes(b"")
+    for damage in (lambda file: file.write_bytes(b""), flip_a_bit):
+        damage(next(last.glob("shard-*")))
         pretrain(run)
         assert sharded.is_whole(last) and last.with_name(f"{last.name}.damaged").is_dir()
 

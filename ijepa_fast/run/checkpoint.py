@@ -261,6 +261,8 @@ def _load_shards(path: Path, values: Callable[[str], bool]) -> Checkpoint:
     tensors = sharded.empty_tensors(path)
     wanted = {name: torch.empty_like(tensor, device="cpu") for name, tensor in tensors.items() if values(name)}
     if wanted:
+        if changed := sharded.changed(path):
+            raise ValueError(f"the checksum of {changed[0]} is another, so it has changed since it was written")
         sharded.read_into(path, wanted)
     return Checkpoint(step, tensors | wanted, extra)
 

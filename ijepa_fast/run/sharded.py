@@ -9,12 +9,14 @@ The folder gets its name when all files in it are whole and on the disk; until t
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import os
 import shutil
 import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -34,17 +36,24 @@ def _writer(folder: Path, about: dict, finished: Callable[[], object]):
     temporary = folder.with_name(folder.name + ".partial")
 
     class Writer(HuggingFaceStorageWriter):
+        def write_data(self, plan, planner) -> torch.futures.Future:
+            written, results = super().write_data(plan, planner).wait(), torch.futures.Future()
+            sums = {name: _checksum(temporary / name) for name in {of.storage_data.relative_path for of in written}}
+            named = [(of, of.storage_data.relative_path) for of in written]
+            results.set_result([replace(of, storage_data=(name, sums[name])) for of, name in named])
+            return results
+
         def finish(self, metadata, results) -> None:
-            names = sorted({result.storage_data.relative_path for of_rank in results for result in of_rank})
-            if missing := [name for name in names if not (temporary / name).exists()]:
+            sums = dict(sorted({result.storage_data for of_rank in results for result in of_rank}))
+            if missing := [name for name in sums if not (temporary / name).exists()]:
                 raise OSError(
                     f"{missing[0]} was written, but the first rank does not see it; all hosts must share the folder"
                 )
             for entry in temporary.iterdir():
-                if entry.name not in names:  # of a save by more ranks that was cut off
+                if entry.name not in sums:  # of a save by more ranks that was cut off
                     entry.unlink()
-            sizes = {name: (temporary / name).stat().st_size for name in names}
-            write_json(temporary / ABOUT, {"format": FORMAT, "files": sizes, **about})
+            sizes = {name: (temporary / name).stat().st_size for name in sums}
+            write_json(temporary / ABOUT, {"format": FORMAT, "files": sizes, "sha256": sums, **about})
             flush(temporary)
             if is_whole(folder):  # of the same step of the same run
                 shutil.rmtree(temporary)
@@ -136,6 +145,23 @@ def is_whole(folder: Path) -> bool:
         return bool(about(folder))
     except (OSError, ValueError):
         return False
+
+
+def changed(folder: Path, rank: int = 0, ranks: int = 1) -> list[str]:
+    """Files of a checkpoint that are no longer what was written, among those that this one of ``ranks`` looks at.
+
+    Checkpoints of earlier versions have no checksums to tell by.
+    """
+    sums = sorted(about(folder).get("sha256", {}).items())
+    return [name for name, checksum in sums[rank::ranks] if _checksum(folder / name) != checksum]
+
+
+def _checksum(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def empty_tensors(folder: Path) -> dict[str, Tensor]:

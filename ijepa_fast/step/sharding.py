@@ -10,6 +10,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from ijepa_fast.model.jepa import IJEPA
 
@@ -67,6 +68,22 @@ def shard(model: IJEPA, mesh: DeviceMesh, dtype: torch.dtype, reduce_dtype: torc
         blocks[-1].set_modules_to_forward_prefetch([network])
     # One root for the three: they share streams, and end a backward pass together.
     fully_shard(model, mesh=mesh, mp_policy=policy)
+
+
+def fill(model: IJEPA, whole: dict[str, Tensor]) -> None:
+    """Give the shards of networks the values that the first rank has; all ranks must come here.
+
+    Args:
+        whole: ``state_dict`` of the first rank's networks, from before ``shard``. Those of others may be on the device
+            "meta" until now.
+    """
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+
+    parameter = next(model.parameters())
+    if parameter.is_meta:
+        model.to_empty(device=parameter.device_mesh.device_type)
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    set_model_state_dict(model, whole, options=options)
 
 
 def is_sharded(model: torch.nn.Module) -> bool:
