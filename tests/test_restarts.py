@@ -147,6 +147,8 @@ def test_a_run_goes_on_when_hosts_are_lost_and_join(tmp_path, hosts_of, monkeypa
     assert shards == [2, 1, 2], "".join(heard)
     for agent in (second, third):
         agent.terminate()
+    for agent in (second, third):
+        agent.wait(timeout=120)
     last, lines = checkpoints.load(checkpoints.find(tmp_path / "run")), (tmp_path / "run" / "metrics.jsonl").read_text()
     steps = [json.loads(line)["step"] for line in lines.splitlines()]
     assert last.step > 24 - 2 and steps == sorted(set(steps))
