@@ -152,7 +152,9 @@ def setup(config: RunConfig, me: Ranks) -> Run:
         init = Path(config.init).resolve()
         if config.resume == "overwrite" and (init == folder or folder / "checkpoints" in (init, init.parent)):
             raise ValueError(f"resume overwrite would remove the weights of init, {config.init}; give another output")
-        log.info(start_from(model, config.model, config.init))
+        told = start_from(model, config.model, config.init)
+        if me.is_main:
+            log.info(told)
     stop = StopFlag(speak=me.is_main)
     loader = train_loader(
         sources.train,
@@ -275,14 +277,16 @@ def _continue(run: Run, state: Checkpoint | None, path: Path) -> None:
     if run.knn is not None and "knn.features" in tensors:
         run.knn.push(*(tensors[f"knn.{name}"].to(device) for name in ("features", "labels", "ids")))
     run.meter.restore(state.extra.get("interval"), device)
+    if not run.me.is_main:
+        return
     if run.done < run.total_steps:
         log.info("continuing %s at step %d of %d", run.folder, run.done, run.total_steps)
         before = length_before(state, run.loader.steps_per_epoch)
-        if run.me.is_main and run.total_steps != before:
+        if run.total_steps != before:
             (run.folder / "summary.json").unlink(missing_ok=True)
             then = run.config.optim.schedules(before, run.loader.steps_per_epoch)
             tell_of_stretching(run.done, then, run.schedules, before, run.total_steps)
-    elif run.me.is_main:
+    else:
         log.info(
             "%s is trained: all %d steps are done; %s; to train anew, %s",
             *(run.folder, run.total_steps, run_folder.go_on(run.folder), run_folder.start_afresh(run.folder)),
