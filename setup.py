@@ -123,6 +123,7 @@ EXTRAS = {
     "mlflow": ["mlflow-skinny>=3"],
     "evaluate": ["scikit-learn>=1.4"],
     "parquet": ["pyarrow>=15"],
+    "datasets": ["datasets>=3"],
     "detection": ["torchvision>=0.25", "faster-coco-eval>=1.6"],
     "docs": ["mkdocs-material>=9.5", "mkdocstrings[python]>=0.29"],
     "dev": ["ruff>=0.12"],

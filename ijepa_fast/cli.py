@@ -27,6 +27,7 @@ EXTRAS = {
     "mlflow": "mlflow",
     "evaluate": "sklearn",
     "parquet": "pyarrow",
+    "datasets": "datasets",
     "detection": "torchvision faster_coco_eval",
 }
 """Extra of setup.py -> what can be imported where it is installed."""

@@ -65,7 +65,7 @@ THIRD_PARTY = {
 INSIDE_FUNCTIONS = {
     "attention": "flash_attn flash_attn_interface xformers",
     "bench": "flash_attn flash_attn_interface xformers yaml",
-    "data": "webdataset fsspec tifffile pillow_heif",
+    "data": "webdataset fsspec tifffile pillow_heif datasets pyarrow",
     "downstream": "safetensors sklearn pyarrow torchvision faster_coco_eval",
     "doctor": "triton",
     "config": "yaml",

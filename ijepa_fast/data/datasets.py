@@ -16,6 +16,7 @@ from ijepa_fast.data.mixture import Mixture, check_weight
 from ijepa_fast.data.remote import RemoteLoader, RemoteShards
 from ijepa_fast.data.shards import TarShards, expand_shards, is_remote, names_shards
 from ijepa_fast.data.source import Source
+from ijepa_fast.data.tables import TableImages, names_table, open_table
 
 log = logging.getLogger(__name__)
 
@@ -38,8 +39,9 @@ def open_sources(data: Data, evaluation_data: str | None = None, labels: str | N
 
     Args:
         data: "rendered" for the embedded set; a folder (of one with train/ and val/ or test/, these); a list of files
-            (.txt, .csv); tar shards (a path that ends in .tar, braces and "*" included, or URLs, of which classes and
-            test images are not used); an index of shards beside it (a path or URL that ends in .index.npz); or several
+            (.txt, .csv); a data set of Hugging Face that was saved to the disk, or a folder of parquet files; tar
+            shards (a path that ends in .tar, braces and "*" included, or URLs, of which classes and test images are not
+            used); an index of shards beside it (a path or URL that ends in .index.npz); or several
             of these as ``[{"path": PATH, "weight": 2}, ...]``, see ``Mixture``.
         evaluation_data: folder, list or shards of labelled test images, instead of the ones found beside the training
             images.
@@ -141,6 +143,9 @@ def _open_training(data: str | Sequence[Mapping], pixels: dict) -> tuple[Source,
         return listed, data if listed.names_test_images else None
     if data.endswith(SUFFIX):
         return IndexedShards(data, **pixels), None
+    if names_table(data):
+        table, has_test = open_table(data, training=True)
+        return TableImages(table, name=data, **pixels), data if has_test else None
     if not _are_shards(data):
         split = find_split(data)
         return ImageFolder(split.train, **pixels), split.evaluation and str(split.evaluation)
@@ -154,6 +159,11 @@ def _open_labelled(data: str, classes: list[str] | None, pixels: dict) -> Source
         return ImageList(data, training=False, classes=classes, **pixels)
     if data.endswith(SUFFIX):
         return IndexedShards(data, classes=classes, **pixels)
+    if names_table(data):
+        table = TableImages(open_table(data, training=False)[0], classes=classes, name=data, **pixels)
+        if table.labels is None:
+            raise ValueError(f"{data} cannot be used for evaluation: it has no column of labels")
+        return table
     if not _are_shards(data):
         return ImageFolder(data, class_folders=classes is not None, classes=classes, **pixels)
     shards = expand_shards(data)

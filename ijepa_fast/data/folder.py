@@ -201,7 +201,7 @@ def find_split(root) -> Splits:
         return pairs[0]
     folders = _folders(root)
     trains = _called(folders, _TRAINING_NAMES)
-    if len(trains) == 1 and not any(_holds_images(folder) for folder in folders if folder not in trains):
+    if len(trains) == 1 and not any(holds_images(folder) for folder in folders if folder not in trains):
         return Splits(trains[0], None)
     return Splits(root, None)
 
@@ -209,7 +209,7 @@ def find_split(root) -> Splits:
 def _pairs(folder: Path, depth: int) -> Iterator[Splits]:
     """Training and evaluation folders beside each other in this folder, or else below it."""
     folders = _folders(folder)
-    trains = [train for train in _called(folders, _TRAINING_NAMES) if _holds_images(train)]
+    trains = [train for train in _called(folders, _TRAINING_NAMES) if holds_images(train)]
     evaluation = next(iter(_called(folders, _EVALUATION_NAMES)), None)
     if trains and evaluation:
         yield from (Splits(train, evaluation) for train in trains)
@@ -234,7 +234,7 @@ def _called(folders: list[Path], names: Iterable[re.Pattern]) -> list[Path]:
     return [folder for name in names for folder in folders if name.match(folder.name)]
 
 
-def _holds_images(folder: Path) -> bool:
+def holds_images(folder: Path) -> bool:
     """Whether one of the first files below the folder is an image, so that trees of annotations are told apart."""
     extensions, seen = image_extensions() | {".npy"}, 0
     for _, below, files in os.walk(folder, followlinks=True):

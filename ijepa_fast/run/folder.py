@@ -48,7 +48,7 @@ FIGURES_DEPEND_ON = ("data", "seed", "init", "model", "objective", "loader", "ev
 LENGTH = ("train.epochs", "train.steps")
 """Settings that may be raised where a run goes on; whether they are, its trainer knows, which knows the epochs."""
 
-_COUNTED = re.compile(r"(folder|shards|mixture|parquet):(\d+):")
+_COUNTED = re.compile(r"(folder|shards|mixture|table):(\d+):")
 """Fingerprints that begin with the number of images."""
 
 
