@@ -86,7 +86,7 @@ def train(config: RunConfig, steps: int, teacher: dict | None = None, each_step=
     step_once = make_step(
         model,
         make_optimizer(model, config),
-        MaskSampler(config.masks, model.context_encoder.grid),
+        MaskSampler(config.masks, model.context_encoder.grid, channels=config.model.in_chans),
         config.optim.schedules(steps, 1),
         config,
     )

@@ -46,6 +46,7 @@ class Stream(IntEnum):
     SHOT = 12
     DENSE = 13
     CORRUPTION = 14
+    MASK_COLOR = 15
 
 
 def philox4x32(counter, key):

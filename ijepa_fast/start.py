@@ -247,7 +247,7 @@ def begin(run: Run, to_yaml: Callable[[RunConfig], str]) -> None:
     if me.world_size > 1 and not is_sharded(run.model):
         devices = [me.device] if me.device.type == "cuda" else None
         wrapped = DistributedDataParallel(run.model, device_ids=devices, broadcast_buffers=False)
-    sampler = MaskSampler(config.masks, run.model.context_encoder.grid)
+    sampler = MaskSampler(config.masks, run.model.context_encoder.grid, channels=config.model.in_chans)
     run.step = make_step(
         run.model, run.optimizer, sampler, run.schedules, config, scaler=run.scaler, wrapped=wrapped
     )  # fmt: skip

@@ -31,7 +31,7 @@ def random_step(config: RunConfig, device: torch.device, images: int) -> tuple[T
     torch.manual_seed(config.seed)
     with device:  # a CPU takes ten seconds to draw the weights of ViT-H
         model = config.model.build(config.objective)
-    sampler = MaskSampler(config.masks, model.context_encoder.grid)
+    sampler = MaskSampler(config.masks, model.context_encoder.grid, channels=config.model.in_chans)
     per_epoch = SCHEDULED_STEPS // 100
     steps = max(SCHEDULED_STEPS, round(2 * config.optim.warmup_epochs * per_epoch))
     step = assemble(model, config, sampler, config.optim.schedules(steps, per_epoch), images, device)

@@ -44,6 +44,7 @@ class Encoder(VisionTransformer):
         images: Tensor,
         mask: Tensor | Sequence[Tensor] | Ragged | None = None,
         queries: Ragged | None = None,
+        colors: Tensor | None = None,
     ) -> Tensor:
         """Features of patches.
 
@@ -52,14 +53,14 @@ class Encoder(VisionTransformer):
             mask: the patches that the encoder sees; the others take no part. None: all. Bool [B, N]:
                 those that are True. int64 [B, K], or a list of such: these patches (the official layout). A ``Ragged``
                 of token indices: packed sets.
-            queries: as in ``VisionTransformer``.
+            queries, colors: as in ``VisionTransformer``.
 
         Returns:
             None: [B, N, D]. Bool: [B, N, D] with zeros at the patches that were not seen. int64: [B, K, D], or
             [len(mask) * B, K, D]. Ragged: [T, D].
         """
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-            return super().forward(images, mask, queries)
+            return super().forward(images, mask, queries, colors)
         rows, columns = self._grid_of_images(images)
         if mask.shape != (len(images), rows * columns):
             raise ValueError(f"a bool mask must be [{len(images)}, {rows * columns}], got {list(mask.shape)}")

@@ -70,7 +70,8 @@ class JEPAModel(IJEPA):
         encoder, predictor, objective = config.build()
         super().__init__(encoder, predictor, objective)
         self.config = config
-        self.sampler = MaskSampler(config.mask_config(encoder.grid[0] * encoder.grid[1]), encoder.grid)
+        masks = config.mask_config(encoder.grid[0] * encoder.grid[1])
+        self.sampler = MaskSampler(masks, encoder.grid, channels=encoder.in_chans)
         self.calls = 0
         self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
         self._start_watching()

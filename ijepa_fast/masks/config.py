@@ -47,6 +47,8 @@ class MaskConfig:
             batch per GPU). Required for batch_min, without effect otherwise.
         per_image: K, masks of every image, drawn independently of one another: each is a context with target blocks of
             its own. They share the image and one pass of the target encoder; the loss is the mean over all of them.
+        color_jitter: J. Each mask sees its context through colours of its own: every channel, in units of its standard
+            deviation, times 1 + u * J plus v * J, with u and v uniform in [-1, 1). Targets keep the image's colours.
 
     Raises:
         ValueError: a value is outside its range, or options contradict each other.
@@ -68,6 +70,7 @@ class MaskConfig:
     draw_last_row_col: bool = True
     group_size: int | None = None
     per_image: int = 1
+    color_jitter: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("strategy", "context", "size_per"):
@@ -92,6 +95,8 @@ class MaskConfig:
             raise ValueError(f"group_size must be positive, got {self.group_size}")
         if not 1 <= self.per_image <= MAX_PER_IMAGE:
             raise ValueError(f"per_image must be in [1, {MAX_PER_IMAGE}], got {self.per_image}")
+        if not 0 <= self.color_jitter <= 1:
+            raise ValueError(f"color_jitter must be in [0, 1], got {self.color_jitter}")
         if self.context == "batch_min" and self.group_size is None:
             raise ValueError("context batch_min needs group_size, the number of images that are truncated together")
         if self.strategy != "multiblock" and (self.allow_overlap or self.num_contexts != 1):

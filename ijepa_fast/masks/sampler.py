@@ -15,7 +15,7 @@ from torch import Tensor
 from ijepa_fast.masks import extension
 from ijepa_fast.masks.config import MaskConfig
 from ijepa_fast.masks.geometry import Blocks, SizeRule, each_once, pack_blocks, pack_mask
-from ijepa_fast.masks.sampling import MAX_PATCHES, Counter, Drawn, Plan, draw
+from ijepa_fast.masks.sampling import MAX_PATCHES, Counter, Drawn, Plan, draw, draw_colors
 from ijepa_fast.ragged import Ragged
 
 ROUND_ROWS = 128
@@ -37,6 +37,8 @@ class Masks:
             them: with a capacity, and in masks that no sampler drew.
         read: sequence b has every patch of image b that is in some target, once. With several masks per image, whose
             targets overlap; None with one.
+        colors: fp32 [B * K, 2, channels], factors and then shifts that mask k of image b applies to the normalised
+            pixels of its context. None: none.
     """
 
     context: Ragged
@@ -45,6 +47,7 @@ class Masks:
     per_image: int = 1
     tokens: tuple[int, int] | None = None
     read: Ragged | None = None
+    colors: Tensor | None = None
 
     @property
     def num_images(self) -> int:
@@ -60,7 +63,7 @@ class Masks:
         return self.context.device
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Masks":
-        sets = {name: getattr(self, name) for name in ("context", "targets", "read")}
+        sets = {name: getattr(self, name) for name in ("context", "targets", "read", "colors")}
         moved = {
             name: tokens.to(device, non_blocking=non_blocking) for name, tokens in sets.items() if tokens is not None
         }
@@ -75,6 +78,7 @@ class MaskSampler:
         grid: patches per column and per row, (H, W).
         implementation: torch (vectorised, on every device), extension (the C++/CUDA library of csrc/) or auto (the
             extension on devices that it is built for). All draw the same masks, to the bit.
+        channels: of the images, for `color_jitter`.
 
     Attributes:
         config: the configuration, resolved.
@@ -92,10 +96,11 @@ class MaskSampler:
         config: MaskConfig,
         grid: tuple[int, int],
         implementation: Literal["auto", "torch", "extension"] = "auto",
+        channels: int = 3,
     ) -> None:
         if implementation not in ("auto", "torch", "extension"):
             raise ValueError(f"implementation must be auto, torch or extension, got {implementation!r}")
-        self.implementation = implementation
+        self.implementation, self.channels = implementation, channels
         height, width = grid
         if height < 1 or width < 1 or height * width > MAX_PATCHES:
             raise ValueError(f"grid must have 1 to {MAX_PATCHES} patches, got {height} x {width}")
@@ -254,11 +259,15 @@ class MaskSampler:
         read = None
         if self.per_image > 1 and (capacity is None or len(capacity) > 2):
             read = each_once(targets.indices, batch_size, self.num_patches, None if capacity is None else capacity[2])
+        colors = None
+        if self.config.color_jitter:
+            counter = Counter.of(seed, step, first_image, batch_size, self.per_image, device)
+            colors = draw_colors(counter, self.channels, self.config.color_jitter)
         one_group = self.config.context == "batch_min" and batch_size == self.config.group_size and self.per_image == 1
         one_size = self.config.size_per == "step" and self.config.strategy != "rasterized"
         context = _promise(context, self._constant_context, exact and one_group)
         targets = _promise(targets, self._constant_target, exact and one_size)
-        return Masks(context, targets, self.num_contexts, self.per_image, tokens and tokens[:2], read)
+        return Masks(context, targets, self.num_contexts, self.per_image, tokens and tokens[:2], read, colors)
 
     def _drawn_and_packed(self, batch_size, seed, step, first_image, device, capacity) -> tuple[Ragged, Ragged]:
         self._check_images(batch_size, first_image)

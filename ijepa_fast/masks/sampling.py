@@ -46,6 +46,9 @@ stream MASK_SUBSET, index b, draw c << 16 | n // 4. batch_min: the first L patch
 any context block of masks k of the group_size images of a group (each k has an L of its own).
 
 Within a sequence, patches are in row-major order.
+
+**Colours**, with color_jitter. Stream MASK_COLOR, index b: word 2 * (ch % 2) of draw ch // 2 makes u of channel ch, the
+word after it v, both as (w >> 8) / 2^23 - 1.
 """
 
 from dataclasses import dataclass
@@ -311,3 +314,11 @@ def _truncate_to_group_minimum(mask_BCN: Tensor, lengths_BC: Tensor, plan: Plan)
     shortest_B = groups.amin(dim=(1, 3), keepdim=True).expand(-1, plan.group_size, -1, -1).flatten()
     rank_BCN = mask_BCN.cumsum(dim=-1, dtype=torch.int32)
     return mask_BCN & (rank_BCN <= shortest_B[:, None, None]), shortest_B[:, None].expand_as(lengths_BC)
+
+
+def draw_colors(counter: Counter, channels: int, jitter: float) -> Tensor:
+    """fp32 [B, 2, channels]: what each mask multiplies the channels of its context with, and what it adds."""
+    words = torch.stack(counter.words(Stream.MASK_COLOR, counter.numbers((channels + 1) // 2)), dim=-1)
+    uniform = (words.flatten(1) >> 8).float() / 2**23 - 1  # 24 bits, which fp32 holds exactly
+    gain, shift = uniform[:, : 2 * channels].unflatten(1, (channels, 2)).unbind(2)
+    return torch.stack([1 + jitter * gain, jitter * shift], dim=1)

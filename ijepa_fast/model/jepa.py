@@ -221,14 +221,17 @@ class IJEPA(nn.Module):
         # Which context goes with which target block, and where every row of the predictor's input comes from.
         layout = predictor_layout(masks.context, masks.targets, masks.num_contexts, masks.num_targets)
         grid = self.context_encoder.grid_of(*images.shape[2:])
+        colors = masks.colors
+        if colors is not None:
+            colors = colors.repeat_interleave(masks.num_contexts, dim=0)  # all context blocks of a mask share its own
         # What is predicted does not depend on the prediction, so both may run at the same time.
         if self.target_stream is None:
             targets, rows, pooled = self._targets(images, masks, layout, all_targets)
-            context = self.context_encoder(images, masks.context)
+            context = self.context_encoder(images, masks.context, colors=colors)
             values = self.predictor(context, layout, grid)
         else:
             with self.target_stream.beside(lambda: self._targets(images, masks, layout, all_targets)) as made:
-                context = self.context_encoder(images, masks.context)
+                context = self.context_encoder(images, masks.context, colors=colors)
                 values = self.predictor(context, layout, grid)
             targets, rows, pooled = made  # not before the streams are joined
         return Prediction(values, targets, rows, layout.predicted.cu_seqlens, context, pooled)

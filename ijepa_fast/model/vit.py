@@ -75,10 +75,17 @@ class PatchEmbed(nn.Module):
         self.mean, self.std = list(mean), list(std)
         self.proj = nn.Conv2d(in_chans, embed_dim, patch_size, stride=patch_size)
 
-    def forward(self, images: Tensor, indices: Tensor) -> Tensor:
-        """images [B, C, h, w] (uint8 and uint16: normalised here; float: taken as normalised), int32 [T] -> [T, D]."""
+    def forward(self, images: Tensor, indices: Tensor, colors: Tensor | None = None) -> Tensor:
+        """images [B, C, h, w] (uint8 and uint16: normalised here; float: taken as normalised), int32 [T] -> [T, D].
+
+        colors [T, 2, C]: a factor and a shift for the normalised pixels of each patch.
+        """
         weight = self.proj.weight
         patches = self.pixels(images, indices, weight.dtype)
+        if colors is not None:
+            gain, shift = colors.to(patches.dtype).repeat_interleave(self.patch_size**2, dim=2).unbind(1)
+            whole = gain.shape[1]
+            patches = F.pad(patches[:, :whole] * gain + shift, (0, patches.shape[1] - whole))
         weight = F.pad(weight.flatten(1), (0, patches.shape[1] - weight[0].numel()))
         return F.linear(patches, weight, self.proj.bias.to(weight.dtype))
 
@@ -178,6 +185,7 @@ class VisionTransformer(BlockStack):
         images: Tensor,
         tokens: Ragged | Sequence[Tensor] | Tensor | None = None,
         queries: Ragged | None = None,
+        colors: Tensor | None = None,
     ) -> Tensor:
         """Features of patches.
 
@@ -187,6 +195,8 @@ class VisionTransformer(BlockStack):
             tokens: which patches the encoder sees. None: all of them. A ``Ragged`` of token indices: packed sets. A
                 list of int64 [B, K] (or one such tensor): the official layout.
             queries: rows of the packed input whose features are wanted; the last block computes no others.
+            colors: fp32 [S, 2, C]; each of the S sequences of tokens sees its normalised pixels times the first, plus
+                the second, channel by channel.
 
         Returns:
             None: [B, N, D]. Ragged: [T, D], zeros on padding rows. Official layout: [len(tokens) * B, K, D].
@@ -200,7 +210,7 @@ class VisionTransformer(BlockStack):
             raise ValueError(
                 f"queries have {queries.num_sequences} sequences and tokens {packed.num_sequences} sequences"
             )
-        x = self._embed(images, packed, grid)
+        x = self._embed(images, packed, grid, colors)
         x = self._features(self.run_blocks(self.blocks, x, packed, queries))
         # Rows that were added to reach a round number hold something, and must not leak into means and losses.
         if queries is not None:
@@ -216,9 +226,11 @@ class VisionTransformer(BlockStack):
             raise ValueError(f"images must be uint8, uint16 or normalised float, got {images.dtype}")
         return self.grid_of(*images.shape[2:])
 
-    def _embed(self, images: Tensor, tokens: Ragged, grid: tuple[int, int]) -> Tensor:
+    def _embed(self, images: Tensor, tokens: Ragged, grid: tuple[int, int], colors: Tensor | None = None) -> Tensor:
         positions = resize_positions(self.pos_embed[0], self.grid, grid)
-        patches = self.widened(self.patch_embed(images, tokens.indices))
+        if colors is not None:  # of a row by that of its sequence; rows of no token are cleared below
+            colors = colors[tokens.sequence_ids().clamp(max=len(colors) - 1)]
+        patches = self.widened(self.patch_embed(images, tokens.indices, colors))
         return ops.gather_add(patches, positions, tokens.indices)
 
     def _features(self, x: Tensor) -> Tensor:
