@@ -91,6 +91,7 @@ def test_autocast_keeps_fp32_between_blocks():
         (lambda e, p: official.vit_predictor(num_patches=15), "15 patches do not form a square grid"),
         (lambda e, p: official.vit_tiny(drop_path_rate=0.1), "drop_path_rate=0.1 is not supported"),
         (lambda e, p: official.MaskCollator(**BLOCKS, context="exact"), "need context batch_min or fixed"),
+        (lambda e, p: official.MaskCollator(**BLOCKS, color_jitter=0.1), "have no colours, got color_jitter=0.1"),
         (lambda e, p: official.MaskCollator(**BLOCKS | {"min_keep": 40}), "min_keep=40"),
     ],
 )

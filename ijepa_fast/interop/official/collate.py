@@ -79,6 +79,8 @@ class MaskCollator:
             )
         if self.config.per_image != 1:
             raise ValueError(f"masks [B, K] are one per image, got per_image={self.config.per_image}")
+        if self.config.color_jitter:
+            raise ValueError(f"masks [B, K] have no colours, got color_jitter={self.config.color_jitter}")
         self.grid = (height // patch_size, width // patch_size)
         self.seed = seed
         if rank is None:
