@@ -195,6 +195,15 @@ def test_tiffs_of_five_bands_in_every_layout(layout, options, order, dtype):
     assert np.abs(got - expected).max() < 1e-4
 
 
+def test_of_a_tiff_the_first_three_bands_are_used_where_a_range_is_stated_too():
+    array = values(24, 24, 5, dtype=np.uint16)
+    data = tiff_by("tifffile", array, photometric="minisblack", planarconfig="contig")
+    got = whole(data, channels=3, value_range=(0, 65535)).numpy()
+    assert np.abs(got.astype(int) - array.transpose(2, 0, 1)[:3]).max() <= 1
+    with pytest.raises(ValueError, match="the image has 5 bands, and model.in_chans is 3"):
+        whole(array, channels=3, value_range=(0, 65535))
+
+
 @pytest.mark.parametrize("bits", [8, 16])
 def test_white_may_be_zero(bits):
     pytest.importorskip("tifffile")

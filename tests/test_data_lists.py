@@ -4,7 +4,7 @@ import os
 import shutil
 
 import pytest
-from image_files import put
+from image_files import put, write_folder
 
 from ijepa_fast.data import ImageFolder, find_split, lists
 from ijepa_fast.data.datasets import open_sources
@@ -241,3 +241,21 @@ def test_class_folders_that_differ_in_case_alone_are_one(tmp_path):
     put(tmp_path, "train/Ant/a.png", "train/Bee/b.png", "test/ant/a.png", "test/BEE/b.png")
     assert open_sources(str(tmp_path)).test.labels.tolist() == [1, 0]
     assert os.listdir(tmp_path / "test")
+
+
+def test_every_file_of_a_list_is_asked_once(tmp_path, monkeypatch):
+    write_folder(tmp_path / "a", 5)
+    files = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.png"))
+    (tmp_path / "list.txt").write_text("\n".join(files))
+    asked, ask = [], os.stat
+
+    def spy(path, *rest, **options):
+        asked.append(str(path))
+        return ask(path, *rest, **options)
+
+    monkeypatch.setattr(os, "stat", spy)
+    source = ImageList(tmp_path / "list.txt")
+    listed = source.fingerprint
+    monkeypatch.undo()
+    assert sorted(path for path in asked if path.endswith(".png")) == [str(tmp_path / name) for name in files]
+    assert listed == ImageFolder(tmp_path / "a").fingerprint

@@ -176,6 +176,16 @@ def test_classes_in_words_and_in_json(tmp_path):
     assert len(source) == 2 and source.labels is None
 
 
+@pytest.mark.parametrize(
+    ("classes", "labels"),
+    [(["1", "2", "3"], [0, 1, 2]), (["0", "1", "2", "3"], [1, 2, 3]), (["ant", "bee", "cow", "doe"], [1, 2, 3])],
+)
+def test_numbers_are_names_of_the_training_classes_or_else_indices(tmp_path, classes, labels):
+    image = encoded(smooth_image(8, 8))
+    files = [member for n in (1, 2, 3) for member in ((f"{n}.png", image), (f"{n}.cls", b"%d" % n))]
+    assert TarShards([write_tar(tmp_path / "x.tar", files)], classes=classes).labels.tolist() == labels
+
+
 def test_a_cache_that_cannot_be_written_is_done_without(four, caplog):
     (four / "file").write_bytes(b"")
     assert len(TarShards([str(four / "set-0.tar")], cache=str(four / "file" / "below"))) == PER_SHARD

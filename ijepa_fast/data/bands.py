@@ -105,7 +105,8 @@ class ArrayBands:
 
     def misfit(self, pixels: Pixels) -> str | None:
         """Why no crops can be made of it, None if they can."""
-        if self.bands != pixels.channels and not (self.bands == 1 and pixels.channels == 3):
+        first_three = self.format == "TIFF" and self.bands > 3  # as where no range is stated
+        if self.bands != pixels.channels and not (pixels.channels == 3 and (self.bands == 1 or first_three)):
             return f"the image has {_counted(self.bands, 'band')}, and model.in_chans is {pixels.channels}"
         if pixels.value_range is None and self.white is None:
             return f"values of type {self.dtype} have no agreed range: state it, --loader.value_range '[LOW, HIGH]'"
@@ -282,7 +283,8 @@ class StoredBands:
         values = bands.read(level, rows, columns)
         inside = (left - columns.start, top - rows.start, right - columns.start, bottom - rows.start)
         out = np.stack(
-            [_resized(self._numbers(values[..., band]), inside, size) for band in range(values.shape[-1])], axis=-1
+            [_resized(self._numbers(band), inside, size) for band in np.moveaxis(values, -1, 0)[: pixels.channels]],
+            axis=-1,
         )
         out = out if out.dtype == np.uint8 else self._scaled(out)
         return out.repeat(3, axis=-1) if out.shape[-1] == 1 and pixels.channels == 3 else out

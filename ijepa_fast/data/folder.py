@@ -74,8 +74,12 @@ class ImageFiles:
         """Count of images and a hash of their sorted relative paths and sizes; the first use asks for every size."""
         digest = hashlib.sha256()
         for index in range(len(self)):
-            digest.update(self._paths[index] + b"\0%d\n" % os.stat(self.path(index)).st_size)
+            digest.update(self._paths[index] + b"\0%d\n" % self._size(index))
         return f"folder:{len(self)}:{digest.hexdigest()[:32]}"
+
+    def _size(self, index: int) -> int:
+        """Bytes of a file."""
+        return os.stat(self.path(index)).st_size
 
     def relative_paths(self) -> list[str]:
         return [os.fsdecode(self._paths[index]) for index in range(len(self))]

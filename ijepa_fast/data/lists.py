@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import csv
-import io
 import logging
 import os
 import re
+import stat
+import sys
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TextIO
+
+import numpy as np
 
 from ijepa_fast.data.folder import ImageFiles
 
@@ -48,39 +52,53 @@ def read_table(file) -> Table:
         ValueError: it is empty, no text, its quotes do not match, or a line lacks a path.
     """
     path = Path(file).expanduser()
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is no text in UTF-8: {error}") from error
-    if path.suffix.lower() == ".txt":
-        rows, columns = [[line.strip()] for line in text.split("\n") if line.strip()], [0, None, None]
-    else:
-        first = text.partition("\n")[0]
-        between = max(",;\t", key=first.count)
-        reader = csv.reader(io.StringIO(text), delimiter=between, strict=True)
+    columns, found = None, ([], [], [])
+    with path.open(encoding="utf-8-sig") as lines:
         try:
-            rows = [fields for row in reader if any(fields := [field.strip() for field in row])]
-        except csv.Error as error:
-            raise ValueError(f"{path} is no table, line {reader.line_num}: {error}") from error
-        names = [field.casefold() for field in rows[0]] if rows else []
-        kinds = (_PATH, _LABEL, _SPLIT)
-        columns = [next((names.index(name) for name in kind if name in names), None) for kind in kinds]
-        if columns == [None, None, None]:
-            columns = [0, 1 if len(names) > 1 else None, None]
-        elif columns[0] is None:
-            raise ValueError(f"{path} has no column of paths: call one of {', '.join(names)} path")
-        else:
-            rows = rows[1:]
-    if not rows:
+            # Row by row: a list of all fields would take several times the room of what is kept.
+            for row in _rows(path, lines):
+                if columns is None:
+                    columns, names_them = _columns(path, row)
+                    if names_them:
+                        continue
+                if len(row) <= columns[0] or not row[columns[0]]:
+                    raise ValueError(f"{path} has a line without a path: {','.join(row)!r}")
+                for place, kept in zip(columns, found, strict=True):
+                    if place is not None:
+                        kept.append(sys.intern(row[place]) or None if len(row) > place else None)
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} is no text in UTF-8: {error}") from error
+    if not found[0]:
         raise ValueError(f"{path} names no images")
-    for row in rows:
-        if len(row) <= columns[0] or not row[columns[0]]:
-            raise ValueError(f"{path} has a line without a path: {','.join(row)!r}")
+    return Table(*(None if place is None else kept for place, kept in zip(columns, found, strict=True)))
 
-    def column(place: int | None) -> list[str | None] | None:
-        return None if place is None else [row[place] or None if len(row) > place else None for row in rows]
 
-    return Table(column(columns[0]), column(columns[1]), column(columns[2]))
+def _rows(path: Path, lines: TextIO) -> Iterator[list[str]]:
+    """The fields of each line that is not empty."""
+    if path.suffix.lower() == ".txt":
+        yield from ([line.strip()] for line in lines if line.strip())
+        return
+    first = lines.readline()
+    reader = csv.reader(chain([first], lines), delimiter=max(",;\t", key=first.count), strict=True)
+    try:
+        for row in reader:
+            if any(fields := [field.strip() for field in row]):
+                yield fields
+    except csv.Error as error:
+        raise ValueError(f"{path} is no table, line {reader.line_num}: {error}") from error
+
+
+def _columns(path: Path, first: list[str]) -> tuple[list[int | None], bool]:
+    """Where path, class and split stand (None where they do not), and whether the first row says so."""
+    if path.suffix.lower() == ".txt":
+        return [0, None, None], False
+    names = [field.casefold() for field in first]
+    columns = [next((names.index(name) for name in kind if name in names), None) for kind in (_PATH, _LABEL, _SPLIT)]
+    if columns == [None, None, None]:
+        return [0, 1 if len(names) > 1 else None, None], False
+    if columns[0] is None:
+        raise ValueError(f"{path} has no column of paths: call one of {', '.join(names)} path")
+    return columns, True
 
 
 class ImageList(ImageFiles):
@@ -112,7 +130,8 @@ class ImageList(ImageFiles):
             place = os.path.normpath(os.path.join(beside, os.path.expanduser(table.paths[row]))).replace("//", "/", 1)
             if wanted.setdefault(place, row) != row:
                 raise ValueError(f"{file} lists an image twice: {place}")
-        if missing := [path for path in wanted if not os.path.isfile(path)]:
+        sizes = {path: _size_of(path) for path in wanted}
+        if missing := [path for path, size in sizes.items() if size is None]:
             raise FileNotFoundError(
                 f"{len(missing)} of the {len(wanted)} files in {file} do not exist, the first being {missing[0]}"
             )
@@ -120,10 +139,23 @@ class ImageList(ImageFiles):
         below = len(os.path.join(root, ""))
         relative = {path[below:].replace(os.sep, "/"): row for path, row in wanted.items()}
         super().__init__(Path(root), relative, **pixels)
+        self._sizes = np.array([sizes[self.path(index)] for index in range(len(self))], dtype=np.int64)
         if table.labels is not None and any(table.labels[row] for row in rows):
             self.label([table.labels[relative[path]] for path in self.relative_paths()], classes)
         elif classes is not None:
             raise ValueError(f"{file} names no classes: a second column with them is needed")
+
+    def _size(self, index: int) -> int:
+        return int(self._sizes[index])  # as it was when the list was read, so that every file is asked once
+
+
+def _size_of(path: str) -> int | None:
+    """Bytes of a file, None where there is none."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return status.st_size if stat.S_ISREG(status.st_mode) else None
 
 
 def _of_split(file, splits: list[str | None], training: bool) -> list[int]:

@@ -132,12 +132,12 @@ class TarShards:
             log.warning("damaged shard %s: %s", shard, reason)
 
     def _label(self, names: list[str], classes: Sequence[str] | None) -> None:
-        """Numbers are indices where most classes are numbers; else all are names."""
+        """Numbers are indices where most classes are numbers, unless all are names of given classes; else names."""
         found = set(names) - {""}
         if not found:
             return
         numbers = {name for name in found if name.isdecimal() and int(name) < _MOST_NUMBERED}
-        if 2 * len(numbers) > len(found):
+        if 2 * len(numbers) > len(found) and not (classes is not None and found <= set(classes)):
             largest = max(map(int, numbers))
             self.classes = [str(number) for number in range(largest + 1)] if classes is None else list(classes)
             if largest >= len(self.classes):

@@ -72,7 +72,7 @@ def announce(train: Source, test: Source | None) -> None:
         formats, bands, kinds_of_values = zip(*(look[:3] for look in looked), strict=True)
         parts.append(f"{_listed(formats)}, {_listed(bands)} x {_listed(kinds_of_values)}, {values}")
         warnings += _of_values(train, looked, low, high)
-        if max(bands) > 3 and "TIFF" in formats and looked[0].plain:
+        if max(bands) > 3 and "TIFF" in formats and (looked[0].plain or pixels_of(train).channels == 3):
             warnings.append(
                 f"TIFF files with {max(bands)} bands: the first three are used as red, green and blue, no others; "
                 f"--model.in_chans {max(bands)} uses all"
