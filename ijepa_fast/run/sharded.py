@@ -1,7 +1,8 @@
 """Checkpoints in shards: a folder with one safetensors file for each rank that wrote, and about.json beside them.
 
 torch.distributed.checkpoint writes and reads them. The header of each file says where its shards lie in the whole
-tensors, so any number of ranks can read them, each its own share. Nothing is ever pickled.
+tensors, so any number of ranks can read them, each its own share; about.json knows the checksums of the files. Nothing
+is ever pickled.
 
 The folder gets its name when all files in it are whole and on the disk; until then it is called NAME.partial.
 """
@@ -129,7 +130,8 @@ def about(folder: Path) -> dict:
         ValueError, OSError: they are not.
     """
     found = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
-    if not isinstance(found, dict) or found.get("format") != FORMAT or not isinstance(found.get("files"), dict):
+    tables = isinstance(found, dict) and [found.get("files"), found.get("sha256", {})]
+    if not tables or found.get("format") != FORMAT or not all(isinstance(table, dict) for table in tables):
         raise ValueError(f"its {ABOUT} is none of a checkpoint of format {FORMAT}")
     for name, size in found["files"].items():
         path = folder / name
