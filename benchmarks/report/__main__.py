@@ -3,9 +3,9 @@
     python -m benchmarks.report [--check]
 
 Reads ``benchmarks/results/*.json`` and writes ``benchmarks/RESULTS.md``, what stands between the marks in README.md,
-docs/performance.md, docs/masks.md and docs/precision.md, and the charts in docs/images. ``--check`` writes nothing and
-fails where a text is not what it would write. A section without results says that nothing was measured yet. Times of a
-GPU run whose tests failed are not shown.
+docs/performance.md, docs/masks.md, docs/precision.md and docs/data.md, and the charts in docs/images. ``--check``
+writes nothing and fails where a text is not what it would write. A section without results says that nothing was
+measured yet. Times of a GPU run whose tests failed are not shown.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.report.sections import demo, mask_rates, precision, results_page, speed
+from benchmarks.report.sections import demo, loading, mask_rates, precision, results_page, speed
 from benchmarks.results_files import Reports, between, load
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -29,6 +29,7 @@ def pages(root: Path, reports: Reports) -> dict[Path, str]:
         ("README.md", "demo table", demo(reports)),
         ("docs/masks.md", "mask rates", mask_rates(reports, "../benchmarks/results")),
         ("docs/precision.md", "precision", precision(reports)),
+        ("docs/data.md", "loading", loading(reports, "../benchmarks/results")),
     )
     texts: dict[Path, str] = {}
     for name, of, content in marked:

@@ -280,6 +280,40 @@ def mask_rates(reports: Reports, results: str) -> str:
     )
 
 
+def loading(reports: Reports, results: str) -> str:
+    """Images per second of processor time of loaders, and the memory of a worker; ``results`` as above."""
+    if not reports.get("loading"):
+        return f"Rates of loading: {NOT_MEASURED}."
+    report = reports["loading"][-1]
+    cells: dict[str, dict[tuple[str, int], float]] = {}
+    for row in report["rates"]:
+        cells.setdefault(row["contender"], {})[row["images"], row["crop"]] = row["images_per_second"]
+    heads = list(dict.fromkeys(place for row in cells.values() for place in row))
+    rows = [[name, *(f"{row[place]:.0f}" if place in row else "" for place in heads)] for name, row in cells.items()]
+    ours = cells["ijepa_fast"]
+    ratios = {
+        other: " and ".join(f"{ours[place] / cells[other][place]:.2f}" for place in heads if place[0] == "photographs")
+        for other in ("plain Pillow", "plain Pillow, uint8")
+    }
+    of = {
+        name: "{count} {name} (in the middle {0} x {1}, {mean_kb:.0f} kB)".format(
+            *each["median_size"], name=name, **each
+        )
+        for name, each in report["images"].items()
+    }
+    memory = [row["private_mb"] for row in report["memory"]]
+    packages = ", ".join(f"{name} {number}" for name, number in report["packages"].items())
+    return (
+        f"Decoded and cropped images per second of processor time, workers and the process that takes the batches "
+        f"together: {' and '.join(of.values())}, from [{report['file']}]({results}/{report['file']}) "
+        f"({on(report['machine'])}; {packages}). {' '.join(report['notes'])}\n\n"
+        + table(["", *(f"{name}, {side} px" for name, side in heads)], rows)
+        + f"\n\nOn untouched photographs: {ratios['plain Pillow']} times plain Pillow (aimed at: {report['bar']})"
+        f", and {ratios['plain Pillow, uint8']} times it without the normalised floats. A worker's own memory was "
+        f"{min(memory)} to {max(memory)} MB over {report['memory'][-1]['samples']:,} samples."
+    )
+
+
 def masks(reports: Reports) -> list[str]:
     parts = ["## Masks"]
     for report in reports.get("masks", []):
