@@ -1,5 +1,7 @@
 """Mixtures: which image is the n-th of a run, whatever the ranks, workers and restarts."""
 
+import io
+import tarfile
 from dataclasses import replace
 from itertools import pairwise
 
@@ -7,12 +9,14 @@ import numpy as np
 import pytest
 import torch
 from image_files import write_folder
+from PIL import Image
 from tiny import tiny_run
 
 from ijepa_fast.config import from_dict
 from ijepa_fast.data import ImageFolder, Mixture, TrainLoader
 from ijepa_fast.data.bands import Pixels
 from ijepa_fast.data.datasets import open_sources
+from ijepa_fast.data.indexed import write_index
 from ijepa_fast.data.order import epoch_permutation
 from ijepa_fast.run.callbacks import Callback
 from ijepa_fast.run.checkpoint import CheckpointError
@@ -203,6 +207,30 @@ def test_settings_name_a_mixture(folders, caplog):
     train, test = open_sources(**config.images)
     assert (len(train), train.shares, test) == (20, [0.75, 0.25], None)
     assert f"75 % of the images come from {folders[0]}, which has 6" in caplog.text
+
+
+def test_folders_lists_shards_and_indexes_together(folders, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    files = sorted(folders[1].rglob("*.png"))
+    (tmp_path / "list.csv").write_text("".join(f"{path},{path.parent.name}\n" for path in files))
+    for name in ("a", "b"):
+        with tarfile.open(tmp_path / f"{name}.tar", "w") as tar:
+            for number, path in enumerate(files[4:9]):
+                tar.add(path, f"{number}.png")
+                about = tarfile.TarInfo(f"{number}.cls")
+                about.size = 3
+                tar.addfile(about, io.BytesIO(path.parent.name.encode()))
+    write_index([tmp_path / "b.tar"], tmp_path / "b.index.npz")
+    places = [folders[0], tmp_path / "list.csv", tmp_path / "a.tar", (tmp_path / "b.index.npz").as_uri()]
+    train, _ = open_sources([{"path": str(place)} for place in places])
+    kinds = [type(source).__name__ for source in train.sources]
+    assert kinds == ["ImageFolder", "ImageList", "TarShards", "IndexedShards"]
+    assert (len(train), train.classes) == (6 + 14 + 5 + 5, ["ant", "bee"])
+    with train.open(20) as one, train.open(25) as other, Image.open(files[4]) as expected:
+        assert one.tobytes() == other.tobytes() == expected.tobytes()
+    (batch,) = TrainLoader(train, image_size=16, global_batch=8, seed=SEED, num_steps=1)
+    counts = [sum(low <= i < high for i in batch.indices.tolist()) for low, high in pairwise((0, 6, 20, 25, 30))]
+    assert counts == [2, 2, 2, 2] and not batch.failures
 
 
 def test_a_run_on_a_mixture_resumes_and_refuses_other_weights(folders, tmp_path):
