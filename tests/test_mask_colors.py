@@ -115,5 +115,18 @@ def test_jepa_model_takes_them_in_its_masks():
     assert not torch.allclose(seen, plain)
 
 
+def test_jepa_model_trains_a_projector():
+    weights = {"variance_weight": 2.5, "covariance_weight": 0.1, "invariance_weight": 1.25}
+    model = tiny(masks={"per_image": 2, "color_jitter": 0.3}, projector_dim=24, **weights)
+    optimizer = torch.optim.AdamW(model.parameters())
+    before = model.predictor.projector.fc2.weight.detach().clone()
+    loss, metrics = model(jepa_images())
+    loss.backward()
+    optimizer.step()
+    assert metrics["invariance_loss"] > 0 and not torch.equal(model.predictor.projector.fc2.weight, before)
+    with pytest.raises(ValueError, match="projector_dim must be at least 1, got 0"):
+        tiny(projector_dim=0, **weights)
+
+
 def test_masks_move_with_their_colours():
     assert make_masks(GRID, 2, color_jitter=0.5).to("meta").colors.device.type == "meta"

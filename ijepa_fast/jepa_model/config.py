@@ -40,6 +40,7 @@ class JEPAConfig:
         loss: l2 (paper), smooth_l1 (official code) or l1, between prediction and layer-normalised target features.
         variance_weight, covariance_weight, invariance_weight: weights of VICReg's terms, which keep features of small
             data sets from collapsing, see ``ijepa_fast.model.jepa.Objective``.
+        projector_dim: width of two layers between pooled context features and these terms. None: no layers.
         ema_momentum: momentum of the target encoder; with total_steps, its value at the start.
         final_momentum: its value after total_steps.
         momentum_shape: its curve between them: cosine, or linear as in the official code.
@@ -75,6 +76,7 @@ class JEPAConfig:
     variance_weight: float = 0.0
     covariance_weight: float = 0.0
     invariance_weight: float = 0.0
+    projector_dim: int | None = None
     ema_momentum: float = 0.996
     final_momentum: float = 1.0
     momentum_shape: Literal["cosine", "linear"] = "cosine"
@@ -89,8 +91,10 @@ class JEPAConfig:
 
     def __post_init__(self) -> None:
         # What the parts do not check themselves: networks, ``MaskConfig`` and ``Objective`` refuse the rest.
-        for name in ("in_chans", "encoder_dim", "predictor_dim"):
+        for name in ("in_chans", "encoder_dim", "predictor_dim", "projector_dim"):
             value = getattr(self, name)
+            if value is None and name == "projector_dim":
+                continue
             if not isinstance(value, int):
                 raise ValueError(f"{name} must be one whole number, got {value!r}")
             if value < 1:
@@ -151,6 +155,7 @@ class JEPAConfig:
             self.predictor_depth,
             self.predictor_heads,
             self.predictor_mlp_ratio,
+            projector_dim=self.projector_dim,
             **shared,
         )
         names = ("variance_weight", "covariance_weight", "invariance_weight")
