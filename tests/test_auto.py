@@ -44,7 +44,7 @@ def test_on_a_cpu_every_size_has_64_patches_and_the_run_fits_its_time(side, size
     assert config.optim.schedules(config.train.steps, 5000 // config.train.batch_size)  # the warm-up fits
 
 
-@pytest.mark.parametrize(("count", "batch"), [(16, 4), (100, 16), (600, 128), (10**6, 128)])
+@pytest.mark.parametrize(("count", "batch"), [(16, 4), (100, 16), (600, 64), (10**6, 64)])
 def test_a_batch_is_at_most_a_quarter_of_the_set(count, batch):
     assert auto.own_images(BASE, auto.Images(count, 96), CPU, lambda device: 1e11)["train.batch_size"] == batch
 
@@ -66,8 +66,8 @@ def test_length_and_warm_up_follow_what_is_named():
         assert config.optim.schedules(total, per_epoch).warmup_steps == pytest.approx(total / 10, abs=2, rel=0.1)
         return config.train.batch_size, total
 
-    assert settled(steps=20) == (128, 20)
-    assert settled(epochs=5.0) == (128, 20)
+    assert settled(steps=20) == (64, 20)
+    assert settled(epochs=5.0) == (64, 45)
     assert settled(epochs=5.0, steps=30)[1] == 30
     assert settled(batch_size=8)[0] == 8
 
