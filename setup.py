@@ -135,6 +135,7 @@ EXTRAS["test"] = [
     "tifffile>=2024.8.10",
     *EXTRAS["huggingface"],
     *EXTRAS["lightning"],
+    *EXTRAS["datasets"],
     *EXTRAS["evaluate"],
     "hypothesis>=6.100",
     "pytest>=8",

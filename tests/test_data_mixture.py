@@ -188,6 +188,8 @@ def test_what_cannot_be_mixed(folders):
         (["a"], r"each part of data must be \{path: PLACE, weight: NUMBER\}, got 'a'"),
         ([{"path": "a", "wieght": 1}], "got .*wieght"),
         ([{"weight": 1}], "got .*weight"),
+        ([{"path": "a"}, {"pth": "b"}], "got .*pth"),
+        ([{"path": "a"}, "b"], "got 'b'"),
         ([{"path": "rendered"}], "not 'rendered'"),
         ([{"path": "a"}, {"path": "a", "weight": 2}], "data names a twice"),
         ({"path": "a"}, "must be a place, or a list"),

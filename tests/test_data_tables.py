@@ -15,7 +15,6 @@ from ijepa_fast.data import TrainLoader
 from ijepa_fast.data.datasets import open_sources
 from ijepa_fast.data.tables import TableImages, names_table
 
-needs_datasets = pytest.mark.skipif(find_spec("datasets") is None, reason="the extra datasets is not installed")
 CLASSES = ["ant", "bee", "cow"]
 FILES = [encoded(smooth_image(40 + number, 36, seed=number), "JPEG") for number in range(12)]
 
@@ -50,7 +49,6 @@ def holds(source, rows):
             assert np.array_equal(pixels(image), pixels(Image.open(io.BytesIO(FILES[row]))))
 
 
-@needs_datasets
 def test_a_saved_data_set(tmp_path):
     dataset().save_to_disk(tmp_path / "set")
     train, test = open_sources(str(tmp_path / "set"))
@@ -62,7 +60,6 @@ def test_a_saved_data_set(tmp_path):
         train.open(12)
 
 
-@needs_datasets
 def test_splits_of_a_saved_set(tmp_path):
     import datasets
 
@@ -77,7 +74,6 @@ def test_splits_of_a_saved_set(tmp_path):
         open_sources(str(tmp_path / "other"))
 
 
-@needs_datasets
 @pytest.mark.parametrize("where", ["", "data/", "split"])
 def test_parquet_files_of_the_hub(tmp_path, where):
     names = {"train-00000-of-00002": range(5), "train-00001-of-00002": range(5, 9), "test-00000-of-00001": range(9, 12)}
@@ -91,7 +87,6 @@ def test_parquet_files_of_the_hub(tmp_path, where):
     assert train.classes == test.classes == CLASSES
 
 
-@needs_datasets
 def test_parquet_files_of_others(tmp_path):
     import pyarrow as pa
     import pyarrow.parquet
@@ -108,7 +103,6 @@ def test_parquet_files_of_others(tmp_path):
         open_sources(str(tmp_path))
 
 
-@needs_datasets
 def test_whole_numbers_are_classes_by_their_value():
     source = TableImages(dataset([9, 10, 11, 0], typed=False))
     assert source.classes == ["0", "1", "2"] and source.labels.tolist() == [0, 1, 2, 0]
@@ -118,7 +112,6 @@ def test_whole_numbers_are_classes_by_their_value():
         TableImages(dataset([2], typed=False), classes=["0", "1"])
 
 
-@needs_datasets
 def test_batches_are_those_of_the_same_files_in_a_folder(tmp_path):
     for row, data in enumerate(FILES):
         (tmp_path / f"{row:02d}.jpg").write_bytes(data)
@@ -134,7 +127,6 @@ def test_batches_are_those_of_the_same_files_in_a_folder(tmp_path):
         assert torch.equal(one.images, other.images) and torch.equal(third.images, one.images)
 
 
-@needs_datasets
 def test_the_fingerprint_is_that_of_the_rows(tmp_path):
     dataset().save_to_disk(tmp_path / "one")
     dataset().to_parquet(tmp_path / "two" / "a.parquet")
@@ -146,7 +138,6 @@ def test_the_fingerprint_is_that_of_the_rows(tmp_path):
     holds(TableImages(turned), list(reversed(range(12))))
 
 
-@needs_datasets
 def test_a_row_without_an_image_is_bad(tmp_path):
     import datasets
 
@@ -171,3 +162,50 @@ def test_the_extra_is_named_where_it_is_missing(tmp_path, monkeypatch):
         RuntimeError, match=r"need the package datasets; in the checkout: pip install -e '\.\[datasets\]'"
     ):
         open_sources(str(tmp_path))
+
+
+@pytest.mark.parametrize("labels", [[-1] * 12, [1] * 12, [-1, 2] * 6], ids=["unknown", "one class", "one and unknown"])
+def test_a_column_that_tells_no_two_classes_apart_is_none(labels):
+    unlabelled = dataset().remove_columns("label").add_column("label", labels)
+    train = TableImages(unlabelled.cast_column("label", type_of_label()))
+    assert train.labels is None and train.classes is None
+
+
+def test_test_images_without_any_class_are_left_out(tmp_path, caplog):
+    import datasets
+
+    test = dataset().remove_columns("label").add_column("label", [-1] * 12).cast_column("label", type_of_label())
+    datasets.DatasetDict({"train": dataset(), "test": test}).save_to_disk(tmp_path / "set")
+    train, test = open_sources(str(tmp_path / "set"))
+    assert train.labels is not None and test is None
+    assert "probe and final k-NN are left out" in caplog.text
+
+
+def test_the_fingerprint_of_a_table_of_paths_is_of_the_paths(tmp_path):
+    import datasets
+
+    def of(*names):
+        rows = {"image": [{"bytes": None, "path": name} for name in names]}
+        return TableImages(datasets.Dataset.from_dict(rows, datasets.Features({"image": datasets.Image()}))).fingerprint
+
+    assert len({of("a/0.png", "a/1.png"), of("b/0.png", "b/1.png"), of("a/1.png", "a/0.png")}) == 3
+    bare = datasets.Dataset.from_dict({"image": [{"bytes": file} for file in FILES[:3]]})
+    assert TableImages(bare).fingerprint == TableImages(bare).fingerprint
+    holds(TableImages(bare.with_format("pandas")), range(3))
+
+
+def test_folders_of_images_or_shards_are_no_tables(tmp_path):
+    write_folder(tmp_path / "images", 4)
+    (tmp_path / "images" / "dataset_info.json").write_text("{}")
+    assert not names_table(str(tmp_path / "images"))
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    for name in ("00000.tar", "00000.parquet"):
+        (shards / name).write_bytes(b"")
+    assert not names_table(str(shards))
+
+
+def type_of_label():
+    import datasets
+
+    return datasets.ClassLabel(names=CLASSES)

@@ -23,7 +23,7 @@ from ijepa_fast.optim.step_tensors import local
 from ijepa_fast.ranks import Ranks, ranks
 from ijepa_fast.run import checkpoint as checkpoints
 from ijepa_fast.run import sharded
-from ijepa_fast.run.build import mesh_of
+from ijepa_fast.run.build import check_batches, mesh_of
 from ijepa_fast.run.checkpoint import Checkpoint, CheckpointDamaged
 from ijepa_fast.run.saving import Saver
 from ijepa_fast.step.sharding import shard, shard_mesh
@@ -341,12 +341,13 @@ def test_what_cannot_be_is_refused(tmp_path, monkeypatch):
         ({"parallel": "zero"}, "train.parallel must be ddp, fsdp or hsdp"),
         ({"shards": 2}, "train.shards 2 is for train.parallel hsdp, got ddp"),
         ({"reduce": "fp8"}, "train.reduce must be fp32 or bf16"),
-        ({"reduce": "bf16"}, "train.reduce bf16 is for train.parallel fsdp and hsdp"),
         ({"timeout": 0}, "train.timeout must be positive"),
         ({"parallel": "fsdp", "precision": "fp16"}, "need train.precision bf16 or fp32, got fp16"),
     ):
         with pytest.raises(ValueError, match=message):
             changed(**settings)
+    with pytest.raises(ValueError, match="train.reduce bf16 is for train.parallel fsdp and hsdp"):
+        check_batches(changed(reduce="bf16"), Ranks(0, 1, torch.device("cpu")))
     for options, message in (
         ({"blocks": "fused"}, "step.blocks fused needs whole weights"),
         ({"capture": True, "device": "auto"}, "step.capture needs whole weights"),

@@ -90,11 +90,6 @@ class TrainConfig:
             raise ValueError(f"train.reduce must be fp32 or bf16, got {self.reduce!r}")
         if self.shards is not None and self.parallel != "hsdp":
             raise ValueError(f"train.shards {self.shards} is for train.parallel hsdp, got {self.parallel}")
-        if self.reduce != "fp32" and self.parallel == "ddp":
-            raise ValueError(
-                f"train.reduce {self.reduce} is for train.parallel fsdp and hsdp; ddp sums gradients in the precision "
-                "of their weights"
-            )
         for name in ("batch_size", "accumulate", "log_every", "save_every", "keep"):
             if getattr(self, name) < 1:
                 raise ValueError(f"train.{name} must be at least 1, got {getattr(self, name)}")
@@ -230,7 +225,9 @@ def _parts(parts: object) -> tuple[dict[str, str | float], ...]:
         path = part["path"]
         if not isinstance(path, str) or path == "rendered":
             raise ValueError(f"data can mix folders, lists, shards and their indexes, not {path!r}")
-        if [other["path"] for other in parts].count(path) > 1:
+    paths = [part["path"] for part in parts]
+    for path in paths:
+        if paths.count(path) > 1:
             raise ValueError(f"data names {path} twice")
     return tuple({"path": part["path"], "weight": part.get("weight", 1)} for part in parts)
 

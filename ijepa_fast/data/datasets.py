@@ -84,7 +84,12 @@ def open_sources(data: Data, evaluation_data: str | None = None, labels: str | N
         return Sources(train, None)
 
 
-def _labelled_by_table(data: str, evaluation_data: str | None, labels: str, pixels: dict) -> Sources:
+def _labelled_by_table(
+    data: str | Sequence[Mapping], evaluation_data: str | None, labels: str, pixels: dict
+) -> Sources:
+    if not isinstance(data, str) or names_table(data):
+        kind = "a mixture takes those of its places" if not isinstance(data, str) else "tables have a column of them"
+        raise ValueError(f"labels are for folders and lists of images; {kind}: {data}")
     train, beside = _open_training(data, pixels)
     place = evaluation_data or beside
     test = None if place is None else _open_labelled(place, None, pixels)
@@ -162,7 +167,7 @@ def _open_labelled(data: str, classes: list[str] | None, pixels: dict) -> Source
     if names_table(data):
         table = TableImages(open_table(data, training=False)[0], classes=classes, name=data, **pixels)
         if table.labels is None:
-            raise ValueError(f"{data} cannot be used for evaluation: it has no column of labels")
+            raise ValueError(f"{data} cannot be used for evaluation: it has no labels")
         return table
     if not _are_shards(data):
         return ImageFolder(data, class_folders=classes is not None, classes=classes, **pixels)

@@ -71,7 +71,7 @@ class Mixture:
             log.info("the sources do not all have the same classes, so labels are not used: %s differs", others[0])
         else:
             self.labels = np.concatenate([source.labels for source in sources])
-        self._orders: dict[tuple[int, int, int], np.ndarray] = {}
+        self._orders: list[dict[tuple[int, int], np.ndarray]] = [{} for _ in sources]
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -118,7 +118,6 @@ class Mixture:
         """
         indices, epochs = np.empty((2, global_batch), dtype=np.int64)
         rows, first = np.arange(global_batch), step * global_batch
-        used = {}
         for number in reversed(range(len(self.sources))):
             # Python's integers: first * numerator may be larger than 64 bits hold.
             earlier, rest = divmod(first * self._before[number].numerator, self._before[number].denominator)
@@ -126,14 +125,17 @@ class Mixture:
             left = np.diff(counts // self._before[number].denominator).astype(bool)
             mine, count = rows[~left], len(self.sources[number])
             epoch, place = np.divmod(first - earlier + np.arange(len(mine)), count)
+            # An order of millions is drawn once: of a rare source it is kept over the steps that have none of its images.
+            known, orders = self._orders[number], {}
             for each in np.unique(epoch).tolist():
-                key = seed, number, each
-                used[key] = self._orders[key] if key in self._orders else epoch_permutation(seed, each, count)
+                key = seed, each
+                orders[key] = known[key] if key in known else epoch_permutation(seed, each, count)
                 where = epoch == each
-                indices[mine[where]] = used[key][place[where]] + (self._ends[number] - count)
+                indices[mine[where]] = orders[key][place[where]] + (self._ends[number] - count)
+            if orders:
+                self._orders[number] = orders
             epochs[mine] = epoch
             rows, first = rows[left], earlier
-        self._orders = used
         return StepSamples(step, 0, indices, epochs)
 
 

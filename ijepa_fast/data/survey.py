@@ -13,6 +13,7 @@ from ijepa_fast.data.bands import SCANNER_EXTENSIONS, pixels_of
 from ijepa_fast.data.decode import as_bands, bands_of, flatten, opened, quietly
 from ijepa_fast.data.folder import kinds
 from ijepa_fast.data.loader import EvalLoader
+from ijepa_fast.data.mixture import Mixture
 from ijepa_fast.data.remote import RemoteShards
 from ijepa_fast.data.source import Source
 
@@ -60,7 +61,7 @@ def announce(train: Source, test: Source | None) -> None:
     if test is not None:
         parts.append(f"test images: {_counted(test)}")
     warnings = []
-    looked = [look for index in _spread(len(train), LOOKED_AT) if (look := _look(train, index)) is not None]
+    looked = [look for index in _spread(train, LOOKED_AT) if (look := _look(train, index)) is not None]
     if looked:
         low, high = min(look.low for look in looked), max(look.high for look in looked)
         values = f"values {low:g} to {high:g}{' of 255' if looked[0].plain else ''} in the {len(looked)} looked at"
@@ -116,7 +117,7 @@ def measured(source: Source, image_size, workers: int | str = 0) -> tuple[tuple[
     Raises:
         ValueError: a channel has one value everywhere.
     """
-    loader = EvalLoader(source, image_size, 32, workers, indices=_spread(len(source), MEASURED), resize_ratio=1.0)
+    loader = EvalLoader(source, image_size, 32, workers, indices=_spread(source, MEASURED), resize_ratio=1.0)
     count, sums, squares = 0, 0.0, 0.0
     for batch in loader:
         values = batch.images.double() / torch.iinfo(batch.images.dtype).max
@@ -139,7 +140,11 @@ def _counted(source: Source) -> str:
     return f"{len(source)}{classes}{place}"
 
 
-def _spread(count: int, wanted: int) -> list[int]:
+def _spread(source: Source, wanted: int) -> list[int]:
+    """Images from all over a source, and as many from each part of a mixture as a run sees."""
+    count = len(source)
+    if isinstance(source, Mixture):
+        return source.sample_indices(0, min(count, wanted), seed=0).indices.tolist()
     return np.linspace(0, count - 1, min(count, wanted)).round().astype(int).tolist()
 
 

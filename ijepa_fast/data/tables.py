@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 import re
 from collections.abc import Sequence
 from functools import cached_property
@@ -22,8 +23,6 @@ from ijepa_fast.data.folder import holds_images, in_order
 
 _IMAGE = ("image", "img", "jpg", "jpeg", "png", "webp", "image_bytes", "bytes")
 _LABEL = ("label", "labels", "cls", "class", "class_name", "category", "target", "fine_label")
-_SAVED = ("dataset_info.json", "dataset_dict.json")
-"""Files that ``save_to_disk`` leaves beside a data set, or several by their splits."""
 _SPLITS = {
     kind: re.compile(rf"(^|[^a-z])({names})([^a-z]|$)", re.IGNORECASE)
     for kind, names in (("train", "train|training"), ("val", "val|valid|validation|dev"), ("test", "test|testing"))
@@ -31,16 +30,25 @@ _SPLITS = {
 
 
 def names_table(data: str) -> bool:
-    """Whether a setting names a folder of ``save_to_disk``, or one of parquet files and no images."""
+    """Whether a setting names a folder of ``save_to_disk``, or one of parquet files and no images or shards."""
     folder = Path(data).expanduser()
     if not folder.is_dir():
         return False
-    return any((folder / name).is_file() for name in _SAVED) or bool(_parquet(folder) and not holds_images(folder))
+    if _is_saved(folder):
+        return True
+    return bool(_parquet(folder)) and not holds_images(folder) and not any(folder.glob("*.tar"))
+
+
+def _is_saved(folder: Path) -> bool:
+    """Whether ``save_to_disk`` has left its files beside a data set, or beside several by their splits."""
+    one = all((folder / name).is_file() for name in ("dataset_info.json", "state.json"))
+    return one or (folder / "dataset_dict.json").is_file()
 
 
 def _parquet(folder: Path) -> list[Path]:
     """Parquet files in a folder, in its folder ``data``, and in those named as splits."""
-    below = [place for place in folder.iterdir() if place.name == "data" or _kind(place.name)]
+    with os.scandir(folder) as entries:  # which knows folders without asking the disk for each of a million files
+        below = [Path(e.path) for e in entries if e.is_dir() and (e.name == "data" or _kind(e.name))]
     return sorted(path for place in (folder, *below) for path in place.glob("*.parquet") if path.name[0] != ".")
 
 
@@ -62,7 +70,7 @@ def open_table(data: str, training: bool) -> tuple:
         ) from error
 
     folder = Path(data).expanduser()
-    if any((folder / name).is_file() for name in _SAVED):
+    if _is_saved(folder):
         saved = datasets.load_from_disk(str(folder))
         parts = dict(saved) if isinstance(saved, dict) else {"": saved}
     else:
@@ -92,7 +100,8 @@ class TableImages:
         pixels: see `Pixels`.
 
     Attributes:
-        labels: int64 [n], -1 where a row has none, from a column called label, class or the like; None without one.
+        labels: int64 [n], -1 where a row has none, from a column called label, class or the like. None without one, and
+            where no two classes (of test images: no class at all) occur in it.
         classes: names of the ClassLabel type; else the distinct values, in order; None without labels.
 
     Raises:
@@ -108,7 +117,7 @@ class TableImages:
         self._column = _image_column(dataset.features, name)
         if isinstance(dataset.features[self._column], datasets.Image):
             dataset = dataset.cast_column(self._column, datasets.Image(decode=False))
-        self._images = dataset.select_columns([self._column])
+        self._images = dataset.select_columns([self._column]).with_format(None)
         self.labels = self.classes = None
         column = next((label for label in _LABEL if label in dataset.features), None)
         if column is not None:
@@ -122,6 +131,9 @@ class TableImages:
             names = in_order(set(texts) - {None})
         else:
             texts = [None if value is None or value < 0 else names[value] for value in values]
+        # Sets without classes often have the column all the same, with -1 in every row.
+        if len(set(texts) - {None}) < (2 if wanted is None else 1):
+            return
         self.classes = list(names) if wanted is None else list(wanted)
         label_of = {name: label for label, name in enumerate(self.classes)}
         if strangers := sorted({text for text in texts if text is not None and text not in label_of}):
@@ -155,17 +167,18 @@ class TableImages:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Count of images and a hash of the sizes of their files, in order; of their paths, where it holds no files."""
+        """Count of images and a hash of the sizes of their files, in order; of a path, where a row holds no file."""
         import pyarrow as pa
         import pyarrow.compute as compute
 
         digest = hashlib.sha256()
         images = self._images.flatten_indices() if self._images._indices is not None else self._images
         for chunk in images.data.column(self._column).chunks:
-            if pa.types.is_struct(chunk.type):
-                content, path = chunk.field("bytes"), chunk.field("path")
-                chunk = path if content.null_count == len(content) else content
-            digest.update(compute.binary_length(chunk).fill_null(0).cast(pa.int64()).to_numpy().tobytes())
+            content = chunk.field("bytes") if pa.types.is_struct(chunk.type) else chunk
+            digest.update(compute.binary_length(content).fill_null(-1).cast(pa.int64()).to_numpy().tobytes())
+            if content.null_count and chunk is not content and chunk.type.get_field_index("path") >= 0:
+                paths = chunk.field("path").filter(content.is_null())
+                digest.update("".join(f"{path}\0" for path in paths.to_pylist()).encode())
         return f"table:{len(self)}:{digest.hexdigest()[:32]}"
 
 

@@ -14,7 +14,7 @@ from ijepa_fast.run.checkpoint import Checkpoint, find, load
 from ijepa_fast.weights.encoder_file import save_encoder
 from ijepa_fast.weights.official import write
 from ijepa_fast.weights.reading import WeightsError
-from ijepa_fast.weights.runs import ENCODERS, networks_of
+from ijepa_fast.weights.runs import ENCODERS, networks_of, of_networks
 from ijepa_fast.weights.timm import timm_call
 
 OF_FORMATS = {
@@ -74,7 +74,8 @@ def export(
     if push is not None:
         hub_account()  # now, and not when there is something to upload
     path = find(Path(checkpoint))
-    state = load(path)
+    # The official format has the optimizer's moments, too.
+    state = load(path, values=(lambda name: True) if to == "official" else of_networks)
     model, config = networks_of(state, path)
     out.parent.mkdir(parents=True, exist_ok=True)
     if to == "official":

@@ -183,7 +183,7 @@ class IJEPACallback(L.Callback):
         grid = self.grid or getattr(self._source, "grid", None)
         if grid is None:
             raise ValueError(f"{self.context} has no attribute grid: give IJEPACallback(grid=(rows, columns))")
-        self._sampler = MaskSampler(self.masks, grid)
+        self._sampler = MaskSampler(self.masks, grid, channels=getattr(self._source, "in_chans", 3))
 
     @staticmethod
     def _part(pl_module: L.LightningModule, name: str) -> nn.Module:

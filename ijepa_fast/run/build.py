@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 
 def check_batches(config: RunConfig, me: Ranks) -> None:
-    """Raise ValueError where a step of ``config`` cannot be divided among the ranks and micro-batches."""
+    """Raise ValueError where a step of ``config`` cannot be divided among the ranks and micro-batches, or summed over them."""
     train, group = config.train, config.masks.group_size
     config.step.check(
         precision=train.precision,
@@ -37,6 +37,11 @@ def check_batches(config: RunConfig, me: Ranks) -> None:
         ranks=me.world_size,
         sharded=train.parallel != "ddp",
     )
+    if train.reduce != "fp32" and train.parallel == "ddp":
+        raise ValueError(
+            f"train.reduce {train.reduce} is for train.parallel fsdp and hsdp; ddp sums gradients in the precision of "
+            "their weights"
+        )
     share = me.world_size * train.accumulate
     if train.batch_size % share:
         raise ValueError(
