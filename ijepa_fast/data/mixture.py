@@ -125,7 +125,7 @@ class Mixture:
             left = np.diff(counts // self._before[number].denominator).astype(bool)
             mine, count = rows[~left], len(self.sources[number])
             epoch, place = np.divmod(first - earlier + np.arange(len(mine)), count)
-            # An order of millions is drawn once: of a rare source it is kept over the steps that have none of its images.
+            # An order of millions is drawn once: a rare source keeps it over steps that have none of its images.
             known, orders = self._orders[number], {}
             for each in np.unique(epoch).tolist():
                 key = seed, each

@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 
 def check_batches(config: RunConfig, me: Ranks) -> None:
-    """Raise ValueError where a step of ``config`` cannot be divided among the ranks and micro-batches, or summed over them."""
+    """Raise ValueError where a step of ``config`` cannot be divided among ranks and micro-batches, or summed."""
     train, group = config.train, config.masks.group_size
     config.step.check(
         precision=train.precision,
