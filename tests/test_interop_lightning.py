@@ -216,6 +216,13 @@ class TestCallback:
         with pytest.raises(ValueError, match=r"has no attribute grid: give IJEPACallback\(grid="):
             trainer(tmp_path, callbacks=[IJEPACallback(**CALLBACK)]).fit(own, loader())
 
+    def test_colours_are_those_of_the_encoders_channels(self):
+        own, callback = Own(), IJEPACallback(masks=MaskConfig(min_keep=1, color_jitter=0.1))
+        own.context_encoder = VisionTransformer(24, 4, 1, 16, depth=1, num_heads=2, mean=[0.5], std=[0.5])
+        own.target_encoder = copy.deepcopy(own.context_encoder)
+        callback.setup(None, own, "fit")
+        assert callback._sampler.sample(2, seed=0, step=0).colors.shape == (2, 2, 1)
+
     def test_two_averages_are_refused(self, tmp_path):
         with pytest.raises(ValueError, match="a second time"):
             trainer(tmp_path, callbacks=[IJEPACallback(**CALLBACK)]).fit(Own(averaged=True), loader())
