@@ -381,7 +381,7 @@ ERRORS = {
     ),
     "a projector without terms": (
         lambda: ModelConfig(img_size=16, patch_size=4, embed_dim=12, num_heads=3, projector_dim=8).build(Objective()),
-        "projector has nothing to learn from",
+        "projector of projector_dim .* has nothing to learn from",
     ),
     "one mask in the settings": (lambda: RunConfig(objective=Objective(invariance_weight=0.5)), "per_image is 1"),
 }

@@ -151,8 +151,8 @@ class IJEPA(nn.Module):
         pixel_values = encoder.in_chans * encoder.patch_size**2
         if predictor.projector is not None and not self.objective.regularised:
             raise ValueError(
-                "the projector has nothing to learn from: objective.variance_weight, covariance_weight and "
-                "invariance_weight are all 0"
+                f"the projector of projector_dim {predictor.projector.fc1.out_features} has nothing to learn from: "
+                "objective.variance_weight, covariance_weight and invariance_weight are all 0"
             )
         target_dim = pixel_values if self.objective.targets == "pixels" else encoder.embed_dim
         if predictor.predictor_proj.out_features != target_dim:
