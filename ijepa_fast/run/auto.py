@@ -22,7 +22,7 @@ CPU_MINUTES = 15
 """Length of a run on a CPU, by estimate. It leaves room within 20 minutes for judging features before and after."""
 SAMPLED = 64
 """Images whose size is looked at."""
-SHARE_OF_PRODUCTS = 0.5
+SHARE_OF_PRODUCTS = 0.35
 """Share of the rate of large matrix products that a step of a small model is taken to reach on a CPU."""
 
 
