@@ -1,9 +1,8 @@
-"""Data sets of Hugging Face and parquet files; needs the extra `datasets`, but for the message without it."""
+"""Data sets of Hugging Face and parquet files."""
 
 import io
 import pickle
 import sys
-from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -21,10 +20,9 @@ FILES = [encoded(smooth_image(40 + number, 36, seed=number), "JPEG") for number 
 
 @pytest.fixture(autouse=True)
 def _no_cache_of_others(tmp_path, monkeypatch):
-    if find_spec("datasets"):
-        import datasets
+    import datasets
 
-        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
 
 def dataset(rows=range(12), labels=True, typed=True):

@@ -41,8 +41,8 @@ def open_sources(data: Data, evaluation_data: str | None = None, labels: str | N
         data: "rendered" for the embedded set; a folder (of one with train/ and val/ or test/, these); a list of files
             (.txt, .csv); a data set of Hugging Face that was saved to the disk, or a folder of parquet files; tar
             shards (a path that ends in .tar, braces and "*" included, or URLs, of which classes and test images are not
-            used); an index of shards beside it (a path or URL that ends in .index.npz); or several
-            of these as ``[{"path": PATH, "weight": 2}, ...]``, see ``Mixture``.
+            used); an index of shards beside it (a path or URL that ends in .index.npz); or several of these as
+            ``[{"path": PATH, "weight": 2}, ...]``, see ``Mixture``.
         evaluation_data: folder, list or shards of labelled test images, instead of the ones found beside the training
             images.
         labels: table of paths and classes for images in folders and lists.

@@ -83,9 +83,10 @@ class PatchEmbed(nn.Module):
         weight = self.proj.weight
         patches = self.pixels(images, indices, weight.dtype)
         if colors is not None:
-            gain, shift = colors.to(patches.dtype).repeat_interleave(self.patch_size**2, dim=2).unbind(1)
-            whole = gain.shape[1]
-            patches = F.pad(patches[:, :whole] * gain + shift, (0, patches.shape[1] - whole))
+            gain, shift = colors.to(patches.dtype)[..., None].unbind(1)
+            pixels = patches[:, : weight[0].numel()].unflatten(1, (weight.shape[1], -1))
+            changed = (pixels * gain + shift).flatten(1)
+            patches = F.pad(changed, (0, patches.shape[1] - changed.shape[1]))
         weight = F.pad(weight.flatten(1), (0, patches.shape[1] - weight[0].numel()))
         return F.linear(patches, weight, self.proj.bias.to(weight.dtype))
 
